@@ -1,0 +1,143 @@
+"""The contract between whoever decides (verifier, drafter) and whoever computes (an engine)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """What an engine serves.
+
+    Attributes:
+        fingerprint: equal for engines whose bits are equal for equal rows (model revision, dtype,
+            numerics mode, instruction set, library versions, parallelism, KV type).
+        tokenizer_hash: empty for a model without a tokenizer.
+    """
+
+    name: str
+    revision: str
+    vocab_size: int
+    context_tokens: int
+    eos_token_ids: frozenset[int]
+    tokenizer_hash: str
+    fingerprint: str
+
+
+@dataclass(frozen=True, slots=True)
+class PoolUsage:
+    """Pages of the KV pool; free + used == total after anything."""
+
+    total: int
+    free: int
+    used: int
+    page_tokens: int
+
+
+class KVSequence(Protocol):
+    """One sequence's place in the KV pool: committed positions, then uncommitted tree rows."""
+
+    @property
+    def length(self) -> int:
+        """Committed positions."""
+
+    @property
+    def num_rows(self) -> int:
+        """Uncommitted tree rows behind them."""
+
+    @property
+    def capacity(self) -> int:
+        """Positions and rows that the reserved pages hold."""
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Rows of one sequence in a packed pass, appended behind its uncommitted rows.
+
+    Attributes:
+        tokens: [n] token ids.
+        parents: [n] index among the sequence's uncommitted rows (those already there count first),
+            or -1 for a row that follows the committed positions. A row's position is
+            length + its depth. A prefill chunk is a chain.
+        wanted: positions in `tokens` (0..n-1) of the rows whose logits are needed, ascending.
+    """
+
+    sequence: KVSequence
+    tokens: Sequence[int]
+    parents: Sequence[int]
+    wanted: Sequence[int]
+
+    @classmethod
+    def chain(cls, sequence: KVSequence, tokens: Sequence[int], wanted: Sequence[int]) -> Segment:
+        """A prefill chunk, or a lone decoding row: each token follows the one before."""
+        first = sequence.num_rows - 1
+        return cls(sequence, tokens, range(first, first + len(tokens)), wanted)
+
+
+class LogitRows(Protocol):
+    """Logits of one segment's wanted rows, in their order; rows are made when asked for."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, row: int, /) -> NDArray[np.float32]:
+        """[vocab] float32; not to be written to."""
+
+
+class Engine(Protocol):
+    """A model and its KV pool. Not thread-safe: one owner calls it, one call at a time."""
+
+    @property
+    def info(self) -> ModelInfo: ...
+
+    @property
+    def usage(self) -> PoolUsage: ...
+
+    def allocate(self, capacity: int) -> KVSequence:
+        """Reserve pages for `capacity` positions and rows.
+
+        Raises:
+            Overloaded: not enough free pages.
+        """
+
+    def reserve(self, sequence: KVSequence, capacity: int) -> None:
+        """Grow a sequence's reservation to at least `capacity` (in place, moved or scattered).
+
+        Raises:
+            Overloaded: not enough free pages; the sequence is unchanged.
+        """
+
+    def fork(self, sequence: KVSequence, length: int, capacity: int) -> KVSequence:
+        """A new sequence with the first `length` committed positions, sharing their full pages.
+
+        Raises:
+            Overloaded: not enough free pages.
+        """
+
+    def truncate(self, sequence: KVSequence, length: int) -> None:
+        """Drop all tree rows and the committed positions from `length` on; reservation stays."""
+
+    def trim(self, sequence: KVSequence) -> None:
+        """Give back the pages that hold no committed position."""
+
+    def free(self, sequence: KVSequence) -> None:
+        """Give back all pages; the sequence must not be used again."""
+
+    def forward(self, segments: Sequence[Segment]) -> list[LogitRows]:
+        """Append the segments' rows and compute them in one packed pass. Blocks; one item each."""
+
+    def commit(
+        self, sequence: KVSequence, path: Sequence[int], keep: Sequence[int] = ()
+    ) -> None:
+        """Make tree rows permanent and drop the rest, compacting the pool.
+
+        Args:
+            path: indices of uncommitted rows, a chain from a root row down; they become positions
+                length .. length + len(path) - 1.
+            keep: rows (ascending, with all their parents up to the path's last) that stay as
+                uncommitted rows, renumbered 0.. in this order.
+        """

@@ -1,0 +1,110 @@
+"""What a request asks of decoding."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from enum import Enum
+
+from treecast.errors import InvalidRequest
+
+_BOUNDS = {
+    "temperature": (0, 100),
+    "min_p": (0, 1),
+    "presence_penalty": (-100, 100),
+    "frequency_penalty": (-100, 100),
+}
+_MAX_BIASES = 1024
+_MAX_STOPS = 16
+_MAX_STOP_CHARACTERS = 256
+_MAX_STOP_TOKENS = 64
+_MAX_TOP_LOGPROBS = 20
+
+
+class Law(Enum):
+    """The rule by which a verifier accepts a tree's nodes."""
+
+    REPLAY = 1
+    MSS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How tokens are picked; values out of bounds raise `InvalidRequest` naming value and bound.
+
+    Attributes:
+        temperature: 0 is greedy.
+        top_k: keep the k likeliest tokens; 0 keeps all.
+        top_p: nucleus mass in (0, 1].
+        min_p: keep tokens of at least min_p times the likeliest one's probability.
+        repetition_penalty: over prompt and output; 1 is none.
+        presence_penalty: once per token seen in the output.
+        frequency_penalty: per occurrence in the output.
+        logit_bias: added to the logits of token ids.
+        seed: same seed, same text; None lets the router draw one.
+        max_tokens: most tokens to generate.
+        stop: strings that end the output and are cut from it.
+        stop_token_ids: tokens that end the output beside the model's own.
+        ignore_eos: go on past the model's end-of-sequence token.
+        logprobs: report the chosen token's log-probability and this many likeliest; None: none.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    seed: int | None = None
+    max_tokens: int = 256
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        self._check_finite()
+        for name, (low, high) in _BOUNDS.items():
+            _check(low <= getattr(self, name) <= high, name, getattr(self, name), f"{low}..{high}")
+        _check(0 < self.top_p <= 1, "top_p", self.top_p, "(0, 1]")
+        _check(0 < self.repetition_penalty <= 10, "repetition_penalty", self.repetition_penalty,
+               "(0, 10]")
+        _check(0 <= self.top_k < 2**31, "top_k", self.top_k, "0 or more")
+        _check(self.seed is None or 0 <= self.seed < 2**64, "seed", self.seed, "0..2**64-1")
+        _check(self.max_tokens >= 1, "max_tokens", self.max_tokens, "1 or more")
+        _check(self.logprobs is None or 0 <= self.logprobs <= _MAX_TOP_LOGPROBS, "logprobs",
+               self.logprobs, f"0..{_MAX_TOP_LOGPROBS}")
+        self._check_lists()
+
+    def _check_finite(self) -> None:
+        for item in fields(self):
+            value = getattr(self, item.name)
+            _check(not isinstance(value, float) or math.isfinite(value), item.name, value, "finite")
+        for token, bias in self.logit_bias.items():
+            _check(math.isfinite(bias), f"logit_bias of token {token}", bias, "finite")
+
+    def _check_lists(self) -> None:
+        _check(len(self.logit_bias) <= _MAX_BIASES, "number of logit_bias entries",
+               len(self.logit_bias), f"at most {_MAX_BIASES}")
+        _check(len(self.stop) <= _MAX_STOPS, "number of stop strings", len(self.stop),
+               f"at most {_MAX_STOPS}")
+        _check(len(self.stop_token_ids) <= _MAX_STOP_TOKENS, "number of stop_token_ids",
+               len(self.stop_token_ids), f"at most {_MAX_STOP_TOKENS}")
+        for text in self.stop:
+            _check(0 < len(text) <= _MAX_STOP_CHARACTERS, "length of a stop string", len(text),
+                   f"1..{_MAX_STOP_CHARACTERS} characters")
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Refuse token ids that the model does not have."""
+        for name, ids in (("logit_bias", self.logit_bias), ("stop_token_ids", self.stop_token_ids)):
+            for token in ids:
+                _check(0 <= token < vocab_size, f"token id in {name}", token,
+                       f"below the vocabulary size {vocab_size}")
+
+
+def _check(holds: bool, name: str, value: object, bound: str) -> None:
+    if not holds:
+        raise InvalidRequest(f"{name} is {value}; allowed: {bound}")

@@ -1,0 +1,215 @@
+"""Token trees: guessed continuations of a text, checked by the LLM in one pass.
+
+Source: SpecInfer (arXiv 2305.09781), section 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from treecast.errors import InvalidTree
+
+ROOT = -1
+"""Parent of the nodes that follow the committed text; the root itself is not a node."""
+
+MAX_NODES = 256
+MAX_DEPTH = 32
+
+
+@dataclass(slots=True, eq=True)
+class TokenTree:
+    """A tree of guesses below the last committed token, as flat arrays of equal length.
+
+    A parent precedes its children and siblings have distinct tokens, so every node stands for one
+    token sequence. Only `add` changes a tree; the other methods return new ones.
+
+    Attributes:
+        tokens: token id of each node.
+        parents: index of each node's parent, or `ROOT`.
+        confidence: the draft's belief in (0, 1] that the target picks this child of its parent.
+        proposers: bit k is set when proposer k proposed the node.
+        depths: number of nodes from the root, 1 for the root's children.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    parents: list[int] = field(default_factory=list)
+    confidence: list[float] = field(default_factory=list)
+    proposers: list[int] = field(default_factory=list)
+    depths: list[int] = field(default_factory=list)
+    _children: dict[tuple[int, int], int] = field(default_factory=dict, compare=False, repr=False)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @classmethod
+    def build(
+        cls,
+        tokens: Sequence[int],
+        parents: Sequence[int],
+        confidence: Sequence[float] | None = None,
+        proposers: Sequence[int] | None = None,
+    ) -> TokenTree:
+        """Make a tree of arrays of equal length; see `add` for what is refused."""
+        count = len(tokens)
+        confidence = [1.0] * count if confidence is None else confidence
+        proposers = [1] * count if proposers is None else proposers
+        if not count == len(parents) == len(confidence) == len(proposers):
+            raise InvalidTree(
+                f"tree arrays differ in length: {count} tokens, {len(parents)} parents, "
+                f"{len(confidence)} confidences, {len(proposers)} proposers"
+            )
+        tree = cls()
+        for row in zip(tokens, parents, confidence, proposers, strict=True):
+            tree.add(*row)
+        return tree
+
+    @classmethod
+    def chain(cls, tokens: Iterable[int], confidence: float = 1.0, proposers: int = 1) -> TokenTree:
+        """Make a tree of one branch."""
+        tree = cls()
+        for node, token in enumerate(tokens):
+            tree.add(token, node - 1, confidence, proposers)
+        return tree
+
+    def add(self, token: int, parent: int, confidence: float = 1.0, proposers: int = 1) -> int:
+        """Append a node and return its index.
+
+        Raises:
+            InvalidTree: the parent does not precede the node, or has a child with this token.
+        """
+        node = len(self.tokens)
+        if not ROOT <= parent < node:
+            raise InvalidTree(f"node {node} has parent {parent}; a parent precedes its child")
+        if (parent, token) in self._children:
+            raise InvalidTree(f"node {node} repeats token {token} among the children of {parent}")
+        self.tokens.append(token)
+        self.parents.append(parent)
+        self.confidence.append(confidence)
+        self.proposers.append(proposers)
+        self.depths.append(1 if parent == ROOT else self.depths[parent] + 1)
+        self._children[parent, token] = node
+        return node
+
+    def child(self, parent: int, token: int) -> int | None:
+        """The child of `parent` (a node or `ROOT`) that holds `token`, if any."""
+        return self._children.get((parent, token))
+
+    def path(self, node: int) -> list[int]:
+        """Nodes from the root's child down to `node`; empty for `ROOT`."""
+        nodes: list[int] = []
+        while node != ROOT:
+            nodes.append(node)
+            node = self.parents[node]
+        return nodes[::-1]
+
+    def sequence(self, node: int) -> list[int]:
+        """Tokens from the root's child down to `node`."""
+        return [self.tokens[step] for step in self.path(node)]
+
+    def ancestor_bits(self) -> list[int]:
+        """For each node an integer with the bits of its ancestors and of itself set."""
+        bits: list[int] = []
+        for node, parent in enumerate(self.parents):
+            above = 0 if parent == ROOT else bits[parent]
+            bits.append(above | 1 << node)
+        return bits
+
+    def path_confidence(self) -> list[float]:
+        """For each node the belief that it is accepted: the product along its path."""
+        path: list[float] = []
+        for parent, confidence in zip(self.parents, self.confidence, strict=True):
+            path.append(confidence if parent == ROOT else confidence * path[parent])
+        return path
+
+    def validate(
+        self, vocab_size: int, max_nodes: int = MAX_NODES, max_depth: int = MAX_DEPTH
+    ) -> None:
+        """Check what the arrays alone cannot promise.
+
+        Raises:
+            InvalidTree: too many nodes, too deep, an unknown token or a confidence out of (0, 1].
+        """
+        if len(self) > max_nodes:
+            raise InvalidTree(f"tree has {len(self)} nodes; the limit is {max_nodes}")
+        for node, (token, depth) in enumerate(zip(self.tokens, self.depths, strict=True)):
+            if depth > max_depth:
+                raise InvalidTree(f"tree has depth {depth}; the limit is {max_depth}")
+            if not 0 <= token < vocab_size:
+                raise InvalidTree(
+                    f"node {node} has token {token}; the vocabulary has {vocab_size}"
+                )
+            if not 0 < self.confidence[node] <= 1:
+                raise InvalidTree(
+                    f"node {node} has confidence {self.confidence[node]}; the bounds are (0, 1]"
+                )
+
+    def keep(self, nodes: Iterable[int], below: int = ROOT) -> TokenTree:
+        """The tree of some nodes in their order, hung under `below` as the new root.
+
+        `nodes` must hold, with each node, its parent (unless that is `below`).
+        """
+        kept = TokenTree()
+        renamed = {below: ROOT}
+        for node in sorted(nodes):
+            renamed[node] = kept.add(
+                self.tokens[node],
+                renamed[self.parents[node]],
+                self.confidence[node],
+                self.proposers[node],
+            )
+        return kept
+
+    def descendants(self, node: int) -> list[int]:
+        """All nodes below `node` (or below `ROOT`: all), in order; without `node`."""
+        inside = {node}
+        below: list[int] = []
+        for candidate in range(node + 1, len(self)):
+            if self.parents[candidate] in inside:
+                inside.add(candidate)
+                below.append(candidate)
+        return below
+
+    def reroot(self, tokens: Iterable[int]) -> TokenTree | None:
+        """What is left once `tokens` are committed, or None if the tree did not hold that path."""
+        node = ROOT
+        for token in tokens:
+            found = self.child(node, token)
+            if found is None:
+                return None
+            node = found
+        return self.keep(self.descendants(node), below=node)
+
+    def prune(self, max_nodes: int, max_depth: int = MAX_DEPTH) -> TokenTree:
+        """Keep the nodes of highest path confidence; a parent always outranks its child."""
+        path = self.path_confidence()
+        ranked = sorted(range(len(self)), key=lambda node: (-path[node], node))
+        shallow = [node for node in ranked if self.depths[node] <= max_depth]
+        return self.keep(shallow[:max_nodes])
+
+
+def merge(trees: Iterable[TokenTree], max_nodes: int = MAX_NODES) -> TokenTree:
+    """Union of trees by token sequence (SpecInfer, definition 3.2).
+
+    A node found in several keeps the highest confidence and all its proposers. Over `max_nodes`,
+    the nodes of lowest path confidence go.
+    """
+    union = TokenTree()
+    for tree in trees:
+        graft(union, tree)
+    return union if len(union) <= max_nodes else union.prune(max_nodes)
+
+
+def graft(target: TokenTree, tree: TokenTree) -> None:
+    """Add `tree`'s sequences to `target`, in place."""
+    renamed = {ROOT: ROOT}
+    for node, (token, parent) in enumerate(zip(tree.tokens, tree.parents, strict=True)):
+        found = target.child(renamed[parent], token)
+        if found is None:
+            found = target.add(
+                token, renamed[parent], tree.confidence[node], tree.proposers[node]
+            )
+        else:
+            target.confidence[found] = max(target.confidence[found], tree.confidence[node])
+            target.proposers[found] |= tree.proposers[node]
+        renamed[node] = found

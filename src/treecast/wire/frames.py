@@ -1,0 +1,187 @@
+"""The frames of both pair streams in domain terms; `codec.py` translates them to protobuf."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from treecast.errors import TreecastError
+from treecast.sampling.params import Law, SamplingParams
+from treecast.sampling.logprobs import TokenLogprobs
+from treecast.tree import TokenTree
+
+PROTOCOL_VERSION = 1
+
+
+class Role(Enum):
+    ROUTER = 1
+    VERIFIER = 2
+    SPECULATOR = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """Who a peer is; the first frame of each side."""
+
+    instance_id: str
+    role: Role
+    vocab_size: int = 0
+    tokenizer_hash: str = ""
+    laws: tuple[Law, ...] = (Law.REPLAY,)
+    capacity: int = 0
+    proposers: tuple[str, ...] = ()
+    model: str = ""
+    model_revision: str = ""
+    fingerprint: str = ""
+    context_tokens: int = 0
+    shares_cores: bool = False
+    protocol_version: int = PROTOCOL_VERSION
+
+
+@dataclass(frozen=True, slots=True)
+class Heartbeat:
+    """How a peer fares, every 250 ms."""
+
+    steps: int = 0
+    step_age_ms: int = 0
+    step_predicted_ms: int = 0
+    free_capacity: int = 0
+    running: int = 0
+    waiting: int = 0
+    kv_pages_free: int = 0
+    kv_pages_total: int = 0
+    draining: bool = False
+
+
+# --- verifier to speculator -------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Attach:
+    handle: int
+    tokens: tuple[int, ...]
+    prompt_len: int
+    sampling: SamplingParams
+    noise_key: int
+    node_budget: int
+    law: Law = Law.REPLAY
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    handle: int
+    from_len: int
+    tokens: tuple[int, ...]
+    node_budget: int
+
+
+@dataclass(frozen=True, slots=True)
+class Detach:
+    handle: int
+
+
+# --- speculator to verifier -------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    handle: int
+    base_len: int
+    tree: TokenTree
+
+
+@dataclass(frozen=True, slots=True)
+class NeedSync:
+    handle: int
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    handle: int
+    why: str
+
+
+# --- router to verifier -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class SessionKey:
+    tenant: str
+    session_id: str
+    epoch: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    handle: int
+    request_id: str
+    prompt: tuple[int, ...]
+    sampling: SamplingParams
+    noise_key: int
+    committed: tuple[int, ...] = ()
+    session: SessionKey | None = None
+    law: Law = Law.REPLAY
+    deadline_ms: int | None = None
+    max_nodes: int | None = None
+    truncate_prompt: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    handle: int
+
+
+@dataclass(frozen=True, slots=True)
+class Forget:
+    session: SessionKey
+
+
+# --- verifier to router -----------------------------------------------------------------------
+
+
+class FinishReason(Enum):
+    STOP_TOKEN = 1
+    STOP_STRING = 2
+    LENGTH = 3
+    DEADLINE = 4
+    CANCELLED = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    output_tokens: int = 0
+    steps: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    accepted_by_depth: tuple[int, ...] = ()
+    offered_by_depth: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    handle: int
+    from_index: int
+    tokens: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Completed:
+    handle: int
+    finish: FinishReason
+    usage: Usage = field(default_factory=Usage)
+    stop_characters: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    handle: int
+    error: TreecastError
+
+
+VerifierFrame = Attach | Commit | Detach
+SpeculatorFrame = Draft | NeedSync | Refused
+RouterFrame = Start | Cancel | Forget
+ServingFrame = Progress | Completed | Failed
