@@ -1,0 +1,1 @@
+"""The router: admits, queues and places requests, and relays tokens as text."""

@@ -74,9 +74,7 @@ def ensure_default_target(
     return folder
 
 
-def ensure_default_draft(
-    cache_dir: Path | None = None, progress: ProgressFn | None = None
-) -> Path:
+def ensure_default_draft(cache_dir: Path | None = None, progress: ProgressFn | None = None) -> Path:
     """Join the shipped draft weights with the default target's embedding, once.
 
     The folder's name carries a hash of the shipped weights, so new weights make a new folder.

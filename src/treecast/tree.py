@@ -22,7 +22,7 @@ class TokenTree:
     """A tree of guesses below the last committed token, as flat arrays of equal length.
 
     A parent precedes its children and siblings have distinct tokens, so every node stands for one
-    token sequence. Only `add` changes a tree; the other methods return new ones.
+    token sequence. Only `add` and `graft` change a tree; the other methods return new ones.
 
     Attributes:
         tokens: token id of each node.
@@ -83,6 +83,10 @@ class TokenTree:
             raise InvalidTree(f"node {node} has parent {parent}; a parent precedes its child")
         if (parent, token) in self._children:
             raise InvalidTree(f"node {node} repeats token {token} among the children of {parent}")
+        return self._append(token, parent, confidence, proposers)
+
+    def _append(self, token: int, parent: int, confidence: float, proposers: int) -> int:
+        node = len(self.tokens)
         self.tokens.append(token)
         self.parents.append(parent)
         self.confidence.append(confidence)
@@ -116,10 +120,14 @@ class TokenTree:
         return bits
 
     def path_confidence(self) -> list[float]:
-        """For each node the belief that it is accepted: the product along its path."""
+        """For each node the belief that it is accepted: the product along its path.
+
+        Never above its parent's, even where a confidence is out of bounds.
+        """
         path: list[float] = []
         for parent, confidence in zip(self.parents, self.confidence, strict=True):
-            path.append(confidence if parent == ROOT else confidence * path[parent])
+            above = 1.0 if parent == ROOT else path[parent]
+            path.append(min(above, above * confidence))
         return path
 
     def validate(
@@ -136,9 +144,7 @@ class TokenTree:
             if depth > max_depth:
                 raise InvalidTree(f"tree has depth {depth}; the limit is {max_depth}")
             if not 0 <= token < vocab_size:
-                raise InvalidTree(
-                    f"node {node} has token {token}; the vocabulary has {vocab_size}"
-                )
+                raise InvalidTree(f"node {node} has token {token}; the vocabulary has {vocab_size}")
             if not 0 < self.confidence[node] <= 1:
                 raise InvalidTree(
                     f"node {node} has confidence {self.confidence[node]}; the bounds are (0, 1]"
@@ -152,7 +158,7 @@ class TokenTree:
         kept = TokenTree()
         renamed = {below: ROOT}
         for node in sorted(nodes):
-            renamed[node] = kept.add(
+            renamed[node] = kept._append(
                 self.tokens[node],
                 renamed[self.parents[node]],
                 self.confidence[node],
@@ -187,29 +193,40 @@ class TokenTree:
         shallow = [node for node in ranked if self.depths[node] <= max_depth]
         return self.keep(shallow[:max_nodes])
 
+    def copy(self) -> TokenTree:
+        """A tree of its own with the same nodes."""
+        return TokenTree(
+            self.tokens.copy(),
+            self.parents.copy(),
+            self.confidence.copy(),
+            self.proposers.copy(),
+            self.depths.copy(),
+            self._children.copy(),
+        )
 
-def merge(trees: Iterable[TokenTree], max_nodes: int = MAX_NODES) -> TokenTree:
+    def graft(self, other: TokenTree) -> None:
+        """Add `other`'s sequences, in place.
+
+        A node found in both keeps the higher confidence and all its proposers.
+        """
+        renamed = {ROOT: ROOT}
+        rows = zip(other.tokens, other.parents, other.confidence, other.proposers, strict=True)
+        for node, (token, parent, confidence, proposers) in enumerate(rows):
+            found = self._children.get((renamed[parent], token))
+            if found is None:
+                found = self._append(token, renamed[parent], confidence, proposers)
+            else:
+                self.confidence[found] = max(self.confidence[found], confidence)
+                self.proposers[found] |= proposers
+            renamed[node] = found
+
+
+def merge(trees: Sequence[TokenTree], max_nodes: int = MAX_NODES) -> TokenTree:
     """Union of trees by token sequence (SpecInfer, definition 3.2).
 
-    A node found in several keeps the highest confidence and all its proposers. Over `max_nodes`,
-    the nodes of lowest path confidence go.
+    Over `max_nodes`, the nodes of lowest path confidence go.
     """
-    union = TokenTree()
-    for tree in trees:
-        graft(union, tree)
+    union = trees[0].copy() if trees else TokenTree()
+    for tree in trees[1:]:
+        union.graft(tree)
     return union if len(union) <= max_nodes else union.prune(max_nodes)
-
-
-def graft(target: TokenTree, tree: TokenTree) -> None:
-    """Add `tree`'s sequences to `target`, in place."""
-    renamed = {ROOT: ROOT}
-    for node, (token, parent) in enumerate(zip(tree.tokens, tree.parents, strict=True)):
-        found = target.child(renamed[parent], token)
-        if found is None:
-            found = target.add(
-                token, renamed[parent], tree.confidence[node], tree.proposers[node]
-            )
-        else:
-            target.confidence[found] = max(target.confidence[found], tree.confidence[node])
-            target.proposers[found] |= tree.proposers[node]
-        renamed[node] = found

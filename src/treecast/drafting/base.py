@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from treecast.sampling.params import SamplingParams
 from treecast.tree import TokenTree
@@ -27,7 +27,11 @@ class DraftRequest:
 
 
 class Drafter(Protocol):
-    """Grows one evergreen tree per session. Not thread-safe; calls may block on computation."""
+    """Grows one evergreen tree per session. Not thread-safe; calls may block on computation.
+
+    A session that `open` took never runs out of memory later. What `open` or `commit` refuse
+    leaves the drafter as it was, but for that session, which the caller then closes.
+    """
 
     @property
     def name(self) -> str:
@@ -38,13 +42,44 @@ class Drafter(Protocol):
         """Tokens it can propose are below this; 0 for a drafter that only repeats what it saw."""
 
     def open(self, handle: int, request: DraftRequest) -> None:
-        """Begin a session. Raises Overloaded when it has no room."""
+        """Begin a session.
+
+        Raises:
+            Overloaded: no room for it.
+            InvalidRequest: a text that it cannot draft for.
+        """
 
     def commit(self, handle: int, tokens: Sequence[int]) -> None:
-        """The target committed tokens: re-root on a hit, start anew on a miss."""
+        """The target committed tokens: re-root on a hit, start anew on a miss.
+
+        Raises:
+            InvalidRequest: a token that the drafter does not have.
+        """
 
     def draft(self, budgets: dict[int, int]) -> dict[int, TokenTree]:
-        """Grow trees of up to the budgeted nodes, by handle, batched over sessions."""
+        """Grow trees of up to the budgeted nodes (1 or more), by handle, batched over sessions.
+
+        Proposer bit 0 is set throughout. An empty tree says that nothing can be proposed. A
+        session missing from the result has committed text left to compute: call again.
+        """
 
     def close(self, handle: int) -> None:
         """End a session and free what it held; unknown handles are ignored."""
+
+
+@runtime_checkable
+class ModelDrafter(Protocol):
+    """What a drafter that computes has beside: it reads long prompts in parts, and runs ahead."""
+
+    def is_behind(self, handle: int) -> bool:
+        """Whether committed text is left to compute: drafting again gives a better tree."""
+
+    def run_ahead(self, budgets: dict[int, int]) -> set[int]:
+        """Compute a little more of trees of these sizes, beyond what was offered.
+
+        Returns:
+            Sessions that have more to compute.
+        """
+
+    def foresaw(self, handle: int) -> bool:
+        """Whether the committed text's last token was computed before it was committed."""

@@ -130,9 +130,7 @@ class Engine(Protocol):
     def forward(self, segments: Sequence[Segment]) -> list[LogitRows]:
         """Append the segments' rows and compute them in one packed pass. Blocks; one item each."""
 
-    def commit(
-        self, sequence: KVSequence, path: Sequence[int], keep: Sequence[int] = ()
-    ) -> None:
+    def commit(self, sequence: KVSequence, path: Sequence[int], keep: Sequence[int] = ()) -> None:
         """Make tree rows permanent and drop the rest, compacting the pool.
 
         Args:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
 from enum import Enum
 
@@ -12,14 +12,15 @@ from treecast.errors import InvalidRequest
 _BOUNDS = {
     "temperature": (0, 100),
     "min_p": (0, 1),
+    "repetition_penalty": (0.01, 10),
     "presence_penalty": (-100, 100),
     "frequency_penalty": (-100, 100),
 }
+_MAX_BIAS = 1e9
 _MAX_BIASES = 1024
 _MAX_STOPS = 16
 _MAX_STOP_CHARACTERS = 256
 _MAX_STOP_TOKENS = 64
-_MAX_TOP_LOGPROBS = 20
 
 
 class Law(Enum):
@@ -66,17 +67,17 @@ class SamplingParams:
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
+        _check(not isinstance(self.stop, str), "stop", repr(self.stop), "a sequence of strings")
+        object.__setattr__(self, "stop", tuple(self.stop))
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
         self._check_finite()
         for name, (low, high) in _BOUNDS.items():
             _check(low <= getattr(self, name) <= high, name, getattr(self, name), f"{low}..{high}")
         _check(0 < self.top_p <= 1, "top_p", self.top_p, "(0, 1]")
-        _check(0 < self.repetition_penalty <= 10, "repetition_penalty", self.repetition_penalty,
-               "(0, 10]")
         _check(0 <= self.top_k < 2**31, "top_k", self.top_k, "0 or more")
         _check(self.seed is None or 0 <= self.seed < 2**64, "seed", self.seed, "0..2**64-1")
         _check(self.max_tokens >= 1, "max_tokens", self.max_tokens, "1 or more")
-        _check(self.logprobs is None or 0 <= self.logprobs <= _MAX_TOP_LOGPROBS, "logprobs",
-               self.logprobs, f"0..{_MAX_TOP_LOGPROBS}")
+        _check(self.logprobs in (None, *range(21)), "logprobs", self.logprobs, "0..20")
         self._check_lists()
 
     def _check_finite(self) -> None:
@@ -84,27 +85,29 @@ class SamplingParams:
             value = getattr(self, item.name)
             _check(not isinstance(value, float) or math.isfinite(value), item.name, value, "finite")
         for token, bias in self.logit_bias.items():
-            _check(math.isfinite(bias), f"logit_bias of token {token}", bias, "finite")
+            _check(abs(bias) <= _MAX_BIAS, f"logit_bias of token {token}", bias, "-1e9..1e9")
 
     def _check_lists(self) -> None:
-        _check(len(self.logit_bias) <= _MAX_BIASES, "number of logit_bias entries",
-               len(self.logit_bias), f"at most {_MAX_BIASES}")
-        _check(len(self.stop) <= _MAX_STOPS, "number of stop strings", len(self.stop),
-               f"at most {_MAX_STOPS}")
-        _check(len(self.stop_token_ids) <= _MAX_STOP_TOKENS, "number of stop_token_ids",
-               len(self.stop_token_ids), f"at most {_MAX_STOP_TOKENS}")
+        _check_count("logit_bias entries", self.logit_bias, _MAX_BIASES)
+        _check_count("stop strings", self.stop, _MAX_STOPS)
+        _check_count("stop_token_ids", self.stop_token_ids, _MAX_STOP_TOKENS)
         for text in self.stop:
-            _check(0 < len(text) <= _MAX_STOP_CHARACTERS, "length of a stop string", len(text),
-                   f"1..{_MAX_STOP_CHARACTERS} characters")
+            allowed = f"1..{_MAX_STOP_CHARACTERS} characters"
+            short = 0 < len(text) <= _MAX_STOP_CHARACTERS
+            _check(short, "length of a stop string", len(text), allowed)
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Refuse token ids that the model does not have."""
+        allowed = f"below the vocabulary size {vocab_size}"
         for name, ids in (("logit_bias", self.logit_bias), ("stop_token_ids", self.stop_token_ids)):
             for token in ids:
-                _check(0 <= token < vocab_size, f"token id in {name}", token,
-                       f"below the vocabulary size {vocab_size}")
+                _check(0 <= token < vocab_size, f"token id in {name}", token, allowed)
 
 
 def _check(holds: bool, name: str, value: object, bound: str) -> None:
     if not holds:
         raise InvalidRequest(f"{name} is {value}; allowed: {bound}")
+
+
+def _check_count(name: str, items: Collection[object], limit: int) -> None:
+    _check(len(items) <= limit, f"number of {name}", len(items), f"at most {limit}")

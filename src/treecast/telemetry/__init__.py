@@ -1,0 +1,1 @@
+"""Logs and metrics. Prompts and tokens are never logged above DEBUG."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
-from treecast.errors import TreecastError
-from treecast.sampling.params import Law, SamplingParams
+from treecast.errors import InvalidFrame, TreecastError
 from treecast.sampling.logprobs import TokenLogprobs
+from treecast.sampling.params import Law, SamplingParams
+from treecast.sampling.stops import FinishReason as FinishReason
 from treecast.tree import TokenTree
 
 PROTOCOL_VERSION = 1
@@ -139,14 +140,6 @@ class Forget:
 # --- verifier to router -----------------------------------------------------------------------
 
 
-class FinishReason(Enum):
-    STOP_TOKEN = 1
-    STOP_STRING = 2
-    LENGTH = 3
-    DEADLINE = 4
-    CANCELLED = 5
-
-
 @dataclass(frozen=True, slots=True)
 class Usage:
     prompt_tokens: int = 0
@@ -185,3 +178,17 @@ VerifierFrame = Attach | Commit | Detach
 SpeculatorFrame = Draft | NeedSync | Refused
 RouterFrame = Start | Cancel | Forget
 ServingFrame = Progress | Completed | Failed
+
+
+class BadFrame(InvalidFrame):
+    """A frame of one session that must not be acted on; the stream and its neighbours go on.
+
+    Attributes:
+        handle: the session that it names.
+        cause: what is wrong, in its own type: `InvalidTree`, `InvalidRequest`, ...
+    """
+
+    def __init__(self, handle: int, cause: TreecastError) -> None:
+        super().__init__(cause.message)
+        self.handle = handle
+        self.cause = cause

@@ -1,0 +1,54 @@
+# treecast: `make help` lists what there is.
+VENV    := .venv
+PY      := $(VENV)/bin/python
+STAMP   := $(VENV)/.installed
+PYTHON  ?= python3
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo up bench test check lint format protos release-protos chart gpu clean
+
+help:  ## List the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1|\2/' | \
+	  awk -F'|' '{printf "  make %-15s %s\n", $$1, $$2}'
+
+setup: $(STAMP)  ## Make .venv with everything (CPU build of torch)
+
+$(STAMP): pyproject.toml constraints.txt protos/build_hook.py $(wildcard protos/treecast/v1/*.proto)
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --upgrade -c constraints.txt pip
+	$(PY) -m pip install --quiet -c constraints.txt -e '.[engine,dev]'
+	touch $@
+
+demo: setup  ## Real model, whole mesh, a few prompts, then the table beside plain decoding
+	$(VENV)/bin/treecast demo
+
+up: setup  ## Run the whole mesh on this machine until Ctrl-C
+	$(VENV)/bin/treecast up
+
+bench: setup  ## Side by side with transformers, plain and speculative
+	$(VENV)/bin/treecast bench
+
+test: setup  ## One case of each, at most 10 minutes on 2 cores
+	$(PY) -m pytest -m 'not slow and not gpu'
+
+check: setup lint  ## Everything
+	$(PY) -m pytest -m 'not gpu'
+
+lint: setup  ## Style, types, import floors, wire compatibility
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports --no-cache
+
+format: setup  ## Rewrite the code in the house style
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/ruff check --fix .
+
+protos: setup  ## Generate treecast.v1 anew from protos/
+	$(PY) protos/build_hook.py
+
+gpu: setup  ## With an accelerator at hand: the tests that need one
+	$(PY) -m pytest -m gpu tests/gpu
+
+clean:  ## Remove what was built
+	rm -rf $(VENV) dist build src/treecast/v1 .mypy_cache .ruff_cache .pytest_cache

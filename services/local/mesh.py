@@ -1,0 +1,183 @@
+"""The mesh: which processes, in which order they start and stop, and when it is whole."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from types import TracebackType
+from typing import Self
+
+from treecast.checkpoints import default_cache_dir, ensure_default_draft, ensure_default_target
+from treecast.client import Client, RetryPolicy, Status
+from treecast.errors import Unavailable
+
+from .logs import new_log_dir
+from .process import MeshError, ServiceProcess, Spawner, child_environment, service_command
+from .settings import Flags, MeshSettings, router_flags, speculator_flags, verifier_flags
+from .valkey import start_valkey
+
+REDIS_VARIABLE = "TREECAST_REDIS_URL"
+
+_POLL_S = 0.05
+
+# What an OpenMP thread does when it has nothing to do: give its core away at once. By default it
+# spins for a while, and whoever is next in the round waits for the core.
+_SHARED_CORES = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}
+
+ProgressFn = Callable[[str, str], None]
+"""Called with the name of a process, and what it is doing now."""
+
+
+class LocalMesh:
+    """Valkey, speculators, verifiers and a router as child processes; a context manager.
+
+    Every call blocks. No process outlives ours, however that ends.
+
+    Example:
+        with LocalMesh(MeshSettings()) as mesh, Client(mesh.router_address) as client:
+            print(client.generate("Once upon a time").result().text)
+
+    Attributes:
+        processes: by name: "valkey", "ssm", "ngram", "verifier-0" and so on, "router".
+        log_dir: where each of them writes <name>.log.
+    """
+
+    def __init__(self, settings: MeshSettings, progress: ProgressFn | None = None) -> None:
+        self.settings = settings
+        self.processes: dict[str, ServiceProcess] = {}
+        self.redis_url = settings.redis_url or os.environ.get(REDIS_VARIABLE, "")
+        self.log_dir = settings.log_dir or new_log_dir(default_cache_dir() / "logs")
+        self._report = progress or (lambda name, state: None)
+        self._spawner = Spawner()
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    @property
+    def router_address(self) -> str:
+        return self.processes["router"].address
+
+    def start(self) -> None:
+        """Start everything and wait until the router sees all of it healthy.
+
+        Raises:
+            MeshError: a process ended or took too long; what had started is stopped again.
+            ModelError: the default model is neither installed nor to be fetched.
+        """
+        try:
+            self._start()
+        except BaseException:
+            self.stop()
+            raise
+
+    def stop(self) -> None:
+        """End all processes, whoever hands work to others first. Safe to call again."""
+        for name in sorted(self.processes, key=_stopping_order):
+            self._report(name, "stopping")
+            self.processes[name].stop(self.settings.stop_grace_s)
+            self._report(name, "stopped")
+        self._spawner.close()
+
+    def restart(self, name: str) -> None:
+        """Start a service that has ended once more, at the same address, and wait until ready."""
+        old = self.processes[name]
+        command = [part for part in old.command if not part.startswith("--listen=")]
+        self._spawn(name, [*command, f"--listen={old.address}"])
+        self._wait_ready([name])
+
+    def wait_whole(self, timeout_s: float) -> None:
+        """Wait until every verifier is healthy and attached to every speculator.
+
+        Raises:
+            MeshError: it did not come to that in time.
+        """
+        deadline = time.monotonic() + timeout_s
+        missing = "the router does not answer"
+        with Client(self.router_address, RetryPolicy(attempts_to_start=1)) as client:
+            while time.monotonic() < deadline:
+                try:
+                    missing = self._missing(client.status())
+                except Unavailable as error:
+                    missing = error.message
+                if not missing:
+                    return
+                time.sleep(_POLL_S)
+        raise MeshError(f"the mesh was not whole within {timeout_s:g} s: {missing}")
+
+    def _start(self) -> None:
+        settings = self._with_model_folders()
+        if not self.redis_url:
+            self._report("valkey", "starting")
+            log = self.log_dir / "valkey.log"
+            self.processes["valkey"], self.redis_url = start_valkey(log, self._spawner)
+            self._report("valkey", "ready")
+        for drafter in settings.speculators:
+            self._launch(drafter, "speculator", speculator_flags(settings, self.redis_url, drafter))
+        self._wait_ready(settings.speculators)
+        drafters = [self.processes[name].address for name in settings.speculators]
+        names = [f"verifier-{number}" for number in range(settings.num_verifiers)]
+        for name in names:
+            # One after the other: each measures its step time when it starts.
+            self._launch(name, "verifier", verifier_flags(settings, self.redis_url, drafters))
+            self._wait_ready([name])
+        verifiers = [self.processes[name].address for name in names]
+        self._launch("router", "router", router_flags(settings, self.redis_url, verifiers))
+        self._wait_ready(["router"])
+        self.wait_whole(settings.ready_timeout_s)
+
+    def _with_model_folders(self) -> MeshSettings:
+        """Unpack the defaults here, once, rather than in every service that needs them."""
+        settings = self.settings
+        if settings.engine == "toy":
+            return settings
+        if settings.model == "default":
+            folder = ensure_default_target(progress=lambda text: self._report("model", text))
+            settings = replace(settings, model=str(folder))
+        if settings.draft == "default" and "ssm" in settings.speculators:
+            folder = ensure_default_draft(progress=lambda text: self._report("draft", text))
+            settings = replace(settings, draft=str(folder))
+        return settings
+
+    def _launch(self, name: str, role: str, flags: Flags) -> None:
+        self._spawn(name, service_command(role, flags))
+
+    def _spawn(self, name: str, command: Sequence[str]) -> None:
+        self._report(name, "starting")
+        threads = {"OMP_NUM_THREADS": str(self.settings.torch_threads)}
+        environment = child_environment(_SHARED_CORES | threads)
+        log = self.log_dir / f"{name}.log"
+        self.processes[name] = ServiceProcess(name, command, environment, log, self._spawner)
+
+    def _wait_ready(self, names: Sequence[str]) -> None:
+        for name in names:
+            self.processes[name].wait_ready(self.settings.ready_timeout_s)
+            self._report(name, "ready")
+
+    def _missing(self, status: Status) -> str:
+        """What the router does not see yet; empty when all is there."""
+        healthy = [verifier for verifier in status.verifiers if verifier.healthy]
+        wanted = self.settings.num_verifiers
+        if len(healthy) < wanted:
+            return f"the router sees {len(healthy)} of {wanted} verifiers healthy"
+        drafters = len(self.settings.speculators)
+        for verifier in healthy:
+            if (seen := len(verifier.speculators)) < drafters:
+                return f"verifier {verifier.address} sees {seen} of {drafters} speculators"
+        return ""
+
+
+def _stopping_order(name: str) -> tuple[int, str]:
+    """Router, verifiers, speculators, Valkey."""
+    role = name.partition("-")[0]
+    return {"router": 0, "verifier": 1, "valkey": 3}.get(role, 2), name

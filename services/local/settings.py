@@ -1,0 +1,77 @@
+"""What a local mesh consists of, and the flags that each of its processes is given."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+Flags = Mapping[str, object]
+"""Settings of a service by their field names; None leaves one at its default."""
+
+
+@dataclass(frozen=True, slots=True)
+class MeshSettings:
+    """What to start.
+
+    Attributes:
+        model: model folder of the LLM; "default" is SmolLM2-135M-Instruct.
+        draft: model folder of the `ssm` speculator's draft; "default" is the one that ships.
+        speculators: drafters, a process each; none decodes plainly.
+        router_listen: address of the router; port 0 picks one.
+        redis_url: a server to use; None starts one, unless TREECAST_REDIS_URL names one.
+        log_dir: where each process's log goes; None makes a new folder in the cache directory.
+        ready_timeout_s: for each process to load and say that it is ready.
+        stop_grace_s: for each process to end by itself once asked to.
+        verifier_flags, speculator_flags, router_flags: further settings by their field names.
+    """
+
+    model: str = "default"
+    draft: str = "default"
+    engine: Literal["hf", "toy"] = "hf"
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    numerics: Literal["exact", "fast", "oracle"] = "exact"
+    num_verifiers: int = 1
+    speculators: tuple[str, ...] = ("ssm", "ngram")
+    torch_threads: int = 2
+    router_listen: str = "127.0.0.1:0"
+    redis_url: str | None = None
+    log_dir: Path | None = None
+    ready_timeout_s: float = 300.0
+    stop_grace_s: float = 10.0
+    verifier_flags: Flags = field(default_factory=dict)
+    speculator_flags: Flags = field(default_factory=dict)
+    router_flags: Flags = field(default_factory=dict)
+
+
+def verifier_flags(settings: MeshSettings, redis_url: str, speculators: Sequence[str]) -> Flags:
+    return {
+        "engine": settings.engine,
+        "model": settings.model,
+        "dtype": settings.dtype,
+        "numerics": settings.numerics,
+        "torch_threads": settings.torch_threads,
+        "speculators": ",".join(speculators) or None,
+        "speculators_per_session": min(len(speculators), 4),
+        "redis_url": redis_url,
+        "drain_s": 0,
+        **settings.verifier_flags,
+    }
+
+
+def router_flags(settings: MeshSettings, redis_url: str, verifiers: Sequence[str]) -> Flags:
+    return {
+        "listen": settings.router_listen,
+        "verifiers": ",".join(verifiers),
+        "redis_url": redis_url,
+        **settings.router_flags,
+    }
+
+
+def speculator_flags(settings: MeshSettings, redis_url: str, drafter: str) -> Flags:
+    return {
+        "drafters": drafter,
+        "redis_url": redis_url,
+        **settings.speculator_flags,
+    }

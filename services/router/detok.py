@@ -1,0 +1,89 @@
+"""Output tokens to text, piece by piece; a piece once given out never changes.
+
+What has been given out depends on the tokens so far and on nothing else, not on how they were
+grouped. So a stream can be continued elsewhere from its tokens alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+REPLACEMENT = "�"
+MAX_OPEN_BYTES = 3
+"""A UTF-8 character that lacks bytes has at most three; a decoder shows one mark for each."""
+
+
+class DetokStream:
+    """Text of one output. Characters that lack bytes, and possible stop strings, are held back."""
+
+    def __init__(self, decode: Callable[[Sequence[int]], str], stop: Sequence[str] = ()) -> None:
+        self._pieces = _Pieces(decode)
+        self._stop = tuple(stop)
+        self._held = ""
+
+    def push(self, tokens: Sequence[int]) -> str:
+        """Add tokens; returns the text that is final now."""
+        return "".join([self._release(self._pieces.push(token)) for token in tokens])
+
+    def finish(self, stop_characters: int = 0) -> str:
+        """The rest of the text, without its last `stop_characters`."""
+        rest = self._held + self._pieces.rest()
+        self._held = ""
+        return rest[: max(0, len(rest) - stop_characters)]
+
+    def _release(self, piece: str) -> str:
+        text = self._held + piece
+        safe = _safe_length(text, self._stop)
+        self._held = text[safe:]
+        return text[:safe]
+
+
+class _Pieces:
+    """Decodes token by token through a window that starts where the text was last whole.
+
+    A decoder may treat its first token in its own way, so new text is what the window's text has
+    beyond that of its first part.
+    """
+
+    def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
+        self._decode = decode
+        self._window: list[int] = []
+        self._num_first = 0  # tokens of the window whose text was whole and given out
+        self._given = 0  # characters of the window's text that were given out
+
+    def push(self, token: int) -> str:
+        self._window.append(token)
+        text = self._decode(self._window)
+        whole = len(text) - _open_characters(text)
+        piece = text[self._given : whole]
+        self._given = max(self._given, whole)
+        if piece and whole == len(text):
+            self._slide()
+        return piece
+
+    def rest(self) -> str:
+        """What a character that never got all its bytes decodes to."""
+        return self._decode(self._window)[self._given :]
+
+    def _slide(self) -> None:
+        self._window = self._window[self._num_first :]
+        self._num_first = len(self._window)
+        self._given = len(self._decode(self._window))
+
+
+def _open_characters(text: str) -> int:
+    """Marks at the end that may yet turn into a character."""
+    return min(len(text) - len(text.rstrip(REPLACEMENT)), MAX_OPEN_BYTES)
+
+
+def _safe_length(text: str, stop: Sequence[str]) -> int:
+    """Characters before the first stop string, or before an end that may become one."""
+    starts = [at for one in stop if (at := text.find(one)) >= 0]
+    starts += [len(text) - size for one in stop if (size := _overlap(text, one))]
+    return min(starts, default=len(text))
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest proper prefix of `stop` that ends `text`."""
+    sizes = range(min(len(text), len(stop) - 1), 0, -1)
+    return next((size for size in sizes if text.endswith(stop[:size])), 0)

@@ -1,0 +1,171 @@
+"""Where a request goes: pure functions over a snapshot of the verifiers."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from hashlib import blake2b
+
+from treecast.errors import InvalidRequest, NotServed
+from treecast.sampling.params import Law
+from treecast.wire.frames import Heartbeat, Hello
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A healthy verifier: its stream is open and its heartbeats come.
+
+    Attributes:
+        seated: requests that this router has there now.
+        seated_at_beat: the same when the heartbeat came, which counts them already.
+    """
+
+    hello: Hello
+    beat: Heartbeat = Heartbeat()  # noqa: RUF009  frozen
+    seated: int = 0
+    seated_at_beat: int = 0
+
+    @property
+    def instance_id(self) -> str:
+        return self.hello.instance_id
+
+    @property
+    def free(self) -> int:
+        """Requests that it would still take from this router."""
+        return self.hello.capacity - self.seated
+
+    @property
+    def load(self) -> int:
+        """Requests there, from all routers, as far as we know by now."""
+        return self.beat.running + self.beat.waiting + self.seated - self.seated_at_beat
+
+    @property
+    def kv_use(self) -> float:
+        """Share of its KV pool in use."""
+        total = self.beat.kv_pages_total
+        return 1 - self.beat.kv_pages_free / total if total else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What a request needs of a verifier.
+
+    Attributes:
+        spread: evens out ties between routers and requests; the request id.
+        slots: samples to be placed together.
+        holder: instance that has the session's KV cache, empty if unknown.
+        rendezvous: session to be placed by hashing, when Redis cannot tell its holder.
+        fingerprint: numerics of an earlier placement, which keep the text the same; empty for any.
+        avoid: instances that have given the request up.
+    """
+
+    model: str
+    revision: str
+    spread: str
+    law: Law = Law.REPLAY
+    slots: int = 1
+    holder: str = ""
+    rendezvous: str = ""
+    fingerprint: str = ""
+    avoid: frozenset[str] = frozenset()
+
+
+class PlacedBy(Enum):
+    """Why a request went where it went; the values are metric labels."""
+
+    AFFINITY = "affinity"
+    RENDEZVOUS = "rendezvous"
+    LOAD = "load"
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    instance_id: str
+    by: PlacedBy
+
+
+def place(candidates: Iterable[Candidate], wanted: Wanted) -> Placement | None:
+    """Choose a verifier: the session's holder, else by hash, else the least loaded.
+
+    A full holder is passed over: to compute a prefix again costs less than to wait for a place.
+
+    Returns:
+        None if every verifier that would do is full, or there is none.
+    """
+    roomy = [one for one in candidates if serves(one, wanted) and _has_room(one, wanted)]
+    if any(one.instance_id == wanted.holder for one in roomy):
+        return Placement(wanted.holder, PlacedBy.AFFINITY)
+    alike = [one for one in roomy if one.hello.fingerprint == wanted.fingerprint]
+    pool = alike or roomy
+    if not pool:
+        return None
+    if wanted.rendezvous:
+        best = max(pool, key=lambda one: _weight(wanted.rendezvous, one))
+        return Placement(best.instance_id, PlacedBy.RENDEZVOUS)
+    best = min(pool, key=lambda one: (one.load, one.kv_use, _weight(wanted.spread, one)))
+    return Placement(best.instance_id, PlacedBy.LOAD)
+
+
+def serves(candidate: Candidate, wanted: Wanted) -> bool:
+    """Whether the verifier would do, once it has room."""
+    hello = candidate.hello
+    return (
+        hello.model == wanted.model
+        and hello.model_revision == wanted.revision
+        and wanted.law in hello.laws
+        and hello.capacity > 0
+        and not candidate.beat.draining
+        and hello.instance_id not in wanted.avoid
+    )
+
+
+def _has_room(candidate: Candidate, wanted: Wanted) -> bool:
+    return candidate.free >= min(wanted.slots, candidate.hello.capacity)
+
+
+def _weight(name: str, candidate: Candidate) -> bytes:
+    """Rendezvous hashing: every router ranks the same verifiers alike, without asking anyone.
+
+    Source: Thaler and Ravishankar 1998, "Using name-based mappings to increase hit rates".
+    """
+    return blake2b(f"{name}\0{candidate.instance_id}".encode(), digest_size=8).digest()
+
+
+def choose_model(
+    name: str | None, revision: str | None, hellos: Sequence[Hello], remembered: Collection[str]
+) -> Hello | None:
+    """The model that a request means, as one of its verifiers describes it.
+
+    Of several revisions the one with the most verifiers is taken, unless one is asked for.
+
+    Args:
+        hellos: of the verifiers that take new requests.
+        remembered: models served at some time since the router started.
+    Returns:
+        None if it is not served now but may be again.
+    Raises:
+        InvalidRequest: no name given, and several models are served.
+        NotServed: no such model or revision.
+    """
+    names = sorted({hello.model for hello in hellos})
+    if name is None and len(names) > 1:
+        raise InvalidRequest(f"model is not set and {len(names)} are served: {', '.join(names)}")
+    of_name = [hello for hello in hellos if name in (None, hello.model)]
+    if not of_name:
+        if name is None or not names or name in remembered:
+            return None
+        raise NotServed(f"model {name!r} is not served; served: {', '.join(names)}")
+    return _choose_revision(revision, of_name)
+
+
+def _choose_revision(revision: str | None, hellos: Sequence[Hello]) -> Hello:
+    revisions = [hello.model_revision for hello in hellos]
+    if revision is None:
+        revision = max(sorted(set(revisions)), key=revisions.count)
+    if revision not in revisions:
+        raise NotServed(
+            f"revision {revision!r} of model {hellos[0].model!r} is not served any more; "
+            f"served: {', '.join(sorted(set(revisions)))}"
+        )
+    return hellos[revisions.index(revision)]

@@ -1,0 +1,25 @@
+"""Settings of a router."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from treecast.settings import ServiceSettings
+from treecast.wire.registry import Addresses
+
+
+class RouterSettings(ServiceSettings):
+    """Give each request its verifier, and relay its tokens as text."""
+
+    verifiers: Addresses = Field(
+        (), description="verifiers to dial beside those in Redis: host:port or dns:///name:port"
+    )
+    queue_limit: int = Field(256, ge=1, description="requests that may wait for a verifier")
+    verifier_grace_s: float = Field(
+        5.0, ge=0, description="how long a request waits while no verifier of its model is there"
+    )
+    max_placements: int = Field(
+        4, ge=1, description="verifiers that one request may lose before it fails"
+    )
+    lease_ttl_s: float = Field(600, gt=0, description="an idle session keeps its verifier so long")
+    drain_s: float = Field(30, ge=0, description="time to finish running requests when stopping")

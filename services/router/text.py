@@ -1,0 +1,185 @@
+"""Text to tokens and back, with the tokenizer's files that a verifier hands out.
+
+Output text leaves out special tokens. It is the text in which a verifier looks for stop strings.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+import jinja2
+import jinja2.ext
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import Tokenizer
+
+from treecast.errors import InvalidRequest
+from treecast.services.router.detok import DetokStream
+
+ROLES = ("system", "user", "assistant")
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizerFiles:
+    """As `VerifierService.GetTokenizer` gives them; no JSON for a model without a tokenizer."""
+
+    tokenizer_json: bytes
+    chat_template: str
+    special_tokens: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class ChatMessage:
+    role: str
+    content: str
+
+
+class ModelText:
+    """Tokenises prompts and detokenises output of one model revision. Thread-safe."""
+
+    def __init__(self, model: str, files: TokenizerFiles) -> None:
+        """Parses the tokenizer: tens of milliseconds, so not for an event loop."""
+        self._model = model
+        self._tokenizer = _load_tokenizer(files.tokenizer_json)
+        self._template = _compile(files.chat_template)
+        self._special_tokens = files.special_tokens
+
+    def encode_text(self, text: str) -> tuple[int, ...]:
+        """Tokens of a plain prompt, with the special tokens that the tokenizer puts around it.
+
+        Raises:
+            InvalidRequest: the text is empty, or the model has no tokenizer.
+        """
+        if not text:
+            raise InvalidRequest("prompt is empty")
+        return self._encode(text, special_tokens=True)
+
+    def encode_chat(self, messages: Sequence[ChatMessage]) -> tuple[int, ...]:
+        """Tokens of a chat in the model's own template, ready for the assistant's turn.
+
+        Raises:
+            InvalidRequest: no messages, an unknown role, no template, or one that refuses these
+                messages.
+        """
+        if not messages:
+            raise InvalidRequest("prompt is empty")
+        for message in messages:
+            if message.role not in ROLES:
+                raise InvalidRequest(f"role is {message.role!r}; allowed: {', '.join(ROLES)}")
+        return self._encode(self._render(messages), special_tokens=False)
+
+    def detokenizer(self, stop: Sequence[str]) -> DetokStream:
+        """A stream of output text; always empty if the model has no tokenizer.
+
+        Raises:
+            InvalidRequest: stop strings for a model without a tokenizer.
+        """
+        if self._tokenizer is None and stop:
+            raise InvalidRequest(f"model {self._model!r} has no tokenizer; stop strings need one")
+        return DetokStream(self._decode, stop)
+
+    def _encode(self, text: str, special_tokens: bool) -> tuple[int, ...]:
+        if self._tokenizer is None:
+            raise InvalidRequest(
+                f"model {self._model!r} has no tokenizer; send the prompt as token ids"
+            )
+        return tuple(self._tokenizer.encode(text, add_special_tokens=special_tokens).ids)
+
+    def _decode(self, token_ids: Sequence[int]) -> str:
+        if self._tokenizer is None:
+            return ""
+        return self._tokenizer.decode(token_ids, skip_special_tokens=True)
+
+    def _render(self, messages: Sequence[ChatMessage]) -> str:
+        if self._template is None:
+            raise InvalidRequest(
+                f"model {self._model!r} has no chat template; send text or token ids"
+            )
+        try:
+            return self._template.render(
+                messages=[{"role": one.role, "content": one.content} for one in messages],
+                tools=None,
+                documents=None,
+                add_generation_prompt=True,
+                **self._special_tokens,
+            )
+        except jinja2.TemplateError as error:
+            raise InvalidRequest(f"chat template refuses the messages: {error}") from error
+
+
+def _load_tokenizer(definition: bytes) -> Tokenizer | None:
+    if not definition:
+        return None
+    tokenizer = Tokenizer.from_str(definition.decode())
+    tokenizer.no_truncation()  # a definition may carry the settings of its training
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _compile(template: str) -> jinja2.Template | None:
+    """Templates come with models, so they run sandboxed; names as transformers gives them."""
+    if not template:
+        return None
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return environment.from_string(template)
+
+
+class _Generation(jinja2.ext.Extension):
+    """`{% generation %}` marks the assistant's words for training; here it is no more than them."""
+
+    tags = {"generation"}  # noqa: RUF012  jinja declares it so
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _to_json(
+    value: Any,  # whatever a template holds
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Unlike jinja's own, leaves HTML characters as they are."""
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+    )
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+class TextCache:
+    """`ModelText` by model revision; concurrent requests wait for one fetch."""
+
+    def __init__(self) -> None:
+        self._texts: dict[str, asyncio.Task[ModelText]] = {}
+
+    async def get(
+        self, model: str, revision: str, fetch: Callable[[], Awaitable[TokenizerFiles]]
+    ) -> ModelText:
+        """Fetch once; a failed fetch is forgotten, so that the next request tries again."""
+        task = self._texts.get(revision)
+        if task is None or (task.done() and task.exception() is not None):
+            task = asyncio.create_task(_load(model, fetch))
+            self._texts[revision] = task
+        return await asyncio.shield(task)
+
+
+async def _load(model: str, fetch: Callable[[], Awaitable[TokenizerFiles]]) -> ModelText:
+    return await asyncio.to_thread(ModelText, model, await fetch())

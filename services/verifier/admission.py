@@ -1,0 +1,145 @@
+"""What routers ask, turned into requests of the step loop."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Sequence
+
+from treecast.engine.base import Engine
+from treecast.errors import InvalidRequest, NotServed, PromptTooLong, TreecastError
+from treecast.sampling.params import Law
+from treecast.sampling.pick import Picker
+from treecast.sampling.stops import Stop, StopRules
+from treecast.sampling.transforms import Context
+from treecast.wire.frames import (
+    BadFrame,
+    Cancel,
+    Completed,
+    Failed,
+    Forget,
+    Heartbeat,
+    RouterFrame,
+    ServingFrame,
+    Start,
+)
+from treecast.wire.link import Link
+
+from .requests import Request
+from .step import StepLoop
+
+RouterLink = Link[ServingFrame, RouterFrame]
+Decode = Callable[[Sequence[int]], str]
+
+
+class Admission:
+    """Turns what routers ask into requests of the step loop. A `PairHandler` for their streams."""
+
+    def __init__(self, engine: Engine, steps: StepLoop, decode: Decode | None) -> None:
+        self._engine = engine
+        self._steps = steps
+        self._decode = decode
+        self._handles = itertools.count(1)
+        self._requests: dict[RouterLink, dict[int, Request]] = {}
+
+    def opened(self, link: RouterLink) -> None:
+        self._requests[link] = {}
+
+    def closed(self, link: RouterLink) -> None:
+        """The router is gone: it re-places its requests elsewhere, so they end here."""
+        for request in self._requests.pop(link, {}).values():
+            self._steps.cancel(request)
+
+    def beat(self, link: RouterLink, heartbeat: Heartbeat) -> None:
+        """Liveness is the stream's concern; nothing to do."""
+
+    def failed_frame(self, link: RouterLink, error: BadFrame) -> None:
+        """A malformed request ends with its fault; one already running is cancelled."""
+        self._cancel(link, error.handle)
+        link.send(Failed(error.handle, error.cause))
+
+    def received(self, link: RouterLink, frame: RouterFrame) -> None:
+        match frame:
+            case Start():
+                self._start(link, frame)
+            case Cancel():
+                self._cancel(link, frame.handle)
+            case Forget():
+                self._steps.forget(frame.session)
+
+    def _cancel(self, link: RouterLink, handle: int) -> None:
+        request = self._requests[link].get(handle)
+        if request is not None:
+            self._steps.cancel(request)
+
+    def _start(self, link: RouterLink, start: Start) -> None:
+        if start.handle in self._requests[link]:
+            raise InvalidRequest(f"handle {start.handle} is in use on this stream")
+        try:
+            request = self._request(link, start)
+            stop = _first_stop(request.stops, start.committed)
+            if stop is not None:  # the stream was lost between its last token and its end
+                link.send(Completed(start.handle, stop.reason, request.usage(), stop.characters))
+                return
+            self._steps.submit(request)
+        except TreecastError as error:
+            link.send(Failed(start.handle, error))
+            return
+        mine = self._requests[link]
+        mine[start.handle] = request
+        request.on_end = lambda: _drop(mine, start.handle)
+
+    def _request(self, link: RouterLink, start: Start) -> Request:
+        info, sampling = self._engine.info, start.sampling
+        if start.law is not Law.REPLAY:
+            raise NotServed(f"law {start.law.name.lower()} is not served; this verifier has replay")
+        sampling.check_vocabulary(info.vocab_size)
+        prompt = fit_prompt(start, info.context_tokens, info.vocab_size)
+        deadline = None
+        if start.deadline_ms is not None:
+            deadline = time.monotonic() + start.deadline_ms / 1000
+        return Request(
+            handle=next(self._handles),
+            start=start,
+            link=link,
+            tokens=[*prompt, *start.committed],
+            prompt_len=len(prompt),
+            picker=Picker(sampling, start.noise_key, Context(prompt, start.committed)),
+            stops=StopRules(info.eos_token_ids, sampling, self._decode),
+            deadline=deadline,
+        )
+
+
+def _drop(requests: dict[int, Request], handle: int) -> None:
+    requests.pop(handle, None)
+
+
+def _first_stop(stops: StopRules, committed: Sequence[int]) -> Stop | None:
+    """Take in output that an earlier placement committed; tells if it was complete."""
+    for token in committed:
+        if stop := stops.check(token):
+            return stop
+    return None
+
+
+def fit_prompt(start: Start, context_tokens: int, vocab_size: int) -> list[int]:
+    """The prompt as it will be computed.
+
+    Raises:
+        InvalidRequest: empty, or an unknown token id.
+        PromptTooLong: prompt and output do not fit, and truncation was not asked for.
+    """
+    if not start.prompt:
+        raise InvalidRequest("prompt is empty")
+    for token in (*start.prompt, *start.committed):
+        if not 0 <= token < vocab_size:
+            raise InvalidRequest(f"token id {token} is unknown; the vocabulary has {vocab_size}")
+    room = context_tokens - start.sampling.max_tokens
+    if len(start.prompt) <= room:
+        return list(start.prompt)
+    if start.truncate_prompt and room > 0:
+        return list(start.prompt[-room:])
+    raise PromptTooLong(
+        f"prompt has {len(start.prompt)} tokens and max_tokens is {start.sampling.max_tokens}; "
+        f"the limit is {context_tokens} together"
+    )

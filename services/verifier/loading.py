@@ -1,0 +1,44 @@
+"""Making the engine that the settings ask for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import structlog
+
+from treecast.engine.base import Engine
+from treecast.engine.toy import ToyEngine
+
+from .settings import VerifierSettings
+from .tokenizer import TokenizerFiles
+
+log = structlog.get_logger()
+
+
+def load_engine(settings: VerifierSettings) -> tuple[Path | None, Engine]:
+    """Load the model; returns its folder (None for the toy) and the engine. Blocks.
+
+    Raises:
+        ModelError: the folder is missing or holds no causal LM.
+    """
+    if settings.engine == "toy":
+        return None, ToyEngine(pool_tokens=settings.pool_tokens, step_s=settings.toy_step_s)
+    from treecast.checkpoints import ensure_default_target
+    from treecast.engine.hf import HFEngine
+
+    folder = ensure_default_target() if settings.model == "default" else Path(settings.model)
+    log.info("model.loading", folder=str(folder), dtype=settings.dtype, numerics=settings.numerics)
+    engine = HFEngine.load(
+        folder,
+        dtype=settings.dtype,
+        numerics=settings.numerics,
+        pool_tokens=settings.pool_tokens,
+        threads=settings.torch_threads,
+    )
+    log.info("model.loaded", revision=engine.info.revision, fingerprint=engine.info.fingerprint)
+    return folder, engine
+
+
+def read_tokenizer(model_dir: Path | None) -> TokenizerFiles:
+    """The tokenizer beside the model; an empty one for the toy."""
+    return TokenizerFiles() if model_dir is None else TokenizerFiles.read(model_dir)

@@ -1,0 +1,137 @@
+"""What a verifier measures of itself."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from treecast.telemetry.metrics import LATENCY_BUCKETS_S
+
+_STEP_BUCKETS_S = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 5)
+_COUNT_BUCKETS = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256)
+MAX_DEPTH_LABEL = 16
+
+
+class VerifierMetrics:
+    """Prometheus metrics of one verifier; seconds and counts, labels bounded."""
+
+    def __init__(self) -> None:
+        self.registry = registry = CollectorRegistry()
+        self.requests = Counter(
+            "treecast_verifier_requests_total",
+            "Requests ended, by outcome: a finish reason or an error's reason.",
+            ["outcome"],
+            registry=registry,
+        )
+        self.first_token = Histogram(
+            "treecast_verifier_time_to_first_token_seconds",
+            "From the arrival of a request at the verifier to its first token.",
+            buckets=LATENCY_BUCKETS_S,
+            registry=registry,
+        )
+        self.inter_token = Histogram(
+            "treecast_verifier_inter_token_seconds",
+            "Time between a request's commits divided by the tokens committed, once per commit.",
+            buckets=LATENCY_BUCKETS_S,
+            registry=registry,
+        )
+        self.phase = Histogram(
+            "treecast_verifier_step_phase_seconds",
+            "Time of each phase of a step: collect, plan, forward, walk, commit.",
+            ["phase"],
+            buckets=_STEP_BUCKETS_S,
+            registry=registry,
+        )
+        self.batch_size = Histogram(
+            "treecast_verifier_batch_requests",
+            "Requests in a step.",
+            buckets=_COUNT_BUCKETS,
+            registry=registry,
+        )
+        self.batch_rows = Histogram(
+            "treecast_verifier_batch_rows",
+            "Rows in a step: prefill chunks, roots and tree nodes.",
+            buckets=_COUNT_BUCKETS,
+            registry=registry,
+        )
+        self.tokens = Counter(
+            "treecast_verifier_tokens_total", "Output tokens committed.", registry=registry
+        )
+        self.prefill_tokens = Counter(
+            "treecast_verifier_prefill_tokens_total",
+            "Prompt tokens computed; those found in the KV cache are not counted.",
+            registry=registry,
+        )
+        self.nodes_offered = Counter(
+            "treecast_verifier_tree_nodes_offered_total",
+            "Tree nodes received from speculators.",
+            registry=registry,
+        )
+        self.nodes_verified = Counter(
+            "treecast_verifier_tree_nodes_verified_total",
+            "Tree nodes that a step computed.",
+            registry=registry,
+        )
+        self.nodes_accepted = Counter(
+            "treecast_verifier_tree_nodes_accepted_total",
+            "Tree nodes accepted.",
+            registry=registry,
+        )
+        self.offered_depth = Counter(
+            "treecast_verifier_offered_by_depth_total",
+            "Verified trees that reached this depth; the last label holds all deeper ones.",
+            ["depth"],
+            registry=registry,
+        )
+        self.accepted_depth = Counter(
+            "treecast_verifier_accepted_by_depth_total",
+            "Verified trees whose accepted path reached this depth.",
+            ["depth"],
+            registry=registry,
+        )
+        self.run_ahead_hits = Counter(
+            "treecast_verifier_run_ahead_hits_total",
+            "Trees grown from an older commit that still held the committed text.",
+            registry=registry,
+        )
+        self.stale_frames = Counter(
+            "treecast_verifier_stale_frames_total",
+            "Speculator frames for text that was not committed, or for no session.",
+            registry=registry,
+        )
+        self.bad_frames = Counter(
+            "treecast_verifier_bad_frames_total",
+            "Malformed speculator frames; each ends its session's speculation there.",
+            registry=registry,
+        )
+        self.speculators = Gauge(
+            "treecast_verifier_speculators", "Speculators with an open stream.", registry=registry
+        )
+        self.pages = Gauge(
+            "treecast_verifier_kv_pages", "KV pages by state: free, used.", ["state"],
+            registry=registry,
+        )  # fmt: skip
+        self.running = Gauge(
+            "treecast_verifier_running_requests", "Requests with KV pages.", registry=registry
+        )
+        self.waiting = Gauge(
+            "treecast_verifier_waiting_requests", "Requests waiting for pages.", registry=registry
+        )
+        self.wait = Histogram(
+            "treecast_verifier_wait_seconds",
+            "From the arrival of a request to its admission to the batch.",
+            buckets=LATENCY_BUCKETS_S,
+            registry=registry,
+        )
+        self.retained = Gauge(
+            "treecast_verifier_retained_sessions", "Idle sessions with KV.", registry=registry
+        )
+
+    def tree_verified(self, num_nodes: int, depth: int, accepted: int) -> None:
+        """Count one tree of a step."""
+        self.nodes_verified.inc(num_nodes)
+        self.nodes_accepted.inc(accepted)
+        for level in range(1, depth + 1):
+            label = str(min(level, MAX_DEPTH_LABEL))
+            self.offered_depth.labels(label).inc()
+            if level <= accepted:
+                self.accepted_depth.labels(label).inc()

@@ -1,0 +1,130 @@
+"""What goes into the next step: prefill chunks, roots, and the tree nodes that pay."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from treecast.engine.base import Segment
+from treecast.tree import ROOT, TokenTree
+
+from .requests import Request
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """One request's rows in a step.
+
+    Attributes:
+        num_pending: how many of the request's pending tokens are computed, in order.
+        tree: nodes below the last of them; empty while the prompt is not finished.
+    """
+
+    request: Request
+    num_pending: int
+    tree: TokenTree
+
+    @property
+    def samples(self) -> bool:
+        """Whether the root is among the rows, so that tokens come out."""
+        return self.num_pending == len(self.request.pending)
+
+    @property
+    def num_rows(self) -> int:
+        return self.num_pending + len(self.tree)
+
+    def segment(self) -> Segment:
+        """The rows as the engine takes them: pending tokens as a chain, the tree below it."""
+        assert self.request.sequence is not None
+        root = self.num_pending - 1
+        parents = [
+            *range(-1, root),
+            *(root if p == ROOT else p + root + 1 for p in self.tree.parents),
+        ]
+        wanted = range(root, self.num_rows) if self.samples else ()
+        tokens = [*self.request.pending[: self.num_pending], *self.tree.tokens]
+        return Segment(self.request.sequence, tokens, parents, wanted)
+
+    def path(self, accepted: Sequence[int]) -> list[int]:
+        """Rows to commit: the pending ones, then the accepted nodes."""
+        return [*range(self.num_pending), *(self.num_pending + node for node in accepted)]
+
+
+def plan(
+    requests: Sequence[Request],
+    trees: Sequence[TokenTree],
+    step_s: Callable[[int], float],
+    max_rows: int,
+) -> list[Work]:
+    """Divide a step's rows among requests, oldest first.
+
+    Every decoding request gets its root. Prompts share what is left, or half of it where trees
+    wait for rows. Nodes of all trees compete by confidence (`choose_nodes`).
+
+    Args:
+        trees: one per request, empty where there is none; confidence calibrated.
+        step_s: predicted seconds of a step by its number of rows.
+    """
+    roots = [request for request in requests if request.decoding][:max_rows]
+    room = max_rows - len(roots)
+    for_trees = min(sum(len(tree) for tree in trees), room // 2)
+    chunks = _prefill_chunks([r for r in requests if not r.decoding], room - for_trees)
+    counts = {id(request): 1 for request in roots} | chunks
+    planned = [(r, tree) for r, tree in zip(requests, trees, strict=True) if id(r) in counts]
+    sampling = [tree if counts[id(r)] == len(r.pending) else TokenTree() for r, tree in planned]
+    base_rows = sum(counts.values())
+    chosen = choose_nodes(sampling, base_rows, step_s, max_rows - base_rows)
+    return [
+        Work(request, counts[id(request)], tree)
+        for (request, _), tree in zip(planned, chosen, strict=True)
+    ]
+
+
+def _prefill_chunks(requests: Sequence[Request], budget: int) -> dict[int, int]:
+    chunks: dict[int, int] = {}
+    for request in requests:
+        if budget <= 0:
+            break
+        chunks[id(request)] = min(len(request.pending), budget)
+        budget -= chunks[id(request)]
+    return chunks
+
+
+def choose_nodes(
+    trees: Sequence[TokenTree],
+    base_rows: int,
+    step_s: Callable[[int], float],
+    budget: int,
+) -> list[TokenTree]:
+    """Pick nodes across trees while expected tokens per added second exceed the current rate.
+
+    Nodes go by the probability that they are accepted, the product of confidences along their
+    path; a node is looked at only after its parent was taken.
+    Source: the goodput rule of SmartSpec (arXiv 2406.14066), applied to trees.
+    """
+    paths = [tree.path_confidence() for tree in trees]
+    children = [_children(tree) for tree in trees]
+    heap = [
+        (-paths[t][node], t, node) for t in range(len(trees)) for node in children[t].get(ROOT, ())
+    ]
+    heapq.heapify(heap)
+    taken: list[list[int]] = [[] for _ in trees]
+    expected, rows, now_s = float(len(trees)), base_rows, step_s(base_rows)
+    while heap and rows - base_rows < budget:
+        negative, t, node = heapq.heappop(heap)
+        next_s = step_s(rows + 1)
+        if -negative * now_s < expected * (next_s - now_s):
+            break
+        taken[t].append(node)
+        expected, rows, now_s = expected - negative, rows + 1, next_s
+        for child in children[t].get(node, ()):
+            heapq.heappush(heap, (-paths[t][child], t, child))
+    return [tree.keep(nodes) for tree, nodes in zip(trees, taken, strict=True)]
+
+
+def _children(tree: TokenTree) -> dict[int, list[int]]:
+    children: dict[int, list[int]] = {}
+    for node, parent in enumerate(tree.parents):
+        children.setdefault(parent, []).append(node)
+    return children

@@ -1,0 +1,104 @@
+"""A request on its way through the verifier: waiting, prefilling, decoding, done."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from treecast.engine.base import KVSequence
+from treecast.sampling.pick import Picker
+from treecast.sampling.stops import StopRules
+from treecast.tree import MAX_DEPTH, TokenTree
+from treecast.wire.frames import RouterFrame, ServingFrame, Start, Usage
+from treecast.wire.link import Link
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One running request.
+
+    The last of `tokens` is the root of the next tree: it is committed text whose KV is not yet
+    computed. So `sequence.length < len(tokens)` always, and a request decodes, rather than
+    prefills, when only the root is pending.
+
+    Attributes:
+        handle: our own number, shared with speculators; never reused.
+        tokens: prompt and output committed so far.
+        deadline: time.monotonic() at which the output is cut.
+        on_end: called once, when the request has ended.
+    """
+
+    handle: int
+    start: Start
+    link: Link[ServingFrame, RouterFrame]
+    tokens: list[int]
+    prompt_len: int
+    picker: Picker
+    stops: StopRules
+    deadline: float | None
+    sequence: KVSequence | None = None
+    cached_tokens: int = 0
+    cancelled: bool = False
+    arrived_at: float = field(default_factory=time.monotonic)
+    last_commit_at: float | None = None
+    tally: Tally = field(default_factory=lambda: Tally())
+    on_end: Callable[[], None] = field(default=lambda: None)
+
+    @property
+    def pending(self) -> list[int]:
+        """Committed text whose KV is not computed: what is left of the prompt, then the root."""
+        assert self.sequence is not None
+        return self.tokens[self.sequence.length :]
+
+    @property
+    def decoding(self) -> bool:
+        return self.sequence is not None and self.sequence.length == len(self.tokens) - 1
+
+    @property
+    def output(self) -> list[int]:
+        return self.tokens[self.prompt_len :]
+
+    @property
+    def tokens_left(self) -> int:
+        return self.start.sampling.max_tokens - (len(self.tokens) - self.prompt_len)
+
+    @property
+    def expired(self) -> bool:
+        return self.deadline is not None and time.monotonic() >= self.deadline
+
+    def usage(self) -> Usage:
+        return self.tally.usage(self.prompt_len, self.cached_tokens, len(self.output))
+
+
+@dataclass(slots=True)
+class Tally:
+    """What a request's steps cost and gained."""
+
+    steps: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    accepted_by_depth: list[int] = field(default_factory=lambda: [0] * MAX_DEPTH)
+    offered_by_depth: list[int] = field(default_factory=lambda: [0] * MAX_DEPTH)
+
+    def add(self, tree: TokenTree, num_accepted: int) -> None:
+        """Count one verified tree."""
+        self.steps += 1
+        self.drafted += len(tree)
+        self.accepted += num_accepted
+        for depth in range(max(tree.depths, default=0)):
+            self.offered_by_depth[depth] += 1
+            self.accepted_by_depth[depth] += depth < num_accepted
+
+    def usage(self, prompt_tokens: int, cached_tokens: int, output_tokens: int) -> Usage:
+        depths = sum(1 for offered in self.offered_by_depth if offered)
+        return Usage(
+            prompt_tokens=prompt_tokens,
+            cached_tokens=cached_tokens,
+            output_tokens=output_tokens,
+            steps=self.steps,
+            drafted=self.drafted,
+            accepted=self.accepted,
+            accepted_by_depth=tuple(self.accepted_by_depth[:depths]),
+            offered_by_depth=tuple(self.offered_by_depth[:depths]),
+        )

@@ -1,0 +1,180 @@
+"""The verifier's RPCs and life-cycle."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from typing import Any
+
+import grpc
+import structlog
+
+from treecast.engine.base import Engine
+from treecast.errors import NotServed
+from treecast.v1 import verifier_pb2 as pb
+from treecast.v1 import verifier_pb2_grpc
+from treecast.wire import codec
+from treecast.wire.fleet import Fleet
+from treecast.wire.frames import Heartbeat, Hello, Role
+from treecast.wire.lifecycle import begin, serve_until_stopped
+from treecast.wire.pair import SERVE, SPECULATE, Acceptor, Dialer
+from treecast.wire.registry import Registry
+from treecast.wire.server import Server
+
+from .admission import Admission
+from .loading import load_engine, read_tokenizer
+from .metrics import VerifierMetrics
+from .pace import measure_curve
+from .settings import VerifierSettings
+from .speculation import Speculation
+from .step import StepLoop
+from .tokenizer import TokenizerFiles
+
+log = structlog.get_logger()
+
+
+class Verifier(verifier_pb2_grpc.VerifierServiceServicer):
+    """One verifier process: engine, step loop, streams to routers and speculators."""
+
+    def __init__(
+        self,
+        settings: VerifierSettings,
+        engine: Engine,
+        tokenizer: TokenizerFiles,
+        instance_id: str,
+    ) -> None:
+        self._settings = settings
+        self._engine = engine
+        self._tokenizer = tokenizer
+        self._instance_id = instance_id
+        self._draining = False
+        self.metrics = VerifierMetrics()
+        self.speculation = Speculation(
+            settings.speculators_per_session,
+            settings.max_nodes,
+            engine.info.vocab_size,
+            self.metrics,
+        )
+        curve = measure_curve(engine, settings.max_rows)
+        self.steps = StepLoop(engine, settings, self.speculation, curve, self.metrics)
+        admission = Admission(engine, self.steps, tokenizer.decoder())
+        self._routers = Acceptor(SERVE, self._hello, self._heartbeat, admission)
+        registry = Registry(settings.redis_url, Role.SPECULATOR, settings.speculators)
+        self._speculators = Fleet(registry, self._dial)
+        self._stepping: asyncio.Task[None] | None = None
+
+    # --- life-cycle -----------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Begin stepping and dialing speculators."""
+        self._stepping = asyncio.create_task(self.steps.run())
+        if self._settings.speculators_per_session:
+            await self._speculators.start()
+
+    async def drain(self) -> None:
+        """Take nothing new, let what runs finish, then close the streams."""
+        self._draining = True
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._settings.drain_s):
+                await self.steps.finished()
+        await self.close()
+
+    async def close(self) -> None:
+        """Stop at once; routers re-place what was running."""
+        self._routers.close("the verifier is stopping")
+        await self._speculators.close()
+        if self._stepping is not None:
+            self._stepping.cancel()
+            await asyncio.gather(self._stepping, return_exceptions=True)
+        self.steps.close()
+
+    def _dial(self, address: str) -> Dialer[Any, Any]:
+        return Dialer(address, SPECULATE, self._hello, self._heartbeat, self.speculation)
+
+    def _hello(self) -> Hello:
+        info = self._engine.info
+        return Hello(
+            instance_id=self._instance_id,
+            role=Role.VERIFIER,
+            vocab_size=info.vocab_size,
+            tokenizer_hash=info.tokenizer_hash,
+            capacity=self._settings.max_running + self._settings.max_waiting,
+            model=info.name,
+            model_revision=info.revision,
+            fingerprint=info.fingerprint,
+            context_tokens=info.context_tokens,
+            shares_cores=self._settings.shares_cores,
+        )
+
+    def _heartbeat(self) -> Heartbeat:
+        return self.steps.heartbeat(self._draining)
+
+    # --- RPCs -----------------------------------------------------------------------------------
+
+    async def Serve(  # noqa: N802
+        self,
+        request_iterator: AsyncIterator[pb.ServeRequest],
+        context: grpc.aio.ServicerContext[Any, Any],
+    ) -> AsyncIterator[pb.ServeResponse]:
+        """One router's stream."""
+        async for message in self._routers.accept(request_iterator, context):
+            yield message
+
+    async def GetTokenizer(  # noqa: N802
+        self, request: pb.GetTokenizerRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> pb.GetTokenizerResponse:
+        """The tokenizer's files."""
+        info = self._engine.info
+        if request.HasField("model_revision") and request.model_revision != info.revision:
+            raise NotServed(
+                f"model revision is {request.model_revision!r}; {info.revision!r} is served"
+            )
+        return pb.GetTokenizerResponse(
+            model_revision=info.revision,
+            tokenizer_hash=info.tokenizer_hash,
+            tokenizer_json=self._tokenizer.definition,
+            chat_template=self._tokenizer.chat_template,
+            special_tokens=self._tokenizer.special_tokens,
+        )
+
+    async def GetLoad(  # noqa: N802
+        self, request: pb.GetLoadRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> pb.GetLoadResponse:
+        """What the verifier is doing now."""
+        curve = self.steps.curve.by_rows()
+        return pb.GetLoadResponse(
+            identity=codec.encode_hello(self._hello()),
+            load=codec.encode_heartbeat(self._heartbeat()),
+            speculators=self.speculation.instances,
+            retained_sessions=len(self.steps.sessions),
+            step_ms_by_rows={rows: 1000 * seconds for rows, seconds in curve.items()},
+        )
+
+
+async def serve(settings: VerifierSettings) -> None:
+    """Load the model, measure the step, serve until a signal.
+
+    Raises:
+        ModelError: the model cannot be loaded.
+        SettingsError: an address cannot be bound.
+    """
+    instance_id = begin(settings, Role.VERIFIER)
+    model_dir, engine = load_engine(settings)
+    verifier = Verifier(settings, engine, read_tokenizer(model_dir), instance_id)
+    server = Server()
+    server.add(
+        verifier_pb2_grpc.add_VerifierServiceServicer_to_server,
+        verifier,
+        "treecast.v1.VerifierService",
+    )
+    await verifier.start()
+    await serve_until_stopped(
+        settings,
+        Role.VERIFIER,
+        instance_id,
+        server,
+        verifier.metrics.registry,
+        verifier.drain,
+        engine.info.name,
+    )

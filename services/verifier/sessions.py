@@ -1,0 +1,180 @@
+"""Retained KV: what a session's next request, or a concurrent one, need not compute again."""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from treecast.engine.base import Engine, KVSequence
+from treecast.errors import Overloaded, StaleLease
+from treecast.wire.frames import SessionKey
+
+from .requests import Request
+
+Key = tuple[str, str]
+T = TypeVar("T")
+
+
+@dataclass(slots=True)
+class Retained:
+    """KV of an idle session: `tokens` are the positions that `sequence` holds."""
+
+    sequence: KVSequence
+    tokens: list[int]
+    idle_since: float
+
+
+class SessionStore:
+    """Retained sequences by (tenant, session id), least recently used first.
+
+    A request takes over what its session retained, or forks the pages of a running sibling. The
+    last of a session's requests to finish leaves its KV here.
+    """
+
+    def __init__(self, engine: Engine, ttl_s: float) -> None:
+        self._engine = engine
+        self._ttl_s = ttl_s
+        self._idle: OrderedDict[Key, Retained] = OrderedDict()
+        self._epochs: OrderedDict[Key, int] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._idle)
+
+    def check_epoch(self, session: SessionKey) -> None:
+        """Remember the newest lease of a session.
+
+        Raises:
+            StaleLease: a newer placement has been seen here.
+        """
+        key = _key(session)
+        newest = self._epochs.get(key, 0)
+        if session.epoch < newest:
+            raise StaleLease(f"session lease has epoch {session.epoch}; {newest} has been seen")
+        self._epochs[key] = session.epoch
+        self._epochs.move_to_end(key)
+        while len(self._epochs) > 100_000:
+            self._epochs.popitem(last=False)
+
+    def open(self, request: Request, siblings: Iterable[Request], capacity: int) -> bool:
+        """Give a request its sequence, with as much computed prefix as can be had.
+
+        Returns:
+            False if the request should wait: a sibling is computing a prefix that it can share.
+
+        Raises:
+            Overloaded: not enough pages, even with every idle session evicted.
+        """
+        best, shared = _longest_shared(request, siblings)
+        if best is not None and not best.decoding and shared > _length(best):
+            return False
+        retained = self._take(request.start.session)
+        kept = 0 if retained is None else _common(retained.tokens, request.tokens[:-1])
+        if best is not None and min(shared, _length(best)) > kept:
+            self._drop(retained)
+            assert best.sequence is not None
+            kept = min(shared, best.sequence.length)
+            source = best.sequence
+            sequence = self._with_eviction(lambda: self._engine.fork(source, kept, capacity))
+        elif retained is not None:
+            sequence = self._take_over(retained, kept, capacity)
+        else:
+            sequence = self._with_eviction(lambda: self._engine.allocate(capacity))
+        request.sequence, request.cached_tokens = sequence, kept
+        return True
+
+    def close(self, request: Request, siblings: Iterable[Request]) -> None:
+        """Take a finished request's sequence: retain it for its session, or free it."""
+        sequence, request.sequence = request.sequence, None
+        if sequence is None:
+            return
+        session = request.start.session
+        if session is None or any(_same_session(request, other) for other in siblings):
+            self._engine.free(sequence)
+            return
+        self._engine.truncate(sequence, sequence.length)
+        self._engine.trim(sequence)
+        self.forget(session)
+        tokens = request.tokens[: sequence.length]
+        self._idle[_key(session)] = Retained(sequence, tokens, time.monotonic())
+
+    def forget(self, session: SessionKey) -> None:
+        """Free what a session retains, if anything."""
+        self._drop(self._idle.pop(_key(session), None))
+
+    def expire(self) -> None:
+        """Free sessions that have been idle for too long."""
+        horizon = time.monotonic() - self._ttl_s
+        while self._idle and next(iter(self._idle.values())).idle_since < horizon:
+            self.evict()
+
+    def evict(self) -> bool:
+        """Free the session idle for longest; False if there is none."""
+        if not self._idle:
+            return False
+        _, retained = self._idle.popitem(last=False)
+        self._drop(retained)
+        return True
+
+    def _take(self, session: SessionKey | None) -> Retained | None:
+        return None if session is None else self._idle.pop(_key(session), None)
+
+    def _drop(self, retained: Retained | None) -> None:
+        if retained is not None:
+            self._engine.free(retained.sequence)
+
+    def _take_over(self, retained: Retained, kept: int, capacity: int) -> KVSequence:
+        sequence = retained.sequence
+        self._engine.truncate(sequence, kept)
+        try:
+            self._with_eviction(lambda: self._engine.reserve(sequence, capacity))
+        except Overloaded:
+            self._engine.free(sequence)
+            raise
+        return sequence
+
+    def _with_eviction(self, reserve: Callable[[], T]) -> T:
+        while True:
+            try:
+                return reserve()
+            except Overloaded:
+                if not self.evict():
+                    raise
+
+
+def _key(session: SessionKey) -> Key:
+    return session.tenant, session.session_id
+
+
+def _length(request: Request) -> int:
+    return 0 if request.sequence is None else request.sequence.length
+
+
+def _same_session(a: Request, b: Request) -> bool:
+    return (
+        a.start.session is not None
+        and b.start.session is not None
+        and _key(a.start.session) == _key(b.start.session)
+    )
+
+
+def _longest_shared(request: Request, siblings: Iterable[Request]) -> tuple[Request | None, int]:
+    best, longest = None, 0
+    for other in siblings:
+        if other is request or not _same_session(request, other):
+            continue
+        shared = _common(other.tokens, request.tokens[:-1])
+        if shared > longest:
+            best, longest = other, shared
+    return best, longest
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    length = 0
+    for left, right in zip(a, b, strict=False):
+        if left != right:
+            break
+        length += 1
+    return length

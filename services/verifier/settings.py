@@ -1,0 +1,36 @@
+"""Settings of a verifier."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from treecast.settings import ServiceSettings
+
+
+class VerifierSettings(ServiceSettings):
+    """Hold the LLM and verify token trees against it."""
+
+    engine: Literal["hf", "toy"] = Field("hf", description="hf: a real model; toy: for tests")
+    model: str = Field("default", description="model folder; 'default' is SmolLM2-135M-Instruct")
+    dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="weights and activations")
+    numerics: Literal["exact", "fast", "oracle"] = Field(
+        "exact", description="exact: bits do not depend on tree or batch; fast: free to reorder"
+    )
+    torch_threads: int = Field(2, ge=1, description="threads of the forward pass")
+    pool_tokens: int = Field(16384, ge=256, description="KV pool size in tokens")
+
+    speculators: tuple[str, ...] = Field((), description="addresses of speculators, or dns:///name")
+    speculators_per_session: int = Field(2, ge=0, le=4, description="how many draft one session")
+    shares_cores: bool = Field(
+        True, description="drafting and verifying take turns on the same cores"
+    )
+
+    max_running: int = Field(32, ge=1, description="requests in one step at most")
+    max_waiting: int = Field(256, ge=0, description="requests waiting for KV pages at most")
+    max_nodes: int = Field(24, ge=0, le=256, description="tree nodes of one request in one step")
+    max_rows: int = Field(128, ge=2, description="rows of one step: prefill chunks and trees")
+    session_ttl_s: float = Field(600, gt=0, description="idle sessions keep their KV this long")
+    drain_s: float = Field(30, ge=0, description="time to finish running requests when stopping")
+    toy_step_s: float = Field(0.0, ge=0, description="toy engine: seconds that one step takes")

@@ -1,0 +1,360 @@
+"""Which speculators draft which request, and what they have sent.
+
+Everything here runs on the event loop and costs nothing when no speculator is attached. Frames
+from speculators are input: they can waste a step's rows, never change a token.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+import structlog
+
+from treecast.errors import InvalidTree
+from treecast.tree import MAX_DEPTH, ROOT, TokenTree, merge
+from treecast.wire.frames import (
+    Attach,
+    BadFrame,
+    Commit,
+    Detach,
+    Draft,
+    Heartbeat,
+    NeedSync,
+    Refused,
+    SpeculatorFrame,
+    VerifierFrame,
+)
+from treecast.wire.link import Link
+
+from .metrics import VerifierMetrics
+from .requests import Request
+
+SpeculatorLink = Link[VerifierFrame, SpeculatorFrame]
+
+_PROPOSERS_PER_SPECULATOR = 8
+_HALF_LIFE_STEPS = 16
+_DECAY = 0.5 ** (1 / _HALF_LIFE_STEPS)
+
+log = structlog.get_logger()
+
+
+@dataclass(slots=True)
+class Pace:
+    """What waiting for a speculator costs and gains, as running means.
+
+    Attributes:
+        latency_s: from commit to tree.
+        alone_tokens: accepted tokens per step that its trees hold.
+        added_tokens: those that no other speculator's tree held.
+    """
+
+    latency_s: float = 0.02
+    alone_tokens: float = 1.0
+    added_tokens: float = 0.5
+
+    def saw_latency(self, latency_s: float) -> None:
+        self.latency_s += (1 - _DECAY) * (latency_s - self.latency_s)
+
+    def saw_gain(self, alone: int, others: int) -> None:
+        self.alone_tokens += (1 - _DECAY) * (alone - self.alone_tokens)
+        self.added_tokens += (1 - _DECAY) * (max(0, alone - others) - self.added_tokens)
+
+
+@dataclass(slots=True)
+class Calibration:
+    """Predicted against observed acceptance, forgetting slowly; a boastful draft gains nothing."""
+
+    predicted: float = 1.0
+    accepted: float = 1.0
+
+    def saw(self, confidence: float, accepted: bool) -> None:
+        self.predicted = _DECAY * self.predicted + confidence
+        self.accepted = _DECAY * self.accepted + accepted
+
+    def apply(self, confidence: float) -> float:
+        return min(1.0, max(1e-3, confidence * self.accepted / self.predicted))
+
+
+@dataclass(slots=True, eq=False)
+class Speculator:
+    """One speculator that a stream is open to."""
+
+    link: SpeculatorLink
+    pace: Pace = field(default_factory=Pace)
+    sessions: set[int] = field(default_factory=set)
+
+    @property
+    def free_capacity(self) -> int:
+        return self.link.peer.capacity - len(self.sessions)
+
+
+@dataclass(slots=True, eq=False)
+class Attachment:
+    """One speculator's work for one request.
+
+    Attributes:
+        shift: first bit of its proposers in the request's merged tree.
+        tree: its newest tree, re-rooted to the committed text; empty when it missed.
+        offered: that tree as it was when the running step was planned.
+        asked_at: when the commit that it has not answered yet was sent; None once answered.
+        base_len: committed length that the newest tree hung off when it came.
+    """
+
+    speculator: Speculator
+    shift: int
+    tree: TokenTree = field(default_factory=TokenTree)
+    offered: TokenTree = field(default_factory=TokenTree)
+    asked_at: float | None = None
+    base_len: int = -1
+    calibration: Calibration = field(default_factory=Calibration)
+
+
+@dataclass(frozen=True, slots=True)
+class Owed:
+    """Trees that one request's speculators have not sent yet.
+
+    Attributes:
+        gain_tokens: accepted tokens per step that they would add to what is at hand.
+        latency_s: time from commit to the last of them, as seen lately; 0 if none is owed.
+    """
+
+    gain_tokens: float
+    latency_s: float
+
+    @classmethod
+    def of(cls, attachments: Sequence[Attachment]) -> Owed:
+        late = [a.speculator.pace for a in attachments if a.asked_at is not None]
+        added = sorted(pace.added_tokens for pace in late)
+        gain = sum(added)
+        if not any(attachment.tree.tokens for attachment in attachments):
+            gain = max((pace.alone_tokens for pace in late), default=0.0) + sum(added[:-1])
+        return cls(gain, max((pace.latency_s for pace in late), default=0.0))
+
+
+class Speculation:
+    """All speculators, and all requests' attachments to them. A `PairHandler` for their streams."""
+
+    def __init__(
+        self, per_session: int, max_nodes: int, vocab_size: int, metrics: VerifierMetrics
+    ) -> None:
+        self._per_session = per_session
+        self._max_nodes = max_nodes
+        self._vocab_size = vocab_size
+        self._metrics = metrics
+        self._speculators: dict[int, Speculator] = {}
+        self._requests: dict[int, Request] = {}
+        self._attachments: dict[int, list[Attachment]] = {}
+        self.on_tree: Callable[[], None] = lambda: None
+
+    @property
+    def instances(self) -> list[str]:
+        return sorted(s.link.peer.instance_id for s in self._speculators.values())
+
+    # --- requests come and go ---------------------------------------------------------------
+
+    def admit(self, request: Request) -> None:
+        """Attach a request to the speculators that have most room, unlike proposers first."""
+        self._requests[request.handle] = request
+        self._attachments[request.handle] = []
+        if request.start.max_nodes != 0:
+            self._attach_free(request)
+
+    def release(self, request: Request) -> None:
+        """Forget a request that has ended."""
+        self._requests.pop(request.handle, None)
+        for attachment in self._attachments.pop(request.handle, ()):
+            attachment.speculator.sessions.discard(request.handle)
+            attachment.speculator.link.send(Detach(request.handle))
+
+    def _attach_free(self, request: Request) -> None:
+        attached = self._attachments[request.handle]
+        while len(attached) < self._per_session:
+            taken = [attachment.speculator for attachment in attached]
+            speculator = _best_addition(self._speculators.values(), taken)
+            if speculator is None:
+                return
+            free = set(range(self._per_session)) - {a.shift // 8 for a in attached}
+            attachment = Attachment(speculator, min(free) * _PROPOSERS_PER_SPECULATOR)
+            attached.append(attachment)
+            speculator.sessions.add(request.handle)
+            self._sync(request, attachment)
+
+    def _sync(self, request: Request, attachment: Attachment) -> None:
+        attachment.asked_at = time.monotonic()
+        attachment.speculator.link.send(
+            Attach(
+                request.handle,
+                tuple(request.tokens),
+                request.prompt_len,
+                request.start.sampling,
+                request.start.noise_key,
+                self._budget(request),
+                request.start.law,
+            )
+        )
+
+    def _budget(self, request: Request) -> int:
+        asked = request.start.max_nodes
+        return self._max_nodes if asked is None else min(asked, self._max_nodes)
+
+    # --- the step asks and tells --------------------------------------------------------------
+
+    def tree(self, request: Request) -> TokenTree:
+        """Union of what the request's speculators have guessed, with calibrated confidence."""
+        budget = min(self._budget(request), request.tokens_left - 1)
+        attachments = self._attachments.get(request.handle, ())
+        for attachment in attachments:
+            attachment.offered = attachment.tree
+        trees = [_calibrated(attachment) for attachment in attachments if attachment.tree.tokens]
+        if not trees or budget <= 0:
+            return TokenTree()
+        return merge(trees).prune(budget, min(MAX_DEPTH, request.tokens_left - 1))
+
+    def owed(self, requests: Iterable[Request]) -> list[Owed]:
+        """For each decoding request, what its speculators owe for the text committed last."""
+        return [
+            Owed.of(self._attachments.get(request.handle, ()))
+            for request in requests
+            if request.decoding
+        ]
+
+    def committed(self, request: Request, tokens: Sequence[int]) -> None:
+        """Tokens were committed: learn, re-root, tell the speculators."""
+        attachments = self._attachments.get(request.handle, [])
+        _learn(attachments, tokens)
+        for attachment in attachments:
+            attachment.tree = attachment.tree.reroot(tokens) or TokenTree()
+            attachment.asked_at = time.monotonic()
+            attachment.speculator.link.send(
+                Commit(
+                    request.handle,
+                    len(request.tokens) - len(tokens),
+                    tuple(tokens),
+                    self._budget(request),
+                )
+            )
+
+    # --- PairHandler: frames from speculators ---------------------------------------------------
+
+    def opened(self, link: SpeculatorLink) -> None:
+        self._speculators[id(link)] = Speculator(link)
+        self._metrics.speculators.set(len(self._speculators))
+        for request in self._requests.values():
+            if request.start.max_nodes != 0:
+                self._attach_free(request)
+
+    def closed(self, link: SpeculatorLink) -> None:
+        gone = self._speculators.pop(id(link), None)
+        self._metrics.speculators.set(len(self._speculators))
+        for handle, attachments in self._attachments.items():
+            kept = [a for a in attachments if a.speculator is not gone]
+            if len(kept) < len(attachments):
+                attachments[:] = kept
+                self._attach_free(self._requests[handle])
+        self.on_tree()
+
+    def beat(self, link: SpeculatorLink, heartbeat: Heartbeat) -> None:
+        """Liveness is the stream's concern; nothing to do."""
+
+    def failed_frame(self, link: SpeculatorLink, error: BadFrame) -> None:
+        """A bad frame ends its own session's speculation there, nothing else."""
+        self._metrics.bad_frames.inc()
+        self._drop(link, error.handle)
+
+    def received(self, link: SpeculatorLink, frame: SpeculatorFrame) -> None:
+        attachment = self._find(link, frame.handle)
+        if attachment is None:
+            self._metrics.stale_frames.inc()
+            return
+        request = self._requests[frame.handle]
+        match frame:
+            case Draft():
+                self._draft(request, attachment, frame)
+            case NeedSync():
+                self._sync(request, attachment)
+            case Refused():
+                log.info("speculator.refused", peer=link.peer.instance_id, why=frame.why)
+                self._drop(link, frame.handle)
+
+    def _draft(self, request: Request, attachment: Attachment, frame: Draft) -> None:
+        try:
+            frame.tree.validate(self._vocab_size)
+        except InvalidTree as error:
+            log.warning("speculator.bad_tree", why=error.message)
+            self._metrics.bad_frames.inc()
+            self._drop(attachment.speculator.link, frame.handle)
+            return
+        self._metrics.nodes_offered.inc(len(frame.tree))
+        behind = len(request.tokens) - frame.base_len
+        late = request.tokens[frame.base_len :] if 0 <= behind <= MAX_DEPTH else None
+        tree = None if late is None else frame.tree.reroot(late)
+        if tree is None or frame.base_len < attachment.base_len:
+            self._metrics.stale_frames.inc()
+            return
+        attachment.base_len, attachment.tree = frame.base_len, tree
+        if behind == 0 and attachment.asked_at is not None:
+            attachment.speculator.pace.saw_latency(time.monotonic() - attachment.asked_at)
+            attachment.asked_at = None
+            self.on_tree()
+        elif behind > 0 and len(tree):
+            self._metrics.run_ahead_hits.inc()
+
+    def _find(self, link: SpeculatorLink, handle: int) -> Attachment | None:
+        for attachment in self._attachments.get(handle, ()):
+            if attachment.speculator.link is link:
+                return attachment
+        return None
+
+    def _drop(self, link: SpeculatorLink, handle: int) -> None:
+        attachments = self._attachments.get(handle, [])
+        attachments[:] = [a for a in attachments if a.speculator.link is not link]
+        speculator = self._speculators.get(id(link))
+        if speculator is not None:
+            speculator.sessions.discard(handle)
+        self.on_tree()
+
+
+def _best_addition(
+    speculators: Iterable[Speculator], taken: Sequence[Speculator]
+) -> Speculator | None:
+    """Unlike drafters merge best, so a new kind of proposer goes before more room."""
+    kinds = {name for speculator in taken for name in speculator.link.peer.proposers}
+    free = [s for s in speculators if s not in taken and s.link.alive and s.free_capacity > 0]
+    if not free:
+        return None
+    return max(free, key=lambda s: (not kinds.issuperset(s.link.peer.proposers), s.free_capacity))
+
+
+def _learn(attachments: Sequence[Attachment], tokens: Sequence[int]) -> None:
+    """Compare what was offered with what the target picked."""
+    hits = [_score(attachment, tokens) for attachment in attachments]
+    for index, attachment in enumerate(attachments):
+        others = max(hits[:index] + hits[index + 1 :], default=0)
+        if attachment.offered.tokens:
+            attachment.speculator.pace.saw_gain(hits[index], others)
+
+
+def _score(attachment: Attachment, tokens: Sequence[int]) -> int:
+    """How many of the target's picks an offered tree held; calibrates along the way."""
+    tree, node, hits = attachment.offered, ROOT, 0
+    for token in tokens:
+        for child, parent in enumerate(tree.parents):
+            if parent == node:
+                attachment.calibration.saw(tree.confidence[child], tree.tokens[child] == token)
+        found = tree.child(node, token)
+        if found is None:
+            break
+        node, hits = found, hits + 1
+    return hits
+
+
+def _calibrated(attachment: Attachment) -> TokenTree:
+    tree = attachment.tree
+    return TokenTree.build(
+        tree.tokens,
+        tree.parents,
+        [attachment.calibration.apply(confidence) for confidence in tree.confidence],
+        [bits << attachment.shift for bits in tree.proposers],
+    )

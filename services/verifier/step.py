@@ -1,0 +1,332 @@
+"""The verifier's clock: collect, plan, forward, walk, commit.
+
+Everything but the forward pass and the picks runs on the event loop; those two run on the
+engine's own thread. Only this loop touches the KV pool, and only between forwards.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+
+import structlog
+
+from treecast.engine.base import Engine, LogitRows
+from treecast.errors import DeadlineExceeded, Overloaded, TreecastError
+from treecast.sampling.replay import Walk, walk
+from treecast.sampling.stops import FinishReason, Stop
+from treecast.wire.frames import Completed, Failed, Heartbeat, Progress, SessionKey
+
+from .metrics import VerifierMetrics
+from .pace import StepCurve, worth_waiting
+from .plan import Work, plan
+from .requests import Request
+from .sessions import SessionStore
+from .settings import VerifierSettings
+from .speculation import Speculation
+
+_SMOOTHING = 0.1
+
+log = structlog.get_logger()
+
+
+class StepLoop:
+    """Continuous batching: every step takes whatever requests there are.
+
+    `submit`, `cancel` and `forget` are called from the event loop at any time and take effect at
+    the next step boundary.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        settings: VerifierSettings,
+        speculation: Speculation,
+        curve: StepCurve,
+        metrics: VerifierMetrics,
+    ) -> None:
+        self._engine = engine
+        self._settings = settings
+        self._speculation = speculation
+        self._metrics = metrics
+        self.curve = curve
+        self.sessions = SessionStore(engine, settings.session_ttl_s)
+        self._waiting: deque[Request] = deque()
+        self._running: list[Request] = []
+        self._forgotten: list[SessionKey] = []
+        self._wake = asyncio.Event()
+        self._rest = asyncio.Event()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
+        self._tokens_per_request_step = 1.0
+        self._steps = 0
+        self._step_began: float | None = None
+        self._predicted_s = 0.0
+        speculation.on_tree = self._wake.set
+
+    # --- from the event loop, at any time -------------------------------------------------------
+
+    def submit(self, request: Request) -> None:
+        """Queue a request for the next step.
+
+        Raises:
+            Overloaded: too many are waiting.
+            StaleLease: the session has moved on.
+        """
+        if len(self._waiting) >= self._settings.max_waiting + self._free_slots():
+            raise Overloaded(
+                f"{len(self._waiting)} requests are waiting; the limit is "
+                f"{self._settings.max_waiting}"
+            )
+        if request.start.session is not None:
+            self.sessions.check_epoch(request.start.session)
+        self._waiting.append(request)
+        self._rest.clear()
+        self._wake.set()
+
+    def cancel(self, request: Request) -> None:
+        """End a request at the next step boundary; its pages are free then."""
+        request.cancelled = True
+        self._wake.set()
+
+    def forget(self, session: SessionKey) -> None:
+        """Free what a session retains."""
+        self._forgotten.append(session)
+        self._wake.set()
+
+    async def finished(self) -> None:
+        """Wait until no request is left."""
+        await self._rest.wait()
+
+    @property
+    def _idle(self) -> bool:
+        return not self._running and not self._waiting
+
+    def heartbeat(self, draining: bool) -> Heartbeat:
+        """How the loop fares, for peers."""
+        usage = self._engine.usage
+        began = self._step_began
+        return Heartbeat(
+            steps=self._steps,
+            step_age_ms=0 if began is None else int(1000 * (time.monotonic() - began)),
+            step_predicted_ms=int(1000 * self._predicted_s),
+            free_capacity=0 if draining else self._free_slots(),
+            running=len(self._running),
+            waiting=len(self._waiting),
+            kv_pages_free=usage.free,
+            kv_pages_total=usage.total,
+            draining=draining,
+        )
+
+    def _free_slots(self) -> int:
+        return max(0, self._settings.max_running - len(self._running) - len(self._waiting))
+
+    # --- the loop -------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Step for ever; cancel the task to stop, at a step boundary."""
+        while True:
+            with self._timed("collect"):
+                await self._collect()
+            with self._timed("plan"):
+                batch = self._plan()
+            if not batch:
+                continue
+            try:
+                with self._timed("forward"):
+                    logits = await self._forward(batch)
+                with self._timed("walk"):
+                    walks = await self._walk(batch, logits)
+            except Exception as error:
+                self._fail(batch, error)
+                continue
+            with self._timed("commit"):
+                self._commit(batch, walks)
+
+    async def _collect(self) -> None:
+        """Wait for work, then for trees while they are worth it."""
+        self._wake.clear()
+        while self._idle and not self._forgotten:
+            self._rest.set()
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._wake.wait(), timeout=1.0)
+            self._wake.clear()
+            self.sessions.expire()
+        await asyncio.sleep(0)  # let frames that have arrived be handled
+        began = time.monotonic()
+        while not self._waiting:
+            patience_s = self._patience(time.monotonic() - began)
+            if patience_s <= 0:
+                return
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._wake.wait(), timeout=patience_s)
+            self._wake.clear()
+
+    def _patience(self, waited_s: float) -> float:
+        """Seconds to wait on for missing trees; 0 when the wait is not worth it."""
+        owed = [owed for owed in self._speculation.owed(self._running) if owed.latency_s]
+        if not owed or any(request.cancelled for request in self._running):
+            return 0.0
+        gain = sum(item.gain_tokens for item in owed)
+        expected_s = max(item.latency_s for item in owed)
+        cap_s = self.curve(len(self._running))
+        rate = len(self._running) * self._tokens_per_request_step / cap_s
+        if not worth_waiting(gain, rate, waited_s, expected_s, cap_s):
+            return 0.0
+        return min(cap_s - waited_s, max(expected_s - waited_s, 0.25 * expected_s))
+
+    def _plan(self) -> list[Work]:
+        """Admit, drop what has ended, and divide the step's rows."""
+        for session in self._forgotten:
+            self.sessions.forget(session)
+        self._forgotten.clear()
+        self._reap()
+        self._admit()
+        trees = [self._speculation.tree(request) for request in self._running]
+        batch = plan(self._running, trees, self.curve, self._settings.max_rows)
+        self._observe()
+        return batch
+
+    def _reap(self) -> None:
+        for request in [r for r in self._running if r.cancelled or r.expired]:
+            cut = FinishReason.CANCELLED if request.cancelled else FinishReason.DEADLINE
+            self._finish(request, Stop(cut))
+        for request in [r for r in self._waiting if r.cancelled or r.expired]:
+            self._waiting.remove(request)
+            if not request.cancelled:
+                self._refuse(request, DeadlineExceeded("the deadline passed before a KV page"))
+
+    def _admit(self) -> None:
+        while self._waiting and len(self._running) < self._settings.max_running:
+            request = self._waiting[0]
+            try:
+                if not self.sessions.open(request, self._running, self._capacity(request)):
+                    return
+            except Overloaded as error:
+                if self._running:
+                    return  # pages will come free
+                self._waiting.popleft()
+                self._refuse(request, error)
+                continue
+            self._waiting.popleft()
+            self._running.append(request)
+            self._speculation.admit(request)
+            self._metrics.wait.observe(time.monotonic() - request.arrived_at)
+
+    def _capacity(self, request: Request) -> int:
+        return len(request.tokens) + request.tokens_left + self._settings.max_nodes + 1
+
+    async def _forward(self, batch: Sequence[Work]) -> list[LogitRows]:
+        """One packed pass on the engine's thread."""
+        rows = sum(work.num_rows for work in batch)
+        segments = [work.segment() for work in batch]
+        self._metrics.batch_size.observe(len(batch))
+        self._metrics.batch_rows.observe(rows)
+        self._step_began, self._predicted_s = time.monotonic(), self.curve(rows)
+        try:
+            loop = asyncio.get_running_loop()
+            logits = await loop.run_in_executor(self._thread, self._engine.forward, segments)
+            self.curve.saw(rows, time.monotonic() - self._step_began)
+            return logits
+        finally:
+            self._step_began = None
+            self._steps += 1
+
+    async def _walk(self, batch: Sequence[Work], logits: Sequence[LogitRows]) -> list[Walk | None]:
+        """Replay plain decoding along each tree, on the engine's thread: picks can be costly."""
+
+        def walk_all() -> list[Walk | None]:
+            return [
+                walk(work.tree, rows, work.request.picker, work.request.stops.check)
+                if work.samples
+                else None
+                for work, rows in zip(batch, logits, strict=True)
+            ]
+
+        return await asyncio.get_running_loop().run_in_executor(self._thread, walk_all)
+
+    def _commit(self, batch: Sequence[Work], walks: Sequence[Walk | None]) -> None:
+        """Keep the accepted paths' KV; tell speculators and routers; end what has finished."""
+        for work, walked in zip(batch, walks, strict=True):
+            request = work.request
+            assert request.sequence is not None
+            accepted = () if walked is None else walked.accepted
+            self._engine.commit(request.sequence, work.path(accepted))
+            if walked is not None:
+                self._emit(work, walked)
+            self._metrics.prefill_tokens.inc(work.num_pending - (walked is not None))
+
+    def _emit(self, work: Work, walked: Walk) -> None:
+        request = work.request
+        begin = len(request.output)
+        request.tokens.extend(walked.tokens)
+        self._account(work, walked)
+        self._speculation.committed(request, walked.tokens)
+        request.link.send(
+            Progress(request.start.handle, begin, tuple(walked.tokens), tuple(walked.logprobs))
+        )
+        if walked.stop is not None:
+            self._finish(request, walked.stop)
+
+    def _account(self, work: Work, walked: Walk) -> None:
+        request, count = work.request, len(walked.tokens)
+        request.tally.add(work.tree, len(walked.accepted))
+        depth = max(work.tree.depths, default=0)
+        self._metrics.tree_verified(len(work.tree), depth, len(walked.accepted))
+        self._metrics.tokens.inc(count)
+        self._tokens_per_request_step += _SMOOTHING * (count - self._tokens_per_request_step)
+        now = time.monotonic()
+        if request.last_commit_at is None:
+            self._metrics.first_token.observe(now - request.arrived_at)
+        else:
+            self._metrics.inter_token.observe((now - request.last_commit_at) / count)
+        request.last_commit_at = now
+
+    # --- ends -----------------------------------------------------------------------------------
+
+    def _finish(self, request: Request, stop: Stop) -> None:
+        self._running.remove(request)
+        self._speculation.release(request)
+        self.sessions.close(request, self._running)
+        self._metrics.requests.labels(stop.reason.name.lower()).inc()
+        request.link.send(
+            Completed(request.start.handle, stop.reason, request.usage(), stop.characters)
+        )
+        request.on_end()
+
+    def _refuse(self, request: Request, error: TreecastError) -> None:
+        self._metrics.requests.labels(error.reason.lower()).inc()
+        request.link.send(Failed(request.start.handle, error))
+        request.on_end()
+
+    def _fail(self, batch: Sequence[Work], error: Exception) -> None:
+        """The forward broke: the requests in it end with an error, everyone else goes on."""
+        log.error("step.failed", exc_info=error, requests=len(batch))
+        for work in batch:
+            request = work.request
+            self._running.remove(request)
+            self._speculation.release(request)
+            if request.sequence is not None:
+                self._engine.free(request.sequence)
+                request.sequence = None
+            self._refuse(request, TreecastError("the step failed; see the verifier's log"))
+
+    def _observe(self) -> None:
+        usage = self._engine.usage
+        self._metrics.pages.labels("free").set(usage.free)
+        self._metrics.pages.labels("used").set(usage.used)
+        self._metrics.running.set(len(self._running))
+        self._metrics.waiting.set(len(self._waiting))
+        self._metrics.retained.set(len(self.sessions))
+
+    @contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        with self._metrics.phase.labels(phase).time():
+            yield
+
+    def close(self) -> None:
+        """Stop the engine's thread once its work is done. Blocks."""
+        self._thread.shutdown(wait=True)

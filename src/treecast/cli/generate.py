@@ -1,0 +1,212 @@
+"""`treecast generate`: one prompt, its answer streamed."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from treecast.errors import InvalidRequest
+
+from . import options
+from .output import stderr, write_json, write_text
+
+if TYPE_CHECKING:
+    from treecast.client import Chunk, Prompt, Result, Stream, Usage
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(generate)
+
+
+def generate(
+    prompt: Annotated[
+        str | None, typer.Argument(help="The prompt; '-' reads it from stdin.", show_default=False)
+    ] = None,
+    file: Annotated[
+        Path | None, typer.Option("--file", "-f", help="Read the prompt from a file.")
+    ] = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Continue the text as it is, without the chat template.")
+    ] = False,
+    token_ids: Annotated[
+        str | None, typer.Option("--token-ids", metavar="1,2,3", help="The prompt as token ids.")
+    ] = None,
+    system: Annotated[
+        str | None, typer.Option("--system", help="System message before the prompt.")
+    ] = None,
+    max_tokens: options.MaxTokens = 256,
+    temperature: options.Temperature = 0.0,
+    top_k: options.TopK = 0,
+    top_p: options.TopP = 1.0,
+    min_p: options.MinP = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(help="Over prompt and output.")] = 1.0,
+    presence_penalty: Annotated[float, typer.Option(help="Once per token in the output.")] = 0.0,
+    frequency_penalty: Annotated[float, typer.Option(help="Per token in the output.")] = 0.0,
+    seed: options.Seed = None,
+    stop: Annotated[
+        list[str] | None, typer.Option("--stop", help="Text that ends the output; repeatable.")
+    ] = None,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on past the end.")] = False,
+    logprobs: Annotated[
+        int | None, typer.Option("--logprobs", help="With --json: report this many likeliest.")
+    ] = None,
+    num_samples: Annotated[int, typer.Option(help="Answers to the same prompt.")] = 1,
+    max_nodes: options.MaxNodes = None,
+    session: options.Session = None,
+    priority: Annotated[int, typer.Option(help="-10..10; higher goes first.")] = 0,
+    timeout: options.Timeout = None,
+    stats: Annotated[
+        bool | None,
+        typer.Option("--stats/--no-stats", help="Steps and speed on stderr, at the end."),
+    ] = None,
+    router: options.Router = None,
+    as_json: options.Json = False,
+) -> None:
+    """Answer one prompt, streaming the text as it comes.
+
+    Examples:
+
+        treecast generate "Name three rivers."
+
+        git diff | treecast generate - --system "Write a commit message."
+
+        treecast generate "Tell a story." -t 0.8 --top-p 0.95 --seed 7 -n 400
+
+        treecast generate "Tell a story." --max-nodes 0   # plain decoding
+
+    With --json, each chunk is a line {"event": "chunk", "sample_index", "text", "token_ids",
+    "logprobs"}, and the last line is {"event": "result", ...} with usage, seed and timing.
+    """
+    from treecast.client import Client, SamplingParams
+
+    sampling = SamplingParams(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        seed=seed,
+        max_tokens=max_tokens,
+        stop=tuple(stop or ()),
+        ignore_eos=ignore_eos,
+        logprobs=logprobs,
+    )
+    asked = read_prompt(prompt, file, raw, token_ids, system)
+    with Client(router) as client:
+        begun = time.monotonic()
+        stream = client.generate(
+            asked,
+            sampling,
+            session_id=session,
+            priority=priority,
+            timeout_s=timeout,
+            max_nodes=max_nodes,
+            num_samples=num_samples,
+        )
+        with stream:
+            show = _stream_json if as_json else _stream_text if num_samples == 1 else _print_samples
+            result = show(stream)
+        _print_end(result, time.monotonic() - begun, as_json, stats)
+
+
+def read_prompt(
+    prompt: str | None, file: Path | None, raw: bool, token_ids: str | None, system: str | None
+) -> Prompt:
+    """The prompt from wherever it was given.
+
+    Raises:
+        InvalidRequest: it was given nowhere or twice, or cannot be read.
+    """
+    given = [source for source in (prompt, file, token_ids) if source is not None]
+    if len(given) != 1:
+        raise InvalidRequest(
+            f"{len(given)} prompts are given; give one: PROMPT, '-' for stdin, --file or --token-ids"
+        )
+    if token_ids is not None:
+        return _parse_ids(token_ids)
+    text = _read_file(file) if file else sys.stdin.read() if prompt == "-" else prompt
+    assert text is not None
+    if raw:
+        return text
+    turns = [("system", system), ("user", text)]
+    return [{"role": role, "content": content} for role, content in turns if content is not None]
+
+
+def _parse_ids(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise InvalidRequest(f"--token-ids is {text!r}; it must be like 1,2,3") from None
+
+
+def _read_file(path: Path) -> str:
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidRequest(f"--file {path} cannot be read: {error}") from error
+
+
+def _stream_text(stream: Stream) -> Result:
+    ends_line = True
+    for chunk in stream:
+        write_text(chunk.text)
+        ends_line = chunk.text.endswith("\n") if chunk.text else ends_line
+    if not ends_line:
+        write_text("\n")
+    return stream.result()
+
+
+def _print_samples(stream: Stream) -> Result:
+    """Several answers come interleaved, so each is printed when all are there."""
+    result = stream.result()
+    for sample in result.samples:
+        write_text(f"--- sample {sample.index}\n{sample.text.rstrip()}\n")
+    return result
+
+
+def _stream_json(stream: Stream) -> Result:
+    for chunk in stream:
+        write_json({"event": "chunk", **_chunk_fields(chunk)})
+    return stream.result()
+
+
+def _chunk_fields(chunk: Chunk) -> dict[str, object]:
+    return {
+        "sample_index": chunk.sample_index,
+        "text": chunk.text,
+        "token_ids": chunk.token_ids,
+        "logprobs": [asdict(item) for item in chunk.logprobs],
+    }
+
+
+def _print_end(result: Result, seconds: float, as_json: bool, stats: bool | None) -> None:
+    if as_json:
+        write_json({"event": "result", "seconds": round(seconds, 4), **_result_fields(result)})
+    console = stderr()
+    # Not into a pipe unasked: there, stderr is for what went wrong.
+    if stats or (stats is None and not as_json and console.is_terminal):
+        for sample in result.samples:
+            console.print(summary(sample.usage, sample.finish_reason.name, seconds), style="dim")
+
+
+def _result_fields(result: Result) -> dict[str, object]:
+    names = ("request_id", "seed", "model", "model_revision", "numerics_fingerprint")
+    more = ("prompt_ids", "resumes", "samples")
+    return {name: getattr(result, name) for name in (*names, *more)}
+
+
+def summary(usage: Usage, reason: str, seconds: float) -> str:
+    """One line on what an answer cost."""
+    per_step = usage.output_tokens / max(usage.steps, 1)
+    return (
+        f"{usage.output_tokens} tokens in {usage.steps} steps ({per_step:.2f} per step), "
+        f"{usage.output_tokens / max(seconds, 1e-9):.0f} tokens/s, "
+        f"ended by {reason.lower().replace('_', ' ')}"
+    )

@@ -1,0 +1,70 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+Router = Annotated[
+    str | None,
+    typer.Option(
+        "--router",
+        "-r",
+        envvar="TREECAST_ROUTER",
+        metavar="HOST:PORT",
+        help="Router to talk to; several with commas between. Default: 127.0.0.1:7070.",
+        show_default=False,
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines instead of text.")]
+Session = Annotated[
+    str | None,
+    typer.Option("--session", metavar="ID", help="Keep the KV cache for the next request."),
+]
+MaxTokens = Annotated[
+    int, typer.Option("--max-tokens", "-n", help="Most tokens to generate.", show_default=True)
+]
+Temperature = Annotated[
+    float, typer.Option("--temperature", "-t", help="0 is greedy; higher is more varied.")
+]
+TopK = Annotated[int, typer.Option("--top-k", help="Keep the k likeliest tokens; 0 keeps all.")]
+TopP = Annotated[float, typer.Option("--top-p", help="Keep the likeliest tokens of this mass.")]
+MinP = Annotated[
+    float, typer.Option("--min-p", help="Keep tokens of this share of the likeliest one's mass.")
+]
+Seed = Annotated[
+    int | None,
+    typer.Option("--seed", help="Same seed, same text.", show_default="drawn by the router"),
+]
+MaxNodes = Annotated[
+    int | None,
+    typer.Option(
+        "--max-nodes",
+        help="Most tree nodes per step; 0 decodes plainly.",
+        show_default="the verifier's choice",
+    ),
+]
+Timeout = Annotated[
+    float | None, typer.Option("--timeout", metavar="SECONDS", help="Give up after this long.")
+]
+
+Model = Annotated[
+    str,
+    typer.Option(
+        "--model",
+        envvar="TREECAST_MODEL",
+        metavar="PATH",
+        help="Model folder of the LLM; 'default' is SmolLM2-135M-Instruct.",
+    ),
+]
+Draft = Annotated[
+    str,
+    typer.Option(
+        "--draft",
+        envvar="TREECAST_DRAFT",
+        metavar="PATH",
+        help="Model folder of the draft; 'default' is the one that ships.",
+    ),
+]
+Threads = Annotated[int, typer.Option("--threads", min=1, help="Threads of each forward pass.")]

@@ -1,0 +1,40 @@
+"""Where output goes: text for people by rich, JSON for machines on stdout."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from enum import Enum
+from typing import Any
+
+from rich.console import Console
+
+
+def stdout() -> Console:
+    """For results. Plain when piped; made anew, since tests and pipes replace sys.stdout."""
+    return Console(highlight=False)
+
+
+def stderr() -> Console:
+    """For progress, notes and warnings."""
+    return Console(stderr=True, highlight=False)
+
+
+def write_text(text: str) -> None:
+    """Generated text: as it is, at once."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def write_json(document: Any) -> None:
+    """One document on one line; dataclasses become objects, enums their names in lower case."""
+    print(json.dumps(document, default=_plain, ensure_ascii=False), flush=True)
+
+
+def _plain(value: object) -> object:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {item.name: getattr(value, item.name) for item in dataclasses.fields(value)}
+    if isinstance(value, Enum):
+        return value.name.lower()
+    raise TypeError(f"{type(value).__name__} has no JSON form")

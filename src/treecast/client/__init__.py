@@ -1,0 +1,31 @@
+"""The SDK: a blocking and an asyncio client of a mesh's router."""
+
+from treecast.sampling.params import Law, SamplingParams
+from treecast.sampling.stops import FinishReason
+from treecast.wire.frames import Usage
+
+from .aio import AsyncClient, AsyncStream
+from .request import ChatMessage, Prompt
+from .results import Chunk, Model, Result, Sample, Status, VerifierStatus
+from .retry import RetryPolicy
+from .sync import Client, Stream
+
+__all__ = [
+    "AsyncClient",
+    "AsyncStream",
+    "ChatMessage",
+    "Chunk",
+    "Client",
+    "FinishReason",
+    "Law",
+    "Model",
+    "Prompt",
+    "Result",
+    "RetryPolicy",
+    "Sample",
+    "SamplingParams",
+    "Status",
+    "Stream",
+    "Usage",
+    "VerifierStatus",
+]

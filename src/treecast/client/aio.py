@@ -1,0 +1,222 @@
+"""The asyncio client: `sync.py` with `await`."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Self, TypeVar
+
+import grpc
+
+from treecast.errors import Cancelled, TreecastError, Unavailable
+from treecast.sampling.params import Law, SamplingParams
+from treecast.v1 import router_pb2, router_pb2_grpc
+from treecast.wire.channel import open_channel
+from treecast.wire.status import from_rpc_error
+
+from .connections import Connections, name_router, router_addresses
+from .replies import read_models, read_status
+from .request import Prompt, RequestOptions, build_request
+from .results import Chunk, Model, Result, Status
+from .retry import Attempts, RetryPolicy
+from .transcript import Transcript
+
+if TYPE_CHECKING:
+    from treecast.v1.router_pb2_grpc import RouterServiceAsyncStub as AsyncStub
+
+ReplyT = TypeVar("ReplyT")
+
+
+class AsyncStream:
+    """A running generation: `async for` over its chunks, then `await result()`.
+
+    Cancelling the task that reads it, closing it, an exception in its `async with` block, or
+    dropping it unfinished stops the request on the server too.
+    """
+
+    def __init__(
+        self, routers: Connections[grpc.aio.Channel], transcript: Transcript, attempts: Attempts
+    ) -> None:
+        self._transcript = transcript
+        self._attempts = attempts
+        # Not a method: a generator that held this object would keep a dropped stream running.
+        self._chunks = _run(routers, transcript, attempts)
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Chunk:
+        return await anext(self._chunks)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.aclose()
+
+    @property
+    def request_id(self) -> str | None:
+        """Known once the first response has come, or from the start if the caller chose it."""
+        return self._transcript.request_id
+
+    async def result(self) -> Result:
+        """Receive what is left and return the whole.
+
+        Raises:
+            TreecastError: the request ended with an error, or was closed before its end.
+        """
+        async for _ in self._chunks:
+            pass
+        if not self._transcript.complete:
+            raise Cancelled("the stream was closed before the request had finished")
+        return self._transcript.result(self._attempts.total_failures)
+
+    async def aclose(self) -> None:
+        """Stop the request if it is running. Safe to call again."""
+        await self._chunks.aclose()
+
+
+class AsyncClient:
+    """Talks to a mesh through its router; one per event loop. Arguments as `Client`'s.
+
+    Example:
+        async with AsyncClient("127.0.0.1:7070") as client:
+            async for chunk in client.generate("Once upon a time"):
+                print(chunk.text, end="")
+    """
+
+    def __init__(
+        self,
+        address: str | Sequence[str] | None = None,
+        retry: RetryPolicy | None = None,
+        timeout_s: float = 10.0,
+    ) -> None:
+        self._routers = Connections(router_addresses(address), open_channel)
+        self._retry = retry or RetryPolicy()
+        self._timeout_s = timeout_s
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Close the connections; running streams end with an error."""
+        for channel in self._routers.take_all():
+            await channel.close()
+
+    def generate(
+        self,
+        prompt: Prompt,
+        sampling: SamplingParams | None = None,
+        *,
+        session_id: str | None = None,
+        priority: int = 0,
+        timeout_s: float | None = None,
+        max_nodes: int | None = None,
+        num_samples: int | None = None,
+        request_id: str | None = None,
+        model: str | None = None,
+        law: Law = Law.REPLAY,
+        truncate_prompt: bool = False,
+    ) -> AsyncStream:
+        """Start generating, as `Client.generate`; not a coroutine, nothing is sent yet."""
+        options = RequestOptions(
+            request_id=request_id,
+            model=model,
+            session_id=session_id,
+            priority=priority,
+            num_samples=num_samples,
+            max_nodes=max_nodes,
+            law=law,
+            truncate_prompt=truncate_prompt,
+        )
+        request = build_request(prompt, sampling or SamplingParams(), options)
+        return AsyncStream(self._routers, Transcript(request), Attempts(self._retry, timeout_s))
+
+    async def abort(self, request_id: str) -> bool:
+        """Stop a running request. False if there is none of this id. Safe to retry."""
+        request = router_pb2.AbortRequest(request_id=request_id)
+        return (await self._call(lambda stub, s: stub.Abort(request, timeout=s))).aborted
+
+    async def close_session(self, session_id: str) -> bool:
+        """Free a session's KV cache. False if it is not known. Safe to retry."""
+        request = router_pb2.CloseSessionRequest(session_id=session_id)
+        return (await self._call(lambda stub, s: stub.CloseSession(request, timeout=s))).closed
+
+    async def models(self) -> tuple[Model, ...]:
+        """Models that can be asked for now."""
+        request = router_pb2.ListModelsRequest()
+        return read_models(await self._call(lambda stub, s: stub.ListModels(request, timeout=s)))
+
+    async def status(self) -> Status:
+        """Workers, queue and load."""
+        request = router_pb2.GetStatusRequest()
+        return read_status(await self._call(lambda stub, s: stub.GetStatus(request, timeout=s)))
+
+    async def _call(self, ask: Callable[[AsyncStub, float], Awaitable[ReplyT]]) -> ReplyT:
+        """Ask each router in turn until one answers."""
+        for attempt in range(1, len(self._routers) + 1):
+            address = self._routers.address
+            try:
+                return await ask(_stub(self._routers.channel(address)), self._timeout_s)
+            except grpc.aio.AioRpcError as error:
+                ours = name_router(from_rpc_error(error), address)
+                if attempt == len(self._routers) or not isinstance(ours, Unavailable):
+                    raise ours from error
+                self._routers.leave(address)
+        raise AssertionError("there is at least one router")
+
+
+async def _run(
+    routers: Connections[grpc.aio.Channel], transcript: Transcript, attempts: Attempts
+) -> AsyncGenerator[Chunk]:
+    """Chunks of the whole request, over as many attempts as it takes."""
+    while not transcript.complete:
+        address = routers.address
+        attempt = _receive(routers.channel(address), address, transcript, attempts)
+        try:
+            async for chunk in attempt:
+                yield chunk
+        except TreecastError as error:
+            if transcript.complete:
+                return
+            delay_s = attempts.failed(error, transcript)
+            routers.leave(address)
+            await asyncio.sleep(delay_s)
+        finally:
+            await attempt.aclose()
+
+
+async def _receive(
+    channel: grpc.aio.Channel, address: str, transcript: Transcript, attempts: Attempts
+) -> AsyncGenerator[Chunk]:
+    """Chunks of one attempt, until its stream ends; gRPC's errors come out as ours."""
+    timeout_s = attempts.remaining_s()
+    call = _stub(channel).Generate(transcript.next_request(), timeout=timeout_s)
+    try:
+        async for response in call:
+            if (chunk := transcript.fold(response)) is not None:
+                yield chunk
+    except grpc.aio.AioRpcError as error:
+        raise name_router(from_rpc_error(error), address) from error
+    finally:
+        call.cancel()
+    if not transcript.complete:
+        raise Unavailable(f"router {address} ended the stream before the request had finished")
+
+
+def _stub(channel: grpc.aio.Channel) -> AsyncStub:
+    return router_pb2_grpc.RouterServiceStub(channel)

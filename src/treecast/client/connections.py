@@ -1,0 +1,79 @@
+"""Which routers a client knows, and which of them it talks to now."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Sequence
+from typing import Generic, TypeVar
+
+from treecast.errors import InvalidRequest, TreecastError, Unavailable
+
+DEFAULT_ADDRESS = "127.0.0.1:7070"
+ADDRESS_VARIABLE = "TREECAST_ROUTER"
+
+ChannelT = TypeVar("ChannelT")
+
+
+def router_addresses(address: str | Sequence[str] | None) -> tuple[str, ...]:
+    """The routers to use, in order: as given, else from TREECAST_ROUTER, else the local one.
+
+    Args:
+        address: "host:port", "dns:///name:port", several with commas between, or a list.
+    Raises:
+        InvalidRequest: an address has no port, or there is none at all.
+    """
+    if address is None:
+        address = os.environ.get(ADDRESS_VARIABLE) or DEFAULT_ADDRESS
+    given = address.split(",") if isinstance(address, str) else address
+    addresses = tuple(item.strip() for item in given if item.strip())
+    if not addresses:
+        raise InvalidRequest(f"router address is {address!r}; it must be host:port")
+    for item in addresses:
+        if not item.startswith("unix:") and not item.rpartition(":")[2].isdigit():
+            raise InvalidRequest(f"router address is {item!r}; it must be host:port")
+    return addresses
+
+
+class Connections(Generic[ChannelT]):
+    """One channel per address, opened when first used; `leave` moves on to the next address."""
+
+    def __init__(self, addresses: Sequence[str], dial: Callable[[str], ChannelT]) -> None:
+        self._addresses = addresses
+        self._dial = dial
+        self._open: dict[str, ChannelT] = {}
+        self._at = 0
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._addresses)
+
+    @property
+    def address(self) -> str:
+        return self._addresses[self._at]
+
+    def channel(self, address: str) -> ChannelT:
+        """The channel to one of the addresses; opening one does not block."""
+        with self._lock:
+            if address not in self._open:
+                self._open[address] = self._dial(address)
+            return self._open[address]
+
+    def leave(self, address: str) -> None:
+        """Use the next address from now on, unless another stream has moved on from this one."""
+        with self._lock:
+            if address == self.address:
+                self._at = (self._at + 1) % len(self._addresses)
+
+    def take_all(self) -> list[ChannelT]:
+        """Give up every channel, for the caller to close."""
+        channels = list(self._open.values())
+        self._open.clear()
+        return channels
+
+
+def name_router(error: TreecastError, address: str) -> TreecastError:
+    """Say which router could not serve; other errors are about the request and stay as they are."""
+    if not isinstance(error, Unavailable):
+        return error
+    return Unavailable(f"router {address}: {error.message}", error.retry_after_s)

@@ -1,0 +1,104 @@
+"""From what a caller says to the request that travels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypedDict
+
+from treecast.errors import InvalidRequest
+from treecast.sampling.params import Law, SamplingParams
+from treecast.v1 import router_pb2
+from treecast.wire import codec
+
+
+class ChatMessage(TypedDict):
+    """One turn of a chat; the role is "system", "user" or "assistant"."""
+
+    role: str
+    content: str
+
+
+Prompt = str | Sequence[ChatMessage] | Sequence[int]
+"""Text as it is, a chat for the model's template, or token ids."""
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOptions:
+    """Everything about a request but its prompt and sampling; None leaves it to the router.
+
+    Attributes:
+        request_id: at most 128 characters; the router mints one otherwise.
+        model: name of a served model.
+        session_id: requests of one session reuse the KV cache of what their prompts share.
+        priority: -10..10, higher goes first.
+        num_samples: continuations of the same prompt, 1..16.
+        max_nodes: most tree nodes per step; 0 decodes plainly.
+        truncate_prompt: keep the end of a prompt that is too long, instead of refusing it.
+    """
+
+    request_id: str | None = None
+    model: str | None = None
+    session_id: str | None = None
+    priority: int = 0
+    num_samples: int | None = None
+    max_nodes: int | None = None
+    law: Law = Law.REPLAY
+    truncate_prompt: bool = False
+
+
+def build_request(
+    prompt: Prompt, sampling: SamplingParams, options: RequestOptions
+) -> router_pb2.GenerateRequest:
+    """Translate a call to its message.
+
+    Raises:
+        InvalidRequest: the prompt is of no known kind, or a number does not fit its field.
+    """
+    try:
+        request = router_pb2.GenerateRequest(
+            request_id=options.request_id,
+            model=options.model,
+            session_id=options.session_id,
+            priority=options.priority,
+            num_samples=options.num_samples,
+            max_nodes=options.max_nodes,
+            truncate_prompt=options.truncate_prompt,
+            sampling=codec.encode_sampling(sampling),
+            law=codec.encode_law(options.law),
+        )
+        _set_prompt(request, prompt)
+    except ValueError as error:  # protobuf's, for a number out of its field's range
+        raise InvalidRequest(f"a value of the request is out of range: {error}") from error
+    return request
+
+
+def _set_prompt(request: router_pb2.GenerateRequest, prompt: Prompt) -> None:
+    if isinstance(prompt, str):
+        request.text = prompt
+        return
+    if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
+        raise InvalidRequest(
+            f"prompt is a {type(prompt).__name__}; "
+            "allowed: str, list of messages, list of token ids"
+        )
+    if not prompt:
+        raise InvalidRequest("prompt is empty; it needs at least one message or token id")
+    if isinstance(prompt[0], Mapping):
+        request.chat.messages.extend(_message(item, at) for at, item in enumerate(prompt))
+    else:
+        request.tokens.ids.extend(_token_id(item, at) for at, item in enumerate(prompt))
+
+
+def _message(item: object, at: int) -> router_pb2.ChatMessage:
+    if not isinstance(item, Mapping) or set(item) != {"role", "content"}:
+        raise InvalidRequest(f"message {at} of the prompt must have exactly role and content")
+    if not all(isinstance(value, str) for value in item.values()):
+        raise InvalidRequest(f"role and content of message {at} of the prompt must be text")
+    return router_pb2.ChatMessage(role=item["role"], content=item["content"])
+
+
+def _token_id(item: object, at: int) -> int:
+    if not isinstance(item, int) or isinstance(item, bool) or not 0 <= item < 2**32:
+        raise InvalidRequest(f"token id {at} of the prompt is {item!r}; allowed: 0..2**32-1")
+    return item

@@ -1,0 +1,172 @@
+"""The whole loop in one process, the oracle of the mesh: draft, forward, walk, commit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from treecast.drafting.base import Drafter, DraftRequest
+from treecast.engine.base import Engine, KVSequence, LogitRows, ModelInfo, Segment
+from treecast.errors import InvalidRequest, PromptTooLong
+from treecast.sampling.logprobs import TokenLogprobs
+from treecast.sampling.params import SamplingParams
+from treecast.sampling.pick import Picker
+from treecast.sampling.replay import Walk, walk
+from treecast.sampling.stops import Stop, StopRules
+from treecast.sampling.transforms import Context
+from treecast.tree import MAX_DEPTH, ROOT, TokenTree
+
+_HANDLE = 0
+
+
+@dataclass(slots=True)
+class Generation:
+    """An output and what it took.
+
+    Attributes:
+        steps: passes that verified output; prefill is not counted.
+        drafted: tree nodes verified.
+        accepted: tree nodes accepted.
+        accepted_by_depth: element d counts the accepted paths of more than d nodes.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    stop: Stop | None = None
+    steps: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    accepted_by_depth: list[int] = field(default_factory=lambda: [0] * MAX_DEPTH)
+
+    def add(self, tree: TokenTree, walked: Walk) -> None:
+        """Count one step, in place."""
+        self.tokens += walked.tokens
+        self.logprobs += walked.logprobs
+        self.stop = walked.stop
+        self.steps += 1
+        self.drafted += len(tree)
+        self.accepted += len(walked.accepted)
+        for depth in range(len(walked.accepted)):
+            self.accepted_by_depth[depth] += 1
+
+
+def generate(
+    engine: Engine,
+    prompt: Sequence[int],
+    sampling: SamplingParams,
+    noise_key: int,
+    drafter: Drafter | None = None,
+    max_nodes: int = 16,
+    chunk_tokens: int = 64,
+    decode: Callable[[Sequence[int]], str] | None = None,
+) -> Generation:
+    """Answer one prompt; plain decoding when there is no drafter. Blocks.
+
+    Args:
+        engine: left with the free pages that it had.
+        prompt: token ids, at least one.
+        sampling: what is asked; `seed` has gone into `noise_key`.
+        noise_key: of `noise.noise_key`.
+        drafter: opened and closed here.
+        max_nodes: most tree nodes per step.
+        chunk_tokens: most prompt tokens per prefill pass.
+        decode: text of output tokens, for stop strings.
+
+    Raises:
+        InvalidRequest: no prompt, or a token id that the model lacks.
+        PromptTooLong: prompt and output do not fit the context.
+        Overloaded: too few free pages.
+    """
+    check_prompt(prompt, sampling, engine.info)
+    stops = StopRules(engine.info.eos_token_ids, sampling, decode)
+    picker = Picker(sampling, noise_key, Context(prompt))
+    draft = _Draft(drafter, DraftRequest(prompt, len(prompt), sampling, noise_key))
+    sequence = engine.allocate(len(prompt) + sampling.max_tokens + max_nodes)
+    try:
+        draft.open()
+        _prefill(engine, sequence, prompt[:-1], chunk_tokens)
+        return _decode(engine, sequence, prompt[-1], picker, stops, draft, max_nodes)
+    finally:
+        draft.close()
+        engine.free(sequence)
+
+
+def check_prompt(prompt: Sequence[int], sampling: SamplingParams, info: ModelInfo) -> None:
+    """Refuse what the model cannot answer; see `generate`."""
+    if not prompt:
+        raise InvalidRequest("prompt is empty")
+    for token in prompt:
+        if not 0 <= token < info.vocab_size:
+            raise InvalidRequest(
+                f"token id {token} is unknown; the vocabulary has {info.vocab_size}"
+            )
+    sampling.check_vocabulary(info.vocab_size)
+    if len(prompt) + sampling.max_tokens > info.context_tokens:
+        raise PromptTooLong(
+            f"prompt has {len(prompt)} tokens and max_tokens is {sampling.max_tokens}; "
+            f"the limit is {info.context_tokens} together"
+        )
+
+
+def _prefill(
+    engine: Engine, sequence: KVSequence, tokens: Sequence[int], chunk_tokens: int
+) -> None:
+    for start in range(0, len(tokens), chunk_tokens):
+        chunk = tokens[start : start + chunk_tokens]
+        engine.forward([Segment.chain(sequence, chunk, wanted=())])
+        engine.commit(sequence, range(len(chunk)))
+
+
+def _decode(
+    engine: Engine,
+    sequence: KVSequence,
+    root: int,
+    picker: Picker,
+    stops: StopRules,
+    draft: _Draft,
+    max_nodes: int,
+) -> Generation:
+    """One pass per step: the root, whose KV is still missing, and the tree below it."""
+    done = Generation()
+    while done.stop is None:
+        tokens_left = picker.sampling.max_tokens - len(done.tokens)
+        tree = draft.tree(max_nodes, max_depth=tokens_left - 1)
+        rows = _forward(engine, sequence, root, tree)
+        walked = walk(tree, rows, picker, stops.check)
+        engine.commit(sequence, [0, *(node + 1 for node in walked.accepted)])
+        draft.commit(walked.tokens)
+        done.add(tree, walked)
+        root = walked.tokens[-1]
+    return done
+
+
+def _forward(engine: Engine, sequence: KVSequence, root: int, tree: TokenTree) -> LogitRows:
+    tokens = [root, *tree.tokens]
+    parents = [-1, *(0 if parent == ROOT else parent + 1 for parent in tree.parents)]
+    return engine.forward([Segment(sequence, tokens, parents, range(len(tokens)))])[0]
+
+
+@dataclass(frozen=True, slots=True)
+class _Draft:
+    """A drafter, or none, at work on the one session."""
+
+    drafter: Drafter | None
+    request: DraftRequest
+
+    def open(self) -> None:
+        if self.drafter:
+            self.drafter.open(_HANDLE, self.request)
+
+    def tree(self, max_nodes: int, max_depth: int) -> TokenTree:
+        if not self.drafter or max_nodes == 0:
+            return TokenTree()
+        tree = self.drafter.draft({_HANDLE: max_nodes}).get(_HANDLE, TokenTree())
+        return tree.prune(max_nodes, min(max_depth, MAX_DEPTH))
+
+    def commit(self, tokens: Sequence[int]) -> None:
+        if self.drafter:
+            self.drafter.commit(_HANDLE, tokens)
+
+    def close(self) -> None:
+        if self.drafter:
+            self.drafter.close(_HANDLE)

@@ -1,0 +1,248 @@
+"""Any Hugging Face causal LM behind the engine's contract: paged KV, packed passes of trees."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from treecast import checkpoints
+from treecast.engine import bridge
+from treecast.engine.base import KVSequence, LogitRows, ModelInfo, PoolUsage, Segment
+from treecast.engine.kv_pool import PAGE_TOKENS, KVPool, PagedSequence
+from treecast.engine.kv_tensors import KVTensors
+from treecast.engine.loading import DType, LoadOptions, Numerics, describe, load_model
+from treecast.errors import InvalidRequest, ModelError
+from treecast.kernels.exact import ExactAttention
+from treecast.kernels.fast import FastAttention
+from treecast.kernels.oracle import OracleAttention
+from treecast.kernels.plan import LayerAttention, SegmentLayout
+
+DEFAULT_POOL_TOKENS = 16384
+
+
+class HFEngine:
+    """A causal LM and its KV pool; see `engine.base.Engine`."""
+
+    def __init__(
+        self, model: nn.Module, info: ModelInfo, options: LoadOptions, pool_tokens: int
+    ) -> None:
+        config: Any = model.config
+        shapes = bridge.layer_shapes(model, config.get_text_config().num_hidden_layers)
+        num_pages = max(1, pool_tokens // PAGE_TOKENS)
+        self._device = torch.device(options.device)
+        self._tensors = KVTensors(shapes, num_pages * PAGE_TOKENS, options.kv_dtype, self._device)
+        self._pool = KVPool(num_pages, self._tensors)
+        self._model = model
+        self._info = info
+        self._options = options
+        self._picks_rows = "logits_to_keep" in inspect.signature(model.forward).parameters
+
+    @classmethod
+    def load(
+        cls,
+        path: Path | str,
+        *,
+        dtype: DType = "bfloat16",
+        numerics: Numerics = "exact",
+        device: str = "cpu",
+        pool_tokens: int = DEFAULT_POOL_TOKENS,
+        threads: int | None = None,
+    ) -> HFEngine:
+        """Read a model folder.
+
+        Args:
+            path: a folder as `from_pretrained` reads it.
+            dtype: of weights and activations.
+            numerics: `exact` (a row's bits do not depend on what is computed beside it; CPU),
+                `fast`, or `oracle` (slow, for tests).
+            device: where torch computes.
+            pool_tokens: positions in the KV pool, rounded down to pages of 64.
+            threads: torch's number of threads, for the whole process; None leaves it.
+
+        Raises:
+            ModelError: the folder is missing, no causal LM, or one that cannot be served.
+        """
+        folder = Path(path)
+        checkpoints.check_model_dir(folder)
+        options = LoadOptions(dtype, numerics, device, threads)
+        model = load_model(folder, options)
+        return cls(model, describe(folder, model, options), options, pool_tokens)
+
+    @property
+    def info(self) -> ModelInfo:
+        return self._info
+
+    @property
+    def usage(self) -> PoolUsage:
+        return self._pool.usage
+
+    def allocate(self, capacity: int) -> KVSequence:
+        return self._pool.allocate(capacity)
+
+    def reserve(self, sequence: KVSequence, capacity: int) -> None:
+        self._pool.reserve(_paged(sequence), capacity)
+
+    def fork(self, sequence: KVSequence, length: int, capacity: int) -> KVSequence:
+        return self._pool.fork(_paged(sequence), length, capacity)
+
+    def truncate(self, sequence: KVSequence, length: int) -> None:
+        self._pool.truncate(_paged(sequence), length)
+
+    def trim(self, sequence: KVSequence) -> None:
+        self._pool.trim(_paged(sequence))
+
+    def free(self, sequence: KVSequence) -> None:
+        self._pool.free(_paged(sequence))
+
+    def commit(self, sequence: KVSequence, path: Sequence[int], keep: Sequence[int] = ()) -> None:
+        self._pool.commit(_paged(sequence), path, keep)
+
+    def contents(self, sequence: KVSequence) -> list[Tensor]:
+        """[planes, committed positions, dim] the sequence's keys and values: for comparisons."""
+        paged = _paged(sequence)
+        return self._tensors.read(paged.places(0, paged.length))
+
+    def forward(self, segments: Sequence[Segment]) -> list[LogitRows]:
+        """Append the segments' rows and compute them in one packed pass.
+
+        Blocks. Grows a reservation that is too small. If it raises, no rows were appended.
+
+        Raises:
+            InvalidRequest: an unknown token, a position beyond the context, a bad row index.
+            InvalidTree: a parent does not precede its row.
+            Overloaded: a reservation was too small and the pool is full.
+        """
+        sequences = [_paged(segment.sequence) for segment in segments]
+        if len({id(sequence) for sequence in sequences}) < len(sequences):
+            raise ValueError("a sequence may have one segment in a pass")
+        before = [sequence.num_rows for sequence in sequences]
+        try:
+            for segment, sequence in zip(segments, sequences, strict=True):
+                self._append(segment, sequence)
+            return self._compute(segments, sequences)
+        except BaseException:
+            for sequence, num_rows in zip(sequences, before, strict=True):
+                self._pool.drop_rows(sequence, num_rows)
+            raise
+
+    def _append(self, segment: Segment, sequence: PagedSequence) -> None:
+        _check_segment(segment, self._info.vocab_size)
+        self._pool.append(sequence, segment.parents)
+        last = sequence.length + max(sequence.depths, default=-1)
+        if last >= self._info.context_tokens:
+            raise InvalidRequest(
+                f"position {last} is beyond the context of {self._info.context_tokens} tokens"
+            )
+
+    def _compute(
+        self, segments: Sequence[Segment], sequences: Sequence[PagedSequence]
+    ) -> list[LogitRows]:
+        layouts = _layouts(segments, sequences)
+        tokens = [token for segment in segments for token in segment.tokens]
+        positions = [
+            sequence.length + depth
+            for segment, sequence in zip(segments, sequences, strict=True)
+            for depth in sequence.depths[sequence.num_rows - len(segment.tokens) :]
+        ]
+        wanted = [
+            layout.first_row + row
+            for segment, layout in zip(segments, layouts, strict=True)
+            for row in segment.wanted
+        ]
+        if not tokens:
+            return [_Rows(torch.empty(0, self._info.vocab_size)) for _ in segments]
+        logits = self._run(tokens, positions, wanted, self._kernel(layouts))
+        split = logits.split([len(segment.wanted) for segment in segments])
+        return [_Rows(part) for part in split]
+
+    def _kernel(self, layouts: Sequence[SegmentLayout]) -> LayerAttention:
+        if self._options.numerics == "exact":
+            return ExactAttention(layouts)
+        if self._options.numerics == "oracle":
+            return OracleAttention(layouts)
+        return FastAttention(layouts, self._options.kv_dtype, self._device)
+
+    def _run(
+        self,
+        tokens: list[int],
+        positions: list[int],
+        wanted: list[int],
+        kernel: LayerAttention,
+    ) -> Tensor:  # [wanted, vocab]
+        tree = bridge.KernelPass(kernel, self._tensors, len(tokens))
+        if len(tokens) == 1 and self._options.numerics == "exact":
+            # A lone row of a linear layer may take another code path; see `linears`.
+            tokens, positions = tokens * 2, positions * 2
+        rows = torch.tensor(wanted, dtype=torch.long, device=self._device)
+        keep = {"logits_to_keep": rows} if self._picks_rows else {}
+        with torch.inference_mode():
+            logits: Tensor = self._model(
+                input_ids=torch.tensor([tokens], device=self._device),
+                position_ids=torch.tensor([positions], device=self._device),
+                use_cache=False,
+                tree=tree,
+                **keep,
+            ).logits[0]
+            return logits if self._picks_rows else logits[rows]
+
+
+class _Rows:
+    """Logits of a segment; a row becomes float32 numpy when it is asked for."""
+
+    def __init__(self, logits: Tensor) -> None:
+        self._logits = logits
+
+    def __len__(self) -> int:
+        return self._logits.shape[0]
+
+    def __getitem__(self, row: int, /) -> NDArray[np.float32]:
+        values: NDArray[np.float32] = self._logits[row].float().cpu().numpy()
+        return values
+
+
+def _paged(sequence: KVSequence) -> PagedSequence:
+    if not isinstance(sequence, PagedSequence):
+        raise ModelError(f"a {type(sequence).__name__} is no sequence of this engine")
+    return sequence
+
+
+def _check_segment(segment: Segment, vocab_size: int) -> None:
+    count = len(segment.tokens)
+    if len(segment.parents) != count:
+        raise InvalidRequest(f"{count} tokens have {len(segment.parents)} parents")
+    unknown = [token for token in segment.tokens if not 0 <= token < vocab_size]
+    if unknown:
+        raise InvalidRequest(f"token {unknown[0]} is unknown; the vocabulary has {vocab_size}")
+    outside = [row for row in segment.wanted if not 0 <= row < count]
+    if outside:
+        raise InvalidRequest(f"row {outside[0]} is wanted; the segment has {count}")
+
+
+def _layouts(
+    segments: Sequence[Segment], sequences: Sequence[PagedSequence]
+) -> list[SegmentLayout]:
+    layouts: list[SegmentLayout] = []
+    first_row = 0
+    for segment, sequence in zip(segments, sequences, strict=True):
+        in_use = (sequence.num_slots - 1) // PAGE_TOKENS + 1
+        run = sequence.pages[:in_use]
+        together = run == list(range(run[0], run[0] + in_use)) if run else False
+        layouts.append(
+            SegmentLayout(
+                first_row=first_row,
+                num_rows=len(segment.tokens),
+                length=sequence.length,
+                parents=tuple(sequence.parents),
+                first_place=run[0] * PAGE_TOKENS if together else None,
+                places=sequence.places(0, sequence.num_slots),
+            )
+        )
+        first_row += len(segment.tokens)
+    return layouts

@@ -1,0 +1,171 @@
+"""Read a Hugging Face model folder, and refuse what cannot be served right."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from treecast import checkpoints
+from treecast.engine import bridge
+from treecast.engine.base import ModelInfo
+from treecast.engine.linears import pack_linears
+from treecast.errors import ModelError
+
+DType = Literal["bfloat16", "float32"]
+Numerics = Literal["exact", "fast", "oracle"]
+
+DTYPES: dict[str, torch.dtype] = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+NUMERICS = ("exact", "fast", "oracle")
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class LoadOptions:
+    """How a model is to be computed."""
+
+    dtype: DType
+    numerics: Numerics
+    device: str
+    threads: int | None
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ModelError(f"dtype {self.dtype!r} is unknown; known are {', '.join(DTYPES)}")
+        if self.numerics not in NUMERICS:
+            known = ", ".join(NUMERICS)
+            raise ModelError(f"numerics {self.numerics!r} are unknown; known are {known}")
+        if self.numerics == "exact" and not self.on_cpu:
+            raise ModelError(f"exact numerics need device cpu, not {self.device}; use fast there")
+        if self.threads is not None and self.threads < 1:
+            raise ModelError(f"threads is {self.threads}; it must be 1 or more")
+
+    @property
+    def on_cpu(self) -> bool:
+        return torch.device(self.device).type == "cpu"
+
+    @property
+    def kv_dtype(self) -> torch.dtype:
+        """float32 wherever rounding keys once more would blur what is compared."""
+        return DTYPES[self.dtype] if self.numerics == "fast" else torch.float32
+
+
+def load_model(path: Path, options: LoadOptions) -> nn.Module:
+    """Read a causal LM with our attention and, on CPU, packed linears.
+
+    Sets torch's number of threads where `options.threads` is given.
+
+    Raises:
+        ModelError: the folder is no causal LM, or one that cannot be served.
+    """
+    import transformers
+
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    bridge.register()
+    try:
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            path, dtype=DTYPES[options.dtype], attn_implementation=bridge.IMPLEMENTATION
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(f"model folder {path} cannot be loaded: {error}") from error
+    _refuse_unsupported(model.config.get_text_config())
+    loaded: nn.Module = model.eval().to(options.device)
+    if options.on_cpu:
+        pack_linears(loaded, min_rows=2 if options.numerics == "exact" else 1)
+    return loaded
+
+
+def describe(path: Path, model: Any, options: LoadOptions) -> ModelInfo:
+    """What the loaded model is, for those who decide where requests go."""
+    config = model.config.get_text_config()
+    revision = checkpoints.model_revision(path)
+    has_tokenizer = (path / "tokenizer.json").is_file()
+    return ModelInfo(
+        name=path.name,
+        revision=revision,
+        vocab_size=int(config.vocab_size),
+        context_tokens=_context_tokens(config),
+        eos_token_ids=_eos_token_ids(model),
+        tokenizer_hash=checkpoints.tokenizer_hash(path) if has_tokenizer else "",
+        fingerprint=fingerprint(revision, options),
+    )
+
+
+def fingerprint(revision: str, options: LoadOptions) -> str:
+    """16 hexadecimal digits of all that a logit's bits depend on, besides its row."""
+    import transformers
+
+    parts = {
+        "revision": revision,
+        "dtype": options.dtype,
+        "numerics": options.numerics,
+        "kv": str(options.kv_dtype),
+        "device": options.device,
+        "processor": _processor() if options.on_cpu else torch.cuda.get_device_name(options.device),
+        "threads": torch.get_num_threads() if options.on_cpu else 0,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    return hashlib.sha256(repr(sorted(parts.items())).encode()).hexdigest()[:16]
+
+
+def _processor() -> str:
+    """Vendor and vector instructions: the matrix libraries choose their code by both."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()} {capability}"
+    facts = dict(line.split(":", 1) for line in reversed(lines) if ":" in line)
+    facts = {name.strip(): value.strip() for name, value in facts.items()}
+    flags = facts.get("flags", facts.get("Features", "")).split()
+    vector = sorted(flag for flag in flags if flag.startswith(("avx", "amx", "fma", "sve", "bf16")))
+    return f"{platform.machine()} {facts.get('vendor_id', '')} {capability} {' '.join(vector)}"
+
+
+def _refuse_unsupported(config: Any) -> None:
+    softcap = getattr(config, "attn_logit_softcapping", None)
+    if softcap is not None:
+        raise ModelError(
+            f"model type {config.model_type} caps attention logits at {softcap}, "
+            "which is not supported"
+        )
+
+
+def _context_tokens(config: Any) -> int:
+    """The model's context; of a model with a sliding window, the part where it hides nothing."""
+    context = getattr(config, "max_position_embeddings", None)
+    if context is None:
+        raise ModelError(f"model type {config.model_type} has no max_position_embeddings")
+    window = _sliding_window(config)
+    if window is not None and window < context:
+        _log.warning("context cut from %d to the sliding window of %d tokens", context, window)
+        return window
+    return int(context)
+
+
+def _sliding_window(config: Any) -> int | None:
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    slides = getattr(config, "use_sliding_window", True)
+    if kinds is not None:
+        slides = any(kind != "full_attention" for kind in kinds)
+    return int(window) if window is not None and slides else None
+
+
+def _eos_token_ids(model: Any) -> frozenset[int]:
+    generation = getattr(model, "generation_config", None)
+    ids = getattr(generation, "eos_token_id", None)
+    if ids is None:
+        ids = getattr(model.config.get_text_config(), "eos_token_id", None)
+    if ids is None:
+        return frozenset()
+    return frozenset(ids) if isinstance(ids, list | tuple) else frozenset([int(ids)])

@@ -1,0 +1,213 @@
+"""A model small enough to compute by hand, behind the engine's whole contract.
+
+After text t_0 .. t_n the favoured next token is `(3 * t_n + t_(n-1) + 1) mod V` (a token that is
+not there counts as 0), and the token r places above it, modulo V, has logit `-slope * r`, where
+`slope = (4 + S mod 8) / 8` and `S = sum((i + 1) * t_i)`. So greedy output needs the last two
+tokens, and the bits of a row need every token in its place.
+
+Rows are computed from token ids that lie in the pool where a real model's keys and values would,
+and by the same accounts: a wrong commit gives wrong logits. Breaches of the contract by the caller
+fail an assertion.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import reduce
+
+import numpy as np
+from numpy.typing import NDArray
+
+from treecast.engine.base import KVSequence, LogitRows, ModelInfo, PoolUsage, Segment
+from treecast.engine.kv_pool import PAGE_TOKENS, KVPool, PagedSequence
+
+_EMPTY = -1
+
+
+@dataclass(frozen=True, slots=True)
+class ToyState:
+    """All that the toy model remembers of a text: length, last two tokens, weighted sum."""
+
+    length: int = 0
+    last: int = 0
+    before_last: int = 0
+    weighted_sum: int = 0
+
+    def after(self, token: int) -> ToyState:
+        weighted_sum = self.weighted_sum + (self.length + 1) * token
+        return ToyState(self.length + 1, token, self.last, weighted_sum)
+
+    def favoured(self, vocab_size: int) -> int:
+        return (3 * self.last + self.before_last + 1) % vocab_size
+
+    def logits(self, vocab_size: int) -> NDArray[np.float32]:
+        """[vocab] float32, exact."""
+        rank = (np.arange(vocab_size) - self.favoured(vocab_size)) % vocab_size
+        slope = np.float32((4 + self.weighted_sum % 8) / 8)
+        return -slope * rank.astype(np.float32)
+
+
+def toy_state(tokens: Iterable[int]) -> ToyState:
+    """The state after a text."""
+    return reduce(ToyState.after, tokens, ToyState())
+
+
+def toy_logits(tokens: Iterable[int], vocab_size: int) -> NDArray[np.float32]:
+    """[vocab] float32: the row that follows a text, from the text alone; the engine's oracle."""
+    return toy_state(tokens).logits(vocab_size)
+
+
+class TokenStorage:
+    """What lies in the toy's pool: one token id per place."""
+
+    def __init__(self, places: int) -> None:
+        self.tokens = np.full(places, _EMPTY, np.int64)
+
+    def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        self.tokens[list(targets)] = self.tokens[list(sources)]
+
+
+@dataclass(frozen=True, slots=True)
+class ToyRows:
+    """A segment's wanted rows, each made when asked for."""
+
+    states: Sequence[ToyState]
+    vocab_size: int
+
+    def __len__(self) -> int:
+        return len(self.states)
+
+    def __getitem__(self, row: int, /) -> NDArray[np.float32]:
+        return self.states[row].logits(self.vocab_size)
+
+
+class ToyEngine:
+    """The toy model and its pool. `num_passes` and `num_rows` count what it has computed."""
+
+    def __init__(
+        self,
+        vocab_size: int = 97,
+        context_tokens: int = 1024,
+        pool_tokens: int = 16384,
+        step_s: float = 0,
+        eos_token_ids: Iterable[int] = (),
+        on_forward: Callable[[Sequence[Segment]], None] | None = None,
+    ) -> None:
+        """Make an engine with an empty pool.
+
+        Args:
+            vocab_size: token ids are below this.
+            context_tokens: positions are below this.
+            pool_tokens: pool size; rounded up to whole pages.
+            step_s: how long a pass takes, spent asleep.
+            eos_token_ids: what the model's end-of-sequence tokens are said to be.
+            on_forward: called at the start of every pass; may block to hold it, or raise.
+        """
+        self._info = ModelInfo(
+            name="toy",
+            revision=f"toy-{vocab_size}",
+            vocab_size=vocab_size,
+            context_tokens=context_tokens,
+            eos_token_ids=frozenset(eos_token_ids),
+            tokenizer_hash="",
+            fingerprint=f"toy-{vocab_size}",
+        )
+        num_pages = -(-pool_tokens // PAGE_TOKENS)
+        self._storage = TokenStorage(num_pages * PAGE_TOKENS)
+        self._pool = KVPool(num_pages, self._storage)
+        self._step_s = step_s
+        self._on_forward = on_forward
+        self.num_passes = 0
+        self.num_rows = 0
+
+    @property
+    def info(self) -> ModelInfo:
+        return self._info
+
+    @property
+    def usage(self) -> PoolUsage:
+        return self._pool.usage
+
+    def allocate(self, capacity: int) -> PagedSequence:
+        return self._pool.allocate(capacity)
+
+    def reserve(self, sequence: KVSequence, capacity: int) -> None:
+        self._pool.reserve(_own(sequence), capacity)
+
+    def fork(self, sequence: KVSequence, length: int, capacity: int) -> PagedSequence:
+        return self._pool.fork(_own(sequence), length, capacity)
+
+    def truncate(self, sequence: KVSequence, length: int) -> None:
+        self._pool.truncate(_own(sequence), length)
+
+    def trim(self, sequence: KVSequence) -> None:
+        self._pool.trim(_own(sequence))
+
+    def free(self, sequence: KVSequence) -> None:
+        self._pool.free(_own(sequence))
+
+    def forward(self, segments: Sequence[Segment]) -> list[LogitRows]:
+        if self._on_forward is not None:
+            self._on_forward(segments)
+        self._check(segments)
+        time.sleep(self._step_s)
+        self.num_passes += 1
+        return [self._compute(segment) for segment in segments]
+
+    def commit(self, sequence: KVSequence, path: Sequence[int], keep: Sequence[int] = ()) -> None:
+        own = _own(sequence)
+        assert all(row < own.num_rows for row in (*path, *keep)), f"{path=} {keep=} {own.num_rows=}"
+        self._pool.commit(own, path, keep)
+
+    def _check(self, segments: Sequence[Segment]) -> None:
+        assert segments, "a pass without segments"
+        owners = [id(segment.sequence) for segment in segments]
+        assert len(set(owners)) == len(owners), "two segments of one sequence in a pass"
+        for segment in segments:
+            self._check_rows(segment)
+            self._check_room(segment)
+
+    def _check_rows(self, segment: Segment) -> None:
+        first, count = segment.sequence.num_rows, len(segment.tokens)
+        assert 0 < count == len(segment.parents), f"{count} tokens, {len(segment.parents)} parents"
+        assert all(0 <= token < self.info.vocab_size for token in segment.tokens), segment.tokens
+        for row, parent in enumerate(segment.parents):
+            assert -1 <= parent < first + row, f"row {first + row} has parent {parent}"
+        wanted = list(segment.wanted)
+        assert wanted == sorted(set(wanted)), f"wanted rows do not ascend: {wanted}"
+        assert not wanted or 0 <= wanted[0] <= wanted[-1] < count, f"{wanted=} of {count}"
+
+    def _check_room(self, segment: Segment) -> None:
+        sequence = _own(segment.sequence)
+        depths = list(sequence.depths)
+        for parent in segment.parents:
+            depths.append(0 if parent < 0 else depths[parent] + 1)
+        assert sequence.length + max(depths) < self.info.context_tokens, "beyond the context"
+
+    def _compute(self, segment: Segment) -> LogitRows:
+        sequence = _own(segment.sequence)
+        first = sequence.num_rows
+        self._pool.append(sequence, segment.parents)
+        start = sequence.length + first
+        places = sequence.places(start, start + len(segment.tokens))
+        self._storage.tokens[places] = segment.tokens
+        self.num_rows += len(segment.tokens)
+        states = self._row_states(sequence)
+        return ToyRows([states[first + row] for row in segment.wanted], self.info.vocab_size)
+
+    def _row_states(self, sequence: PagedSequence) -> list[ToyState]:
+        """The state after each uncommitted row, from what lies in the sequence's places."""
+        tokens = self._storage.tokens[sequence.places(0, sequence.num_slots)].tolist()
+        assert _EMPTY not in tokens, "a place of the sequence was never written"
+        committed = toy_state(tokens[: sequence.length])
+        states: list[ToyState] = []
+        for token, parent in zip(tokens[sequence.length :], sequence.parents, strict=True):
+            states.append((committed if parent < 0 else states[parent]).after(token))
+        return states
+
+
+def _own(sequence: KVSequence) -> PagedSequence:
+    assert isinstance(sequence, PagedSequence), f"not a sequence of this engine: {sequence!r}"
+    return sequence

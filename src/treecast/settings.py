@@ -1,0 +1,78 @@
+"""Settings of a service: read once at start, from flags and environment, then frozen.
+
+pydantic-settings does the reading: a flag `--pool-tokens` is the field `pool_tokens` and the
+environment variable `TREECAST_POOL_TOKENS`; flags win.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Self
+
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings.exceptions import SettingsError as ParserError
+
+from treecast.errors import SettingsError
+
+ENV_PREFIX = "TREECAST_"
+
+
+class ServiceSettings(BaseSettings):
+    """What every service has. A role adds its own fields in a subclass."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=ENV_PREFIX,
+        cli_kebab_case=True,
+        cli_avoid_json=True,
+        cli_implicit_flags=True,
+        cli_hide_none_type=True,
+        frozen=True,
+        extra="forbid",
+    )
+
+    listen: str = Field("127.0.0.1:0", description="address to serve gRPC on; port 0 picks one")
+    advertise: str | None = Field(
+        None, description="address that others reach this process by; default: the bound one"
+    )
+    metrics_listen: str | None = Field(
+        "127.0.0.1:0", description="address to serve /metrics on; empty for none"
+    )
+    redis_url: str | None = Field(
+        None, description="redis://host:port/db for registry and leases; unset: seeds only"
+    )
+    log_level: str = Field("info", description="debug, info, warning or error")
+    log_json: bool = Field(True, description="JSON log lines; otherwise for people")
+    announce: bool = Field(
+        False, description="print one JSON line with the bound addresses on stdout when ready"
+    )
+
+    @classmethod
+    def load(cls, argv: Sequence[str], prog: str) -> Self:
+        """Parse flags and environment.
+
+        Raises:
+            SettingsError: a value is bad or unknown; the message names it.
+        """
+        config = SettingsConfigDict(cli_prog_name=prog, cli_exit_on_error=False)
+        try:
+            reader = type(cls.__name__, (cls,), {"model_config": config, "__doc__": cls.__doc__})
+            return reader(_cli_parse_args=list(argv))
+        except ValidationError as error:
+            raise SettingsError(_first_fault(error)) from error
+        except ParserError as error:
+            raise SettingsError(str(error)) from error
+
+
+def _first_fault(error: ValidationError) -> str:
+    fault = error.errors()[0]
+    name = ".".join(str(part) for part in fault["loc"])
+    flag = f"--{name.replace('_', '-')} (or {ENV_PREFIX}{name.upper()})"
+    return f"{flag} is {fault['input']!r}: {fault['msg']}"
+
+
+def unknown_variables(known: Sequence[type[ServiceSettings]]) -> list[str]:
+    """Environment variables with our prefix that no service reads: typing errors, usually."""
+    names = {f"{ENV_PREFIX}{field}".upper() for cls in known for field in cls.model_fields}
+    return sorted(name for name in os.environ if name.startswith(ENV_PREFIX) and name not in names)

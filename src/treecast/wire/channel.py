@@ -1,0 +1,47 @@
+"""Client channels: the same caps and keepalive on every one of them."""
+
+from __future__ import annotations
+
+import grpc
+
+MAX_MESSAGE_BYTES = 4 * 1024 * 1024
+"""Largest message that a server or a client takes; a sender splits what is more."""
+
+KEEPALIVE_MS = 10_000
+KEEPALIVE_TIMEOUT_MS = 5_000
+
+_FIRST_RETRY_MS = 100
+_LAST_RETRY_MS = 2_000
+
+Options = list[tuple[str, str | int]]
+
+
+def channel_options(address: str, max_message_bytes: int = MAX_MESSAGE_BYTES) -> Options:
+    """Options of a channel; `dns:///` names are balanced over all their addresses."""
+    options: Options = [
+        ("grpc.max_send_message_length", max_message_bytes),
+        ("grpc.max_receive_message_length", max_message_bytes),
+        ("grpc.keepalive_time_ms", KEEPALIVE_MS),
+        ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
+        ("grpc.initial_reconnect_backoff_ms", _FIRST_RETRY_MS),
+        ("grpc.min_reconnect_backoff_ms", _FIRST_RETRY_MS),
+        ("grpc.max_reconnect_backoff_ms", _LAST_RETRY_MS),
+        # Channels to one address do not share a connection, nor its back-off.
+        ("grpc.use_local_subchannel_pool", 1),
+    ]
+    if address.startswith("dns:///"):
+        options.append(("grpc.lb_policy_name", "round_robin"))
+    return options
+
+
+def open_channel(
+    address: str,
+    *,
+    credentials: grpc.ChannelCredentials | None = None,
+    max_message_bytes: int = MAX_MESSAGE_BYTES,
+) -> grpc.aio.Channel:
+    """Open a channel, over TLS when credentials are given. The caller closes it."""
+    options = channel_options(address, max_message_bytes)
+    if credentials is None:
+        return grpc.aio.insecure_channel(address, options=options)
+    return grpc.aio.secure_channel(address, credentials, options=options)

@@ -1,0 +1,111 @@
+"""Redis that may be slow or gone: each command has a short timeout, and a breaker.
+
+While Redis is lost the first caller waits one timeout; those after it are refused at once until a
+pause has passed and one of them may try again. So its loss costs nobody more than one wait.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+import structlog
+from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import RedisError
+
+from treecast.errors import SettingsError
+
+T = TypeVar("T")
+log = structlog.get_logger()
+
+TIMEOUT_S = 0.25
+PAUSE_S = 1.0
+
+
+class RedisLost(Exception):
+    """Redis does not answer, or was not given. The caller goes on without it."""
+
+
+class GuardedRedis:
+    """One client of one Redis; `None` as its address is a Redis that is always lost."""
+
+    def __init__(
+        self,
+        url: str | None,
+        timeout_s: float = TIMEOUT_S,
+        pause_s: float = PAUSE_S,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Connects to nothing yet.
+
+        Raises:
+            SettingsError: the address is not a Redis URL.
+        """
+        self._redis = _client(url, timeout_s) if url else None
+        self._timeout_s = timeout_s
+        self._pause_s = pause_s
+        self._clock = clock
+        self._answers: bool | None = None
+        self._closed_until_s = 0.0
+
+    @property
+    def ok(self) -> bool:
+        """Whether the last command was answered; False before the first."""
+        return self._answers is True
+
+    async def ask(self, command: Callable[[Redis], Awaitable[T]]) -> T:
+        """Run one command (or pipeline).
+
+        Raises:
+            RedisLost: no answer within the timeout, or the breaker is open. Whether the command
+                took effect is unknown.
+        """
+        if self._redis is None or self._clock() < self._closed_until_s:
+            raise RedisLost
+        if self._answers is False:
+            self._close_breaker_for_others()
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                answer = await command(self._redis)
+        except (RedisError, OSError, TimeoutError) as error:
+            self._lost(error)
+            raise RedisLost from error
+        self._answered()
+        return answer
+
+    def _close_breaker_for_others(self) -> None:
+        """The caller is the one trial: until it knows, others are refused."""
+        self._closed_until_s = self._clock() + self._timeout_s
+
+    def _lost(self, error: Exception) -> None:
+        self._closed_until_s = self._clock() + self._pause_s
+        if self._answers is not False:
+            log.warning("redis lost", error=repr(error))
+        self._answers = False
+
+    def _answered(self) -> None:
+        self._closed_until_s = 0.0
+        if self._answers is False:
+            log.info("redis is back")
+        self._answers = True
+
+    async def close(self) -> None:
+        if self._redis is not None:
+            await self._redis.aclose()
+
+
+def _client(url: str, timeout_s: float) -> Redis:
+    try:
+        return Redis.from_url(
+            url,
+            socket_timeout=timeout_s,
+            socket_connect_timeout=timeout_s,
+            retry=Retry(NoBackoff(), 0),
+            decode_responses=True,
+        )
+    except ValueError as error:
+        raise SettingsError(f"redis_url is {url!r}: {error}") from error

@@ -1,0 +1,98 @@
+"""From start to stop: what every service does around its own work."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import secrets
+import signal
+import sys
+from collections.abc import Awaitable, Callable
+
+import structlog
+from prometheus_client import CollectorRegistry
+
+from treecast.settings import ServiceSettings, unknown_variables
+from treecast.telemetry.logs import configure_logs
+from treecast.telemetry.metrics import serve_metrics
+from treecast.wire.frames import Role
+from treecast.wire.registry import Registration
+from treecast.wire.server import Server
+
+log = structlog.get_logger()
+
+
+def begin(settings: ServiceSettings, role: Role) -> str:
+    """Set up logs and name this process; returns its instance id."""
+    name = role.name.lower()
+    instance_id = f"{name}-{os.getpid()}-{secrets.token_hex(4)}"
+    configure_logs(name, instance_id, settings.log_level, settings.log_json)
+    return instance_id
+
+
+async def serve_until_stopped(
+    settings: ServiceSettings,
+    role: Role,
+    instance_id: str,
+    server: Server,
+    metrics: CollectorRegistry,
+    drain: Callable[[], Awaitable[None]],
+    model: str = "",
+) -> None:
+    """Listen, register, announce; on SIGTERM or SIGINT leave the registry, drain and stop.
+
+    Raises:
+        SettingsError: an address cannot be bound.
+    """
+    stopped = _on_signal()
+    address = await server.listen(settings.listen)
+    advertised = settings.advertise or address
+    metrics_address, stop_metrics = _serve_metrics(settings, metrics)
+    try:
+        registration = Registration(settings.redis_url, role, advertised, instance_id, model)
+        async with registration:
+            await server.set_ready()
+            log.info("service.ready", address=address, advertised=advertised)
+            if settings.announce:
+                _announce(role, advertised, metrics_address, instance_id)
+            await stopped.wait()
+            await server.set_not_ready()
+        log.info("service.draining")
+        await drain()
+        await server.stop(grace_s=1.0)
+    finally:
+        stop_metrics()
+        log.info("service.stopped")
+
+
+def _on_signal() -> asyncio.Event:
+    stopped = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stopped.set)
+    return stopped
+
+
+def _serve_metrics(
+    settings: ServiceSettings, metrics: CollectorRegistry
+) -> tuple[str, Callable[[], None]]:
+    if not settings.metrics_listen:
+        return "", lambda: None
+    return serve_metrics(metrics, settings.metrics_listen)
+
+
+def _announce(role: Role, address: str, metrics_address: str, instance_id: str) -> None:
+    line = {
+        "role": role.name.lower(),
+        "address": address,
+        "metrics": metrics_address,
+        "instance_id": instance_id,
+        "pid": os.getpid(),
+    }
+    print(json.dumps(line), file=sys.stdout, flush=True)  # noqa: T201
+
+
+def warn_of_unknown_variables(*known: type[ServiceSettings]) -> None:
+    """Log environment variables of ours that no service reads."""
+    for name in unknown_variables(known):
+        log.warning("settings.unknown_variable", name=name)

@@ -1,0 +1,236 @@
+"""One open stream between two peers; both ends of both hops run this code."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from typing import Any, Generic, Protocol, TypeVar
+
+import grpc
+import structlog
+
+from treecast.errors import InvalidFrame, TreecastError, Unavailable
+from treecast.wire.channel import MAX_MESSAGE_BYTES
+from treecast.wire.codec import Limits
+from treecast.wire.codec.bounds import MAX_FRAMES, MAX_PROPOSERS
+from treecast.wire.frames import BadFrame, Heartbeat, Hello
+from treecast.wire.greeting import Greeting, check_alive
+from treecast.wire.hop import End
+from treecast.wire.outbox import Outbox, slot_key
+from treecast.wire.status import from_rpc_error
+
+HEARTBEAT_S = 0.25
+SILENCE_S = 1.0
+"""A peer that sends nothing for so long is dead, whatever TCP says."""
+
+Out = TypeVar("Out")
+In = TypeVar("In")
+HandlerOut = TypeVar("HandlerOut")
+HandlerIn = TypeVar("HandlerIn", contravariant=True)
+
+log = structlog.get_logger()
+
+
+class PairHandler(Protocol[HandlerOut, HandlerIn]):
+    """What a service does with its streams. Called on the event loop; must not block.
+
+    What `received` raises comes back through `failed_frame` (as "internal error", and logged, if
+    it is no `TreecastError`), so that a bad frame costs its own session alone.
+    """
+
+    def opened(self, link: Link[HandlerOut, Any]) -> None:
+        """The hellos agree; `link.peer` is the peer's."""
+
+    def received(self, link: Link[HandlerOut, Any], frame: HandlerIn) -> None:
+        """A well-formed frame came; its handle may be unknown."""
+
+    def failed_frame(self, link: Link[HandlerOut, Any], error: BadFrame) -> None:
+        """A frame of session `error.handle` was refused, or could not be sent: end the session."""
+
+    def beat(self, link: Link[HandlerOut, Any], heartbeat: Heartbeat) -> None:
+        """The peer's state came, about every 250 ms."""
+
+    def closed(self, link: Link[HandlerOut, Any]) -> None:
+        """The stream is over: once after each `opened`; `link.why_closed` says why."""
+
+
+class Link(Generic[Out, In]):
+    """One open stream. Not thread-safe: event loop only.
+
+    Attributes:
+        address: of the peer, as dialed or as the transport reports it.
+        peer: the peer's hello.
+        last_heartbeat: the newest; all zeros before the first.
+        why_closed: empty while the link is alive.
+        error: what closed the link, if that was an error.
+    """
+
+    def __init__(
+        self,
+        end: End[Out, In],
+        address: str,
+        ours: Hello,
+        greeting: Greeting,
+        heartbeat: Callable[[], Heartbeat],
+        handler: PairHandler[Out, In],
+    ) -> None:
+        self.address = address
+        self.peer = greeting.hello
+        self.last_heartbeat = greeting.heartbeat
+        self.why_closed = ""
+        self.error: TreecastError | None = None
+        self._end = end
+        self._heartbeat = heartbeat
+        self._handler = handler
+        self._limits = Limits(
+            vocab_size=ours.vocab_size or self.peer.vocab_size,
+            num_proposers=len(self.peer.proposers) or MAX_PROPOSERS,
+        )
+        self._outbox: Outbox[Out | Heartbeat] = Outbox()
+        self._over = asyncio.Event()
+        self._opened = False
+        self._silent_beats = 0
+
+    @property
+    def alive(self) -> bool:
+        return not self._over.is_set()
+
+    def send(self, frame: Out) -> None:
+        """Queue a frame, merged with what waits for its session. Never blocks; no-op once closed.
+
+        A peer that lets too many sessions pile up loses the link.
+        """
+        self._put(frame)
+
+    def close(self, reason: str, error: TreecastError | None = None) -> None:
+        """End the stream; the handler's `closed` runs before this returns. Safe to repeat."""
+        if not self.alive:
+            return
+        self.why_closed, self.error = reason, error
+        self._over.set()
+        self._outbox.close()
+        log.info("stream closed", peer=self.peer.instance_id, address=self.address, why=reason)
+        if self._opened:
+            self._handler.closed(self)
+
+    async def run(self, messages: AsyncIterator[Any]) -> None:
+        """Open the link to the handler and read until either side ends it; never raises."""
+        if not self.alive:
+            return
+        log.info("stream opened", peer=self.peer.instance_id, address=self.address)
+        tasks = [
+            asyncio.create_task(work)
+            for work in (self._read(messages), self._beat(), self._over.wait())
+        ]
+        try:
+            self._opened = True
+            self._handler.opened(self)
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in tasks:
+                task.cancel()
+            ended = await asyncio.gather(*tasks, return_exceptions=True)
+            self._close_by(ended)
+
+    def _close_by(self, ended: Sequence[object]) -> None:
+        for error in ended:
+            if isinstance(error, TreecastError):
+                self.close(error.message, error)
+            elif isinstance(error, Exception):
+                log.error("stream failed", peer=self.peer.instance_id, exc_info=error)
+                self.close("internal error", TreecastError("internal error"))
+        self.close("ended")
+
+    async def outgoing(self) -> AsyncIterator[Any]:
+        """Messages to write, until the link is over; the greeting is not among them."""
+        while frames := await self._outbox.take():
+            for message in self._pack(frames):
+                yield message
+
+    # --- out ----------------------------------------------------------------------------------
+
+    def _put(self, frame: Out | Heartbeat) -> None:
+        try:
+            self._outbox.put(slot_key(frame), frame)
+        except TreecastError as error:
+            self.close(error.message, error)
+
+    async def _beat(self) -> None:
+        """Send heartbeats, and count those after which nothing had come from the peer.
+
+        Counting, rather than reading the clock, forgives stalls of this process.
+        """
+        while self._silent_beats <= SILENCE_S / HEARTBEAT_S:
+            await asyncio.sleep(HEARTBEAT_S)
+            self._silent_beats += 1
+            self._put(self._heartbeat())
+        raise Unavailable(f"peer was silent for {SILENCE_S} s")
+
+    def _pack(self, frames: Sequence[Out | Heartbeat]) -> Iterator[Any]:
+        """Messages under the size cap; a lone frame that cannot be sent fails its session."""
+        try:
+            message = self._encode(frames)
+        except InvalidFrame as error:
+            if len(frames) == 1:
+                self._fail(frames[0], error)
+                return
+            middle = len(frames) // 2
+            yield from self._pack(frames[:middle])
+            yield from self._pack(frames[middle:])
+        else:
+            yield message
+
+    def _encode(self, frames: Sequence[Out | Heartbeat]) -> Any:
+        if len(frames) > MAX_FRAMES:
+            raise InvalidFrame(f"message has {len(frames)} frames; the limit is {MAX_FRAMES}")
+        try:
+            message = self._end.encode(frames)
+        except Exception as error:
+            raise InvalidFrame(f"frame cannot be encoded: {error}") from error
+        if message.ByteSize() > MAX_MESSAGE_BYTES:
+            raise InvalidFrame(
+                f"message has {message.ByteSize()} bytes; the limit is {MAX_MESSAGE_BYTES}"
+            )
+        return message
+
+    # --- in -----------------------------------------------------------------------------------
+
+    async def _read(self, messages: AsyncIterator[Any]) -> None:
+        try:
+            async for message in messages:
+                self._silent_beats = 0
+                for frame in self._end.decode(message, self._limits):
+                    self._deliver(frame)
+        except grpc.RpcError as error:
+            raise from_rpc_error(error) from None
+        self.close("peer ended the stream")
+
+    def _deliver(self, frame: In | Hello | Heartbeat | InvalidFrame) -> None:
+        if not self.alive:
+            return
+        if isinstance(frame, Heartbeat):
+            check_alive(frame)
+            self.last_heartbeat = frame
+            self._handler.beat(self, frame)
+        elif isinstance(frame, BadFrame):
+            log.warning("bad frame", peer=self.peer.instance_id, error=frame.message)
+            self._handler.failed_frame(self, frame)
+        elif isinstance(frame, InvalidFrame | Hello):
+            log.warning("ignored frame", peer=self.peer.instance_id, frame=repr(frame))
+        else:
+            self._receive(frame)
+
+    def _receive(self, frame: In) -> None:
+        try:
+            self._handler.received(self, frame)
+        except TreecastError as error:
+            self._fail(frame, error)
+        except Exception as error:
+            log.error("frame failed", peer=self.peer.instance_id, exc_info=error)
+            self._fail(frame, TreecastError("internal error"))
+
+    def _fail(self, frame: object, error: TreecastError) -> None:
+        handle = getattr(frame, "handle", None)
+        log.warning("frame failed", peer=self.peer.instance_id, error=error.message, handle=handle)
+        if handle is not None:
+            self._handler.failed_frame(self, BadFrame(handle, error))

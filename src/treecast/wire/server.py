@@ -1,0 +1,184 @@
+"""A gRPC server as every service has it: health, reflection, size caps and the error table."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, TypeVar
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from treecast.errors import SettingsError
+from treecast.wire.channel import (
+    KEEPALIVE_MS,
+    KEEPALIVE_TIMEOUT_MS,
+    MAX_MESSAGE_BYTES,
+    Options,
+)
+from treecast.wire.status import abort
+
+Servicer = TypeVar("Servicer")
+Context = grpc.aio.ServicerContext[Any, Any]
+
+_SERVING = health_pb2.HealthCheckResponse.SERVING
+_NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+def server_options(max_message_bytes: int = MAX_MESSAGE_BYTES) -> Options:
+    return [
+        ("grpc.max_send_message_length", max_message_bytes),
+        ("grpc.max_receive_message_length", max_message_bytes),
+        ("grpc.keepalive_time_ms", KEEPALIVE_MS),
+        ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
+        ("grpc.http2.min_ping_interval_without_data_ms", KEEPALIVE_MS // 2),
+        # Two processes on one port would share its connections instead of failing at start.
+        ("grpc.so_reuseport", 0),
+    ]
+
+
+class Server:
+    """One grpc.aio server. Not ready (by `grpc.health.v1`) until told otherwise."""
+
+    def __init__(
+        self,
+        *,
+        credentials: grpc.ServerCredentials | None = None,
+        max_message_bytes: int = MAX_MESSAGE_BYTES,
+    ) -> None:
+        self._credentials = credentials
+        self._server = grpc.aio.server(
+            interceptors=[ErrorInterceptor()], options=server_options(max_message_bytes)
+        )
+        self._health = health.aio.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        self._names: list[str] = []
+
+    def add(
+        self,
+        register: Callable[[Servicer, grpc.aio.Server], None],
+        servicer: Servicer,
+        name: str,
+    ) -> None:
+        """Serve one service; `name` is its full name, such as "treecast.v1.RouterService"."""
+        register(servicer, self._server)
+        self._names.append(name)
+
+    async def listen(self, address: str) -> str:
+        """Bind and start; returns the bound address, with the port that 0 stood for.
+
+        Raises:
+            SettingsError: the address is in use, not this machine's, or malformed.
+        """
+        names = [*self._names, health.SERVICE_NAME, reflection.SERVICE_NAME]
+        reflection.enable_server_reflection(names, self._server)
+        await self.set_not_ready()
+        try:
+            port = self._bind(address)
+        except RuntimeError:
+            raise SettingsError(f"cannot listen on {address}: {_why_not(address)}") from None
+        await self._server.start()
+        host, colon, _ = address.rpartition(":")
+        return address if address.startswith("unix:") or not colon else f"{host}:{port}"
+
+    def _bind(self, address: str) -> int:
+        if self._credentials is None:
+            return self._server.add_insecure_port(address)
+        return self._server.add_secure_port(address, self._credentials)
+
+    async def set_ready(self) -> None:
+        await self._set_health(_SERVING)
+
+    async def set_not_ready(self) -> None:
+        """Ask balancers and probes to send nobody new; calls are still served."""
+        await self._set_health(_NOT_SERVING)
+
+    async def _set_health(self, status: int) -> None:
+        for name in ("", *self._names):
+            await self._health.set(name, status)
+
+    async def stop(self, grace_s: float | None = None) -> None:
+        """Not ready for good, take no new calls, and abort those that outlive the grace period.
+
+        Close the pair streams first: they have no end of their own. Safe to repeat.
+        """
+        await self._health.enter_graceful_shutdown()
+        await self._server.stop(grace_s)
+
+    async def wait(self) -> None:
+        """Block until the server has stopped."""
+        await self._server.wait_for_termination()
+
+
+def _why_not(address: str) -> str:
+    """Bind once more by hand, since gRPC does not say what went wrong."""
+    host, _, port = address.rpartition(":")
+    try:
+        family, kind, protocol, _, where = socket.getaddrinfo(
+            host.strip("[]") or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.bind(where)
+    except OSError as error:
+        return (error.strerror or str(error)).lower()
+    return "gRPC cannot bind it; it must be HOST:PORT"
+
+
+class ErrorInterceptor(grpc.aio.ServerInterceptor):
+    """Turns what handlers raise into statuses by the one table in `status`."""
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        """Wrap the method's handler, whichever of the four kinds it is."""
+        handler = await continuation(handler_call_details)
+        if handler is None:
+            return None
+        for kind, make in _MAKERS.items():
+            call = getattr(handler, kind)
+            if call is not None:
+                return make(_guard(call), handler.request_deserializer, handler.response_serializer)
+        return handler
+
+
+_MAKERS = {
+    "unary_unary": grpc.unary_unary_rpc_method_handler,
+    "unary_stream": grpc.unary_stream_rpc_method_handler,
+    "stream_unary": grpc.stream_unary_rpc_method_handler,
+    "stream_stream": grpc.stream_stream_rpc_method_handler,
+}
+
+
+def _guard(call: Callable[..., Any]) -> Callable[..., Any]:
+    return _guard_stream(call) if inspect.isasyncgenfunction(call) else _guard_call(call)
+
+
+def _guard_call(call: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+    async def guarded(request: Any, context: Context) -> Any:
+        try:
+            return await call(request, context)
+        except grpc.aio.AbortError:
+            raise
+        except Exception as error:
+            await abort(context, error)
+
+    return guarded
+
+
+def _guard_stream(call: Callable[..., Any]) -> Callable[..., AsyncIterator[Any]]:
+    async def guarded(request: Any, context: Context) -> AsyncIterator[Any]:
+        try:
+            async with contextlib.aclosing(call(request, context)) as responses:
+                async for response in responses:
+                    yield response
+        except grpc.aio.AbortError:
+            raise
+        except Exception as error:
+            await abort(context, error)
+
+    return guarded

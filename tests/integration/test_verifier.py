@@ -1,0 +1,523 @@
+"""The verifier service through its real port, with a hand-computable model."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Sequence
+
+import pytest
+
+from treecast.engine.base import Segment
+from treecast.engine.toy import ToyEngine
+from treecast.errors import (
+    DeadlineExceeded,
+    InvalidRequest,
+    NotServed,
+    Overloaded,
+    PromptTooLong,
+    StaleLease,
+)
+from treecast.sampling.params import Law, SamplingParams
+from treecast.sampling.stops import FinishReason
+from treecast.tree import TokenTree
+from treecast.wire.frames import (
+    Attach,
+    Commit,
+    Detach,
+    Draft,
+    Forget,
+    NeedSync,
+    Refused,
+    SessionKey,
+    SpeculatorFrame,
+    VerifierFrame,
+)
+
+from .verifier_rig import VOCAB, ScriptedSpeculator, plain, speculator, verifier_rig
+
+GREEDY = SamplingParams(temperature=0, max_tokens=24)
+SAMPLED = SamplingParams(temperature=1.0, top_p=0.95, max_tokens=24)
+PROMPT = [5, 6, 7]
+
+
+class Drafting:
+    """A script that answers every commit with a tree built from the session's own future."""
+
+    def __init__(self, make: Clairvoyant) -> None:
+        self.make = make
+        self.texts: dict[int, list[int]] = {}
+        self.attached: dict[int, Attach] = {}
+
+    def __call__(self, frame: VerifierFrame) -> Sequence[SpeculatorFrame]:
+        if isinstance(frame, Detach):
+            return []
+        if isinstance(frame, Attach):
+            self.texts[frame.handle], self.attached[frame.handle] = list(frame.tokens), frame
+        else:
+            self.texts[frame.handle] += frame.tokens
+        text, attach = self.texts[frame.handle], self.attached[frame.handle]
+        if frame.node_budget == 0:
+            return []
+        future = plain_after(attach, text, 4)
+        return [self.make(frame.handle, text, future)]
+
+
+class Clairvoyant:
+    """The right four tokens, as a chain below the newest commit."""
+
+    def __call__(self, handle: int, text: list[int], future: list[int]) -> SpeculatorFrame:
+        return Draft(handle, len(text), TokenTree.chain(future))
+
+
+def plain_after(attach: Attach, text: list[int], count: int) -> list[int]:
+    done = len(text) - attach.prompt_len
+    sampling = SamplingParams(
+        temperature=attach.sampling.temperature, top_p=attach.sampling.top_p,
+        max_tokens=done + count,
+    )  # fmt: skip
+    return plain(text[: attach.prompt_len], sampling, attach.noise_key)[done:]
+
+
+# --- plain decoding ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED])
+async def test_output_is_plain_decoding_when_nobody_drafts(sampling: SamplingParams) -> None:
+    async with verifier_rig() as rig:
+        outcome = await rig.router.run(PROMPT, sampling, noise_key=11)
+    assert outcome.tokens == plain(PROMPT, sampling, 11)
+    assert outcome.completed is not None
+    assert outcome.completed.finish is FinishReason.LENGTH
+    usage = outcome.completed.usage
+    assert (usage.steps, usage.drafted, usage.prompt_tokens) == (24, 0, 3)
+
+
+async def test_prompt_is_computed_in_chunks_when_it_exceeds_a_step() -> None:
+    prompt = [token % VOCAB for token in range(300)]
+    async with verifier_rig(max_rows=32) as rig:
+        outcome = await rig.router.run(prompt, GREEDY)
+    assert outcome.tokens == plain(prompt, GREEDY)
+
+
+async def test_logprobs_come_with_every_token_when_asked_for() -> None:
+    sampling = SamplingParams(temperature=0, max_tokens=5, logprobs=2)
+    async with verifier_rig() as rig:
+        outcome = await rig.router.run(PROMPT, sampling)
+    assert [entry.top_ids[0] for entry in outcome.logprobs] == outcome.tokens
+
+
+async def test_newcomer_starts_before_older_requests_finish() -> None:
+    async with verifier_rig(ToyEngine(vocab_size=VOCAB, step_s=0.002)) as rig:
+        _, old = rig.router.start(PROMPT, SamplingParams(temperature=0, max_tokens=200))
+        await old.until(lambda o: len(o.tokens) > 3)
+        _, young = rig.router.start([9, 9], GREEDY)
+        await young.until(lambda o: len(o.tokens) > 0)
+        assert old.completed is None
+        await asyncio.gather(old.end(), young.end())
+    assert young.tokens == plain([9, 9], GREEDY)
+
+
+# --- speculation ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED])
+async def test_steps_are_saved_and_text_is_the_same_when_drafts_are_right(
+    sampling: SamplingParams,
+) -> None:
+    drafter = ScriptedSpeculator(Drafting(Clairvoyant()))
+    engine = ToyEngine(vocab_size=VOCAB, step_s=0.02)
+    async with speculator(drafter) as address, verifier_rig(engine, speculators=[address]) as rig:
+        await rig.speculators(1)
+        outcome = await rig.router.run(PROMPT, sampling, noise_key=3)
+    assert outcome.tokens == plain(PROMPT, sampling, 3)
+    assert outcome.completed is not None
+    usage = outcome.completed.usage
+    assert usage.steps <= 10  # 24 tokens: the first plainly, then up to five per step
+    assert usage.accepted >= 24 - usage.steps
+    assert usage.accepted_by_depth[0] <= usage.offered_by_depth[0]
+
+
+def wrong(handle: int, text: list[int], future: list[int]) -> SpeculatorFrame:
+    return Draft(handle, len(text), TokenTree.chain([(t + 1) % VOCAB for t in future]))
+
+
+def ahead(handle: int, text: list[int], future: list[int]) -> SpeculatorFrame:
+    return Draft(handle, len(text) + 7, TokenTree.chain(future))
+
+
+def unknown_token(handle: int, text: list[int], future: list[int]) -> SpeculatorFrame:
+    return Draft(handle, len(text), TokenTree.chain([VOCAB + 5]))
+
+
+def too_deep(handle: int, text: list[int], future: list[int]) -> SpeculatorFrame:
+    return Draft(handle, len(text), TokenTree.chain([1] * 40))
+
+
+def too_wide(handle: int, text: list[int], future: list[int]) -> SpeculatorFrame:
+    # Three levels of distinct siblings: more nodes than the cap.
+    tree = TokenTree()
+    for token in range(VOCAB):
+        top = tree.add(token, -1)
+        for child in range(3):
+            tree.add(child, top)
+    return Draft(handle, len(text), tree)
+
+
+def no_session(handle: int, text: list[int], future: list[int]) -> SpeculatorFrame:
+    return Draft(handle + 1000, len(text), TokenTree.chain(future))
+
+
+def refusal(handle: int, text: list[int], future: list[int]) -> SpeculatorFrame:
+    return Refused(handle, "no room")
+
+
+@pytest.mark.parametrize(
+    "make", [wrong, ahead, unknown_token, too_deep, too_wide, no_session, refusal]
+)
+async def test_text_is_the_same_when_a_speculator_misbehaves(make: Clairvoyant) -> None:
+    bad = ScriptedSpeculator(Drafting(make))
+    async with speculator(bad) as address, verifier_rig(speculators=[address]) as rig:
+        await rig.speculators(1)
+        outcomes = await asyncio.gather(
+            rig.router.run(PROMPT, GREEDY), rig.router.run([1, 2], SAMPLED, noise_key=5)
+        )
+        await rig.idle()
+        assert rig.engine.usage.used == 0
+    assert [o.tokens for o in outcomes] == [plain(PROMPT, GREEDY), plain([1, 2], SAMPLED, 5)]
+
+
+async def test_a_late_tree_is_used_when_its_path_was_committed() -> None:
+    """The speculator always answers for the text as it was one commit ago."""
+    late: dict[int, tuple[int, list[int]]] = {}
+
+    def remember(handle: int, text: list[int], future: list[int]) -> SpeculatorFrame:
+        base, old = late.get(handle, (len(text), future))
+        late[handle] = (len(text), future)
+        return Draft(handle, base, TokenTree.chain(old))
+
+    drafter = ScriptedSpeculator(Drafting(remember))
+    engine = ToyEngine(vocab_size=VOCAB, step_s=0.02)
+    async with speculator(drafter) as address, verifier_rig(engine, speculators=[address]) as rig:
+        await rig.speculators(1)
+        outcome = await rig.router.run(PROMPT, GREEDY)
+        hits = rig.verifier.metrics.run_ahead_hits._value.get()
+    assert outcome.tokens == plain(PROMPT, GREEDY)
+    assert outcome.completed is not None
+    assert hits > 0
+    assert outcome.completed.usage.accepted > 0
+
+
+async def test_session_is_sent_anew_when_a_speculator_asks() -> None:
+    asked: list[int] = []
+
+    def lose_track(handle: int, text: list[int], future: list[int]) -> SpeculatorFrame:
+        if len(asked) < 2:
+            asked.append(handle)
+            return NeedSync(handle)
+        return Draft(handle, len(text), TokenTree.chain(future))
+
+    drafter = ScriptedSpeculator(Drafting(lose_track))
+    engine = ToyEngine(vocab_size=VOCAB, step_s=0.01)
+    async with speculator(drafter) as address, verifier_rig(engine, speculators=[address]) as rig:
+        await rig.speculators(1)
+        outcome = await rig.router.run(PROMPT, GREEDY)
+    attaches = [frame for frame in drafter.frames if isinstance(frame, Attach)]
+    assert len(attaches) == 3
+    assert list(attaches[-1].tokens) == [*PROMPT, *outcome.tokens][: len(attaches[-1].tokens)]
+    assert outcome.tokens == plain(PROMPT, GREEDY)
+
+
+async def test_commits_tell_the_speculator_the_whole_text() -> None:
+    drafter = ScriptedSpeculator(Drafting(Clairvoyant()))
+    async with speculator(drafter) as address, verifier_rig(speculators=[address]) as rig:
+        await rig.speculators(1)
+        outcome = await rig.router.run(PROMPT, GREEDY)
+        async with asyncio.timeout(5):
+            while not any(isinstance(frame, Detach) for frame in drafter.frames):
+                drafter.got.clear()
+                await drafter.got.wait()
+    text: list[int] = []
+    for frame in drafter.frames:
+        if isinstance(frame, Attach):
+            text = list(frame.tokens)
+        elif isinstance(frame, Commit):
+            assert frame.from_len == len(text)
+            text += frame.tokens
+    assert text == [*PROMPT, *outcome.tokens][: len(text)]
+    assert len(text) > len(PROMPT)
+
+
+async def test_no_tree_is_asked_for_when_a_request_decodes_plainly() -> None:
+    drafter = ScriptedSpeculator(Drafting(Clairvoyant()))
+    async with speculator(drafter) as address, verifier_rig(speculators=[address]) as rig:
+        await rig.speculators(1)
+        outcome = await rig.router.run(PROMPT, GREEDY, max_nodes=0)
+        assert drafter.frames == []
+    assert outcome.completed is not None
+    assert outcome.completed.usage.drafted == 0
+
+
+async def test_decoding_goes_on_when_the_speculator_dies() -> None:
+    drafter = ScriptedSpeculator(Drafting(Clairvoyant()))
+    engine = ToyEngine(vocab_size=VOCAB, step_s=0.01)
+    sampling = SamplingParams(temperature=0, max_tokens=100)
+    async with verifier_rig(engine, max_nodes=2) as rig:
+        async with speculator(drafter) as address:
+            rig.verifier._speculators._changed((type("E", (), {"address": address})(),))
+            await rig.speculators(1)
+            _, outcome = rig.router.start(PROMPT, sampling)
+            await outcome.until(lambda o: len(o.tokens) > 5)
+        await outcome.end()
+        await rig.speculators(0)
+    assert outcome.tokens == plain(PROMPT, sampling)
+
+
+# --- ends -------------------------------------------------------------------------------------
+
+
+async def test_output_is_cut_when_a_stop_token_is_inside_the_accepted_path() -> None:
+    expected = plain(PROMPT, GREEDY)
+    stop = next(t for i, t in enumerate(expected) if i >= 4 and t not in expected[:i])
+    cut = expected.index(stop) + 1
+    sampling = SamplingParams(temperature=0, max_tokens=24, stop_token_ids=(stop,))
+    drafter = ScriptedSpeculator(Drafting(Clairvoyant()))
+    engine = ToyEngine(vocab_size=VOCAB, step_s=0.01)
+    async with speculator(drafter) as address, verifier_rig(engine, speculators=[address]) as rig:
+        await rig.speculators(1)
+        outcome = await rig.router.run(PROMPT, sampling)
+        await rig.idle()
+        assert rig.engine.usage.used == 0
+    assert outcome.tokens == expected[:cut]
+    assert outcome.completed is not None
+    assert outcome.completed.finish is FinishReason.STOP_TOKEN
+
+
+@pytest.mark.parametrize("ignore_eos", [False, True])
+async def test_eos_ends_the_output_unless_it_is_ignored(ignore_eos: bool) -> None:
+    eos = plain(PROMPT, GREEDY)[3]
+    sampling = SamplingParams(temperature=0, max_tokens=24, ignore_eos=ignore_eos)
+    async with verifier_rig(ToyEngine(vocab_size=VOCAB, eos_token_ids=[eos])) as rig:
+        outcome = await rig.router.run(PROMPT, sampling)
+    assert len(outcome.tokens) == (24 if ignore_eos else plain(PROMPT, GREEDY).index(eos) + 1)
+
+
+async def test_pages_are_free_soon_when_a_request_is_cancelled() -> None:
+    async with verifier_rig(ToyEngine(vocab_size=VOCAB, step_s=0.005)) as rig:
+        handle, outcome = rig.router.start(PROMPT, SamplingParams(temperature=0, max_tokens=900))
+        await outcome.until(lambda o: len(o.tokens) > 2)
+        assert rig.engine.usage.used > 0
+        rig.router.cancel(handle)
+        await outcome.end()
+        assert outcome.completed is not None
+        assert outcome.completed.finish is FinishReason.CANCELLED
+        assert rig.engine.usage.used == 0
+
+
+async def test_pages_are_free_when_the_router_vanishes() -> None:
+    async with verifier_rig(ToyEngine(vocab_size=VOCAB, step_s=0.005)) as rig:
+        _, outcome = rig.router.start(PROMPT, SamplingParams(temperature=0, max_tokens=900))
+        await outcome.until(lambda o: len(o.tokens) > 2)
+        await rig.router.dialer.close()
+        await rig.idle()
+        assert rig.engine.usage.used == 0
+
+
+async def test_output_is_cut_when_the_deadline_passes() -> None:
+    async with verifier_rig(ToyEngine(vocab_size=VOCAB, step_s=0.01)) as rig:
+        sampling = SamplingParams(temperature=0, max_tokens=900)
+        outcome = await rig.router.run(PROMPT, sampling, deadline_ms=150)
+    assert outcome.completed is not None
+    assert outcome.completed.finish is FinishReason.DEADLINE
+    assert outcome.tokens == plain(PROMPT, sampling)[: len(outcome.tokens)]
+
+
+async def test_requests_fail_and_others_go_on_when_a_step_breaks() -> None:
+    broken = threading.Event()
+
+    def explode(segments: Sequence[Segment]) -> None:
+        if broken.is_set():
+            broken.clear()
+            raise RuntimeError("device lost")
+
+    async with verifier_rig(
+        ToyEngine(vocab_size=VOCAB, step_s=0.005, on_forward=explode)
+    ) as rig:
+        _, outcome = rig.router.start(PROMPT, SamplingParams(temperature=0, max_tokens=900))
+        await outcome.until(lambda o: len(o.tokens) > 2)
+        broken.set()
+        await outcome.end()
+        assert str(outcome.error) == "the step failed; see the verifier's log"
+        assert rig.engine.usage.used == 0
+        assert (await rig.router.run(PROMPT, GREEDY)).tokens == plain(PROMPT, GREEDY)
+
+
+# --- sessions ---------------------------------------------------------------------------------
+
+SESSION = SessionKey("tenant", "s1", epoch=1)
+
+
+async def test_second_turn_computes_only_what_is_new() -> None:
+    async with verifier_rig() as rig:
+        first = await rig.router.run(PROMPT, GREEDY, session=SESSION)
+        await rig.idle()
+        prompt = [*PROMPT, *first.tokens, 8, 9]
+        before = rig.engine.num_rows
+        second = await rig.router.run(prompt, GREEDY, session=SESSION)
+        rows = rig.engine.num_rows - before
+    assert second.tokens == plain(prompt, GREEDY)
+    assert second.completed is not None
+    assert second.completed.usage.cached_tokens == len(PROMPT) + 23
+    assert rows == 3 + 23  # the last output token and two new ones, then a root per step
+
+
+async def test_retained_prefix_is_cut_when_the_next_prompt_differs() -> None:
+    async with verifier_rig() as rig:
+        await rig.router.run(PROMPT, GREEDY, session=SESSION)
+        await rig.idle()
+        second = await rig.router.run([5, 6, 50, 51], GREEDY, session=SESSION)
+    assert second.tokens == plain([5, 6, 50, 51], GREEDY)
+    assert second.completed is not None
+    assert second.completed.usage.cached_tokens == 2
+
+
+async def test_samples_share_the_prompts_pages() -> None:
+    prompt = [token % VOCAB for token in range(200)]
+    async with verifier_rig(ToyEngine(vocab_size=VOCAB, step_s=0.002)) as rig:
+        before = rig.engine.num_rows
+        outcomes = await asyncio.gather(
+            *(rig.router.run(prompt, SAMPLED, noise_key=k, session=SESSION) for k in range(3))
+        )
+        await rig.idle()
+        assert rig.engine.num_rows - before == 200 + 2 + 3 * 23  # one prompt, two roots, decoding
+    assert [o.tokens for o in outcomes] == [plain(prompt, SAMPLED, k) for k in range(3)]
+    cached = sorted(o.completed.usage.cached_tokens for o in outcomes if o.completed)
+    assert cached == [0, 199, 199]
+
+
+async def test_only_one_copy_is_retained_when_samples_finish() -> None:
+    async with verifier_rig() as rig:
+        await asyncio.gather(
+            *(rig.router.run(PROMPT, SAMPLED, noise_key=k, session=SESSION) for k in range(3))
+        )
+        await rig.idle()
+        assert rig.engine.usage.used == 1
+        rig.router.link.send(Forget(SESSION))
+        await rig.router.run([1], GREEDY)
+        await rig.idle()
+        assert rig.engine.usage.used == 0
+
+
+async def test_idle_sessions_are_evicted_when_pages_run_out() -> None:
+    async with verifier_rig(ToyEngine(vocab_size=VOCAB, pool_tokens=512)) as rig:
+        for name in ("a", "b", "c", "d", "e", "f", "g", "h", "i"):
+            prompt = [ord(name) % VOCAB, *range(60)]
+            outcome = await rig.router.run(prompt, GREEDY, session=SessionKey("t", name, 1))
+            assert outcome.tokens == plain(prompt, GREEDY)
+        await rig.idle()
+        usage = rig.engine.usage
+        assert usage.free + usage.used == usage.total == 8
+
+
+async def test_older_lease_is_refused() -> None:
+    async with verifier_rig() as rig:
+        await rig.router.run(PROMPT, GREEDY, session=SessionKey("t", "s", 7))
+        outcome = await rig.router.run(PROMPT, GREEDY, session=SessionKey("t", "s", 6))
+    assert isinstance(outcome.error, StaleLease)
+    assert str(outcome.error) == "session lease has epoch 6; 7 has been seen"
+
+
+# --- resuming and bad input -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED])
+async def test_text_goes_on_unchanged_when_output_was_committed_elsewhere(
+    sampling: SamplingParams,
+) -> None:
+    expected = plain(PROMPT, sampling, 9)
+    async with verifier_rig() as rig:
+        rig.router.offsets = {1: 10}
+        outcome = await rig.router.run(
+            PROMPT, sampling, noise_key=9, committed=tuple(expected[:10])
+        )
+    assert outcome.tokens == expected[10:]
+
+
+async def test_request_is_done_at_once_when_its_committed_output_was_complete() -> None:
+    expected = tuple(plain(PROMPT, GREEDY))
+    async with verifier_rig() as rig:
+        before = rig.engine.num_rows
+        outcome = await rig.router.run(PROMPT, GREEDY, committed=expected)
+        assert rig.engine.num_rows == before
+    assert outcome.tokens == []
+    assert outcome.completed is not None
+    assert outcome.completed.finish is FinishReason.LENGTH
+
+
+BAD = [
+    ({"prompt": []}, InvalidRequest, "prompt is empty"),
+    ({"prompt": [97]}, InvalidRequest, "token id 97 is unknown; the vocabulary has 97"),
+    (
+        {"prompt": [1] * 1010},
+        PromptTooLong,
+        "prompt has 1010 tokens and max_tokens is 24; the limit is 1024 together",
+    ),
+    (
+        {"prompt": [1], "sampling": SamplingParams(logit_bias={300: 1.0})},
+        InvalidRequest,
+        "token id in logit_bias is 300; allowed: below the vocabulary size 97",
+    ),
+    ({"prompt": [1], "law": Law.MSS}, NotServed, "law mss is not served; this verifier has replay"),
+]
+
+
+@pytest.mark.parametrize(("fields", "kind", "message"), BAD)
+async def test_bad_request_is_refused_by_name(
+    fields: dict[str, object], kind: type[Exception], message: str
+) -> None:
+    async with verifier_rig(ToyEngine(vocab_size=VOCAB, step_s=0.002)) as rig:
+        _, neighbour = rig.router.start(PROMPT, GREEDY)
+        outcome = await rig.router.run(**({"sampling": GREEDY} | fields))  # type: ignore[arg-type]
+        await neighbour.end()
+        await rig.idle()
+        assert rig.engine.usage.used == 0
+    assert type(outcome.error) is kind
+    assert str(outcome.error) == message
+    assert neighbour.tokens == plain(PROMPT, GREEDY)
+
+
+async def test_long_prompt_is_cut_at_its_front_when_asked_to() -> None:
+    prompt = [token % VOCAB for token in range(1010)]
+    async with verifier_rig() as rig:
+        outcome = await rig.router.run(prompt, GREEDY, truncate_prompt=True)
+    assert outcome.tokens == plain(prompt[-1000:], GREEDY)
+
+
+async def test_request_is_refused_when_it_can_never_fit_the_pool() -> None:
+    async with verifier_rig(ToyEngine(vocab_size=VOCAB, pool_tokens=256)) as rig:
+        outcome = await rig.router.run([1] * 250, GREEDY)
+        assert (await rig.router.run(PROMPT, GREEDY)).tokens == plain(PROMPT, GREEDY)
+    assert isinstance(outcome.error, Overloaded)
+
+
+async def test_request_waits_when_pages_are_taken_and_ends_at_its_deadline() -> None:
+    engine = ToyEngine(vocab_size=VOCAB, pool_tokens=256, step_s=0.005)
+    async with verifier_rig(engine) as rig:
+        _, first = rig.router.start(PROMPT, SamplingParams(temperature=0, max_tokens=150))
+        await first.until(lambda o: len(o.tokens) > 1)
+        _, second = rig.router.start([1, 2], SamplingParams(temperature=0, max_tokens=150))
+        hurried = await rig.router.run([3] * 100, GREEDY, deadline_ms=50)
+        await asyncio.gather(first.end(), second.end())
+    assert isinstance(hurried.error, DeadlineExceeded)
+    assert second.tokens == plain([1, 2], SamplingParams(temperature=0, max_tokens=150))
+
+
+async def test_request_is_refused_when_too_many_wait() -> None:
+    engine = ToyEngine(vocab_size=VOCAB, step_s=0.02)
+    async with verifier_rig(engine, max_running=1, max_waiting=1) as rig:
+        started = [rig.router.start(PROMPT, GREEDY)[1] for _ in range(4)]
+        await asyncio.gather(*(outcome.end() for outcome in started))
+    refused = [outcome for outcome in started if outcome.error]
+    assert refused
+    assert all(isinstance(outcome.error, Overloaded) for outcome in refused)
+    assert "the limit is 1" in str(refused[0].error)

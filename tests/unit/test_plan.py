@@ -1,0 +1,122 @@
+"""Dividing a step's rows: worked out by hand."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import pytest
+
+from treecast.services.verifier.plan import Work, choose_nodes, plan
+from treecast.tree import TokenTree
+
+
+@dataclass(eq=False)
+class FakeSequence:
+    length: int
+    num_rows: int = 0
+    capacity: int = 1000
+
+
+@dataclass(eq=False)
+class FakeRequest:
+    """As much of a request as planning looks at."""
+
+    tokens: list[int]
+    computed: int
+    sequence: FakeSequence = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.sequence = FakeSequence(self.computed)
+
+    @property
+    def pending(self) -> list[int]:
+        return self.tokens[self.sequence.length :]
+
+    @property
+    def decoding(self) -> bool:
+        return self.sequence.length == len(self.tokens) - 1
+
+
+def decoding() -> FakeRequest:
+    return FakeRequest([1, 2, 3], 2)
+
+
+def flat(rows: int) -> float:
+    return 1.0
+
+
+def linear(rows: int) -> float:
+    return 1.0 + 0.1 * rows
+
+
+def test_all_nodes_are_taken_when_rows_are_free() -> None:
+    tree = TokenTree.build([5, 6, 7], [-1, 0, -1], [0.5, 0.5, 0.01])
+    (chosen,) = choose_nodes([tree], 1, flat, 10)
+    assert chosen.tokens == [5, 6, 7]
+
+
+def test_nodes_stop_when_they_do_not_pay() -> None:
+    # One row takes 1.1 s and yields 1 token. A node at 0.5 adds 0.1 s and pays (0.5/0.1 > 1/1.1);
+    # its child at 0.5 * 0.1 = 0.05 does not (0.05/0.1 < 1.5/1.2).
+    tree = TokenTree.build([5, 6], [-1, 0], [0.5, 0.1])
+    (chosen,) = choose_nodes([tree], 1, linear, 10)
+    assert chosen.tokens == [5]
+
+
+def test_budget_goes_to_the_most_confident_nodes_of_all_trees() -> None:
+    sure = TokenTree.build([5, 6], [-1, 0], [0.9, 0.9])  # paths .9, .81
+    unsure = TokenTree.build([7, 8], [-1, -1], [0.85, 0.3])
+    chosen = choose_nodes([unsure, sure], 2, flat, 3)
+    assert [tree.tokens for tree in chosen] == [[7], [5, 6]]
+
+
+def test_a_child_waits_for_its_parent_when_it_is_the_surer_one() -> None:
+    tree = TokenTree.build([5, 6, 9], [-1, 0, -1], [0.2, 1.0, 0.3])
+    (chosen,) = choose_nodes([tree], 1, flat, 2)
+    assert sorted(chosen.tokens) == [5, 9]
+
+
+def test_a_prompt_is_cut_into_chunks_when_it_exceeds_the_rows() -> None:
+    newcomer = FakeRequest(list(range(100)), 0)
+    (work,) = plan([newcomer], [TokenTree()], flat, 64)  # type: ignore[list-item]
+    assert (work.num_pending, work.samples) == (64, False)
+    newcomer.sequence.length = 64
+    (work,) = plan([newcomer], [TokenTree()], flat, 64)  # type: ignore[list-item]
+    assert (work.num_pending, work.samples) == (36, True)
+
+
+def test_decoding_goes_on_when_a_long_prompt_arrives() -> None:
+    old, newcomer = decoding(), FakeRequest(list(range(1000)), 0)
+    tree = TokenTree.chain([4, 5], confidence=0.9)
+    works = plan([old, newcomer], [tree, TokenTree()], flat, 32)  # type: ignore[list-item]
+    assert [work.num_rows for work in works] == [3, 29]
+
+
+def test_a_step_never_exceeds_its_rows() -> None:
+    requests = [decoding() for _ in range(10)] + [FakeRequest(list(range(50)), 0)]
+    trees = [TokenTree.chain(range(8)) for _ in range(10)] + [TokenTree()]
+    works = plan(requests, trees, flat, 24)  # type: ignore[arg-type]
+    assert sum(work.num_rows for work in works) == 24
+
+
+def test_segment_hangs_the_tree_below_the_last_pending_token() -> None:
+    request = FakeRequest([1, 2, 3, 4], 1)
+    tree = TokenTree.build([7, 8, 9], [-1, 0, -1])
+    segment = Work(request, 3, tree).segment()  # type: ignore[arg-type]
+    assert list(segment.tokens) == [2, 3, 4, 7, 8, 9]
+    assert list(segment.parents) == [-1, 0, 1, 2, 3, 2]
+    assert list(segment.wanted) == [2, 3, 4, 5]
+
+
+def test_path_names_pending_rows_then_accepted_nodes() -> None:
+    request = FakeRequest([1, 2, 3, 4], 1)
+    work = Work(request, 3, TokenTree.build([7, 8, 9], [-1, 0, -1]))  # type: ignore[arg-type]
+    assert work.path([0, 1]) == [0, 1, 2, 3, 4]
+    assert work.path([]) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("max_rows", [2, 3])
+def test_requests_wait_their_turn_when_rows_are_few(max_rows: int) -> None:
+    requests = [decoding() for _ in range(5)]
+    works = plan(requests, [TokenTree()] * 5, flat, max_rows)  # type: ignore[arg-type]
+    assert [work.request for work in works] == requests[:max_rows]
