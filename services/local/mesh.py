@@ -68,6 +68,12 @@ class LocalMesh:
     def router_address(self) -> str:
         return self.processes["router"].address
 
+    @property
+    def can_serve(self) -> bool:
+        """The router and a verifier run; speculators and Valkey only make things better."""
+        verifiers = [p for name, p in self.processes.items() if name.startswith("verifier-")]
+        return self.processes["router"].running and any(p.running for p in verifiers)
+
     def start(self) -> None:
         """Start everything and wait until the router sees all of it healthy.
 

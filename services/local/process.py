@@ -170,11 +170,14 @@ class ServiceProcess:
 
 
 def service_command(role: str, flags: Mapping[str, object]) -> list[str]:
-    """`python -m treecast.services.<role> --announce` with flags; None leaves a flag out."""
+    """`python -m treecast.services.<role> --announce` and flags by field name; None is left out."""
     command = [sys.executable, "-m", f"treecast.services.{role}", "--announce"]
     for name, value in flags.items():
-        values = value if isinstance(value, tuple) else (value,)
-        command += [f"--{name.replace('_', '-')}={item}" for item in values if item is not None]
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            command.append(f"--{flag}" if value else f"--no-{flag}")
+        elif value is not None:
+            command.append(f"--{flag}={value}")
     return command
 
 

@@ -65,13 +65,18 @@ def router_flags(settings: MeshSettings, redis_url: str, verifiers: Sequence[str
         "listen": settings.router_listen,
         "verifiers": ",".join(verifiers),
         "redis_url": redis_url,
+        "drain_s": 0,
         **settings.router_flags,
     }
 
 
 def speculator_flags(settings: MeshSettings, redis_url: str, drafter: str) -> Flags:
-    return {
-        "drafters": drafter,
-        "redis_url": redis_url,
-        **settings.speculator_flags,
-    }
+    flags: dict[str, object] = {"drafters": drafter, "redis_url": redis_url, "drain_s": 0}
+    if drafter == "ssm":
+        flags |= {
+            "engine": settings.engine,
+            "model": settings.draft,
+            "dtype": settings.dtype,
+            "torch_threads": settings.torch_threads,
+        }
+    return {**flags, **settings.speculator_flags}

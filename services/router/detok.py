@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 REPLACEMENT = "�"
-MAX_OPEN_BYTES = 3
-"""A UTF-8 character that lacks bytes has at most three; a decoder shows one mark for each."""
+MAX_OPEN = 3
+"""A UTF-8 character that lacks bytes has at most three, in as many tokens; a decoder shows them as
+one mark, or as one for each.
+"""
 
 
 class DetokStream:
@@ -54,12 +56,22 @@ class _Pieces:
     def push(self, token: int) -> str:
         self._window.append(token)
         text = self._decode(self._window)
-        whole = len(text) - _open_characters(text)
+        whole = len(text) - self._num_open(text)
         piece = text[self._given : whole]
         self._given = max(self._given, whole)
         if piece and whole == len(text):
             self._slide()
         return piece
+
+    def _num_open(self, text: str) -> int:
+        """Marks at the end that may yet turn into a character.
+
+        A decoder that maps bytes one by one may show earlier characters as marks too while the
+        last one is open. After more tokens than a character can have, marks are there to stay.
+        """
+        marks = len(text) - len(text.rstrip(REPLACEMENT))
+        waiting = len(self._window) - self._num_first
+        return marks if waiting <= MAX_OPEN else min(marks, MAX_OPEN)
 
     def rest(self) -> str:
         """What a character that never got all its bytes decodes to."""
@@ -69,11 +81,6 @@ class _Pieces:
         self._window = self._window[self._num_first :]
         self._num_first = len(self._window)
         self._given = len(self._decode(self._window))
-
-
-def _open_characters(text: str) -> int:
-    """Marks at the end that may yet turn into a character."""
-    return min(len(text) - len(text.rstrip(REPLACEMENT)), MAX_OPEN_BYTES)
 
 
 def _safe_length(text: str, stop: Sequence[str]) -> int:

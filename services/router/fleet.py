@@ -5,10 +5,9 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import grpc
-import structlog
 
 from treecast.errors import DuplicateRequest
 from treecast.sampling.params import Law
@@ -16,21 +15,27 @@ from treecast.v1.verifier_pb2_grpc import VerifierServiceStub
 from treecast.wire.channel import open_channel
 from treecast.wire.frames import (
     BadFrame,
+    Forget,
     Heartbeat,
     Hello,
     Role,
     RouterFrame,
     ServingFrame,
+    SessionKey,
 )
-from treecast.wire.pair import SERVE, Dialer, Link
+from treecast.wire.pair import SERVE, Dialer
 from treecast.wire.registry import Entry
 
 from .placement import Candidate, Placement
 from .seat import Lost, Seat, VerifierLink
 
+if TYPE_CHECKING:
+    from treecast.v1.verifier_pb2_grpc import VerifierServiceAsyncStub  # a name of the stubs only
+
 T = TypeVar("T")
 
-log = structlog.get_logger()
+MAX_ANSWER_BYTES = 64 * 1024 * 1024
+"""Tokenizer definitions of large vocabularies take tens of megabytes."""
 
 
 class Verifier:
@@ -42,14 +47,13 @@ class Verifier:
         self.link: VerifierLink | None = None
         self.seats: dict[int, Seat] = {}
         self.seated_at_beat = 0
-        self.listed = True
         self._channel: grpc.aio.Channel | None = None
 
     @property
-    def stub(self) -> VerifierServiceStub:
+    def stub(self) -> VerifierServiceAsyncStub:
         """For unary calls, on a channel of their own that opens when it is first needed."""
         if self._channel is None:
-            self._channel = open_channel(self.address)
+            self._channel = open_channel(self.address, max_message_bytes=MAX_ANSWER_BYTES)
         return VerifierServiceStub(self._channel)
 
     @property
@@ -73,7 +77,8 @@ class Fleet:
     def __init__(self, instance_id: str) -> None:
         self._hello = Hello(instance_id, Role.ROUTER, laws=tuple(Law))
         self._verifiers: dict[str, Verifier] = {}
-        self._aliases: dict[str, str] = {}  # address -> the one by which we know its verifier
+        self._listed: frozenset[str] = frozenset()
+        self._aliases: dict[str, str] = {}  # address -> instance that we know by another one
         self._handles = itertools.count(1)
         self._closing: set[asyncio.Task[None]] = set()
         self._watchers: list[Callable[[], None]] = []
@@ -121,12 +126,11 @@ class Fleet:
 
     def follow(self, entries: tuple[Entry, ...]) -> None:
         """Dial new addresses; give up those that are neither listed any more nor answer."""
-        listed = {entry.address for entry in entries}
-        for address in listed - self._verifiers.keys() - self._aliases.keys():
+        self._listed = frozenset(entry.address for entry in entries)
+        for address in self._listed - self._verifiers.keys() - self._aliases.keys():
             self._dial(address)
         for verifier in self.verifiers:
-            verifier.listed = verifier.address in listed
-            if not verifier.listed and verifier.candidate is None:
+            if verifier.candidate is None and verifier.address not in self._listed:
                 self._drop(verifier)
 
     async def close(self) -> None:
@@ -135,33 +139,21 @@ class Fleet:
         await asyncio.gather(*self._closing)
 
     def _dial(self, address: str) -> None:
-        dialer = Dialer(
-            address,
-            SERVE,
-            lambda: self._hello,
-            Heartbeat,
-            self,
-            check=lambda hello: self._refuse_twin(address, hello),
-        )
+        dialer = Dialer(address, SERVE, lambda: self._hello, Heartbeat, self)
         self._verifiers[address] = Verifier(address, dialer)
         dialer.start()
 
-    def _refuse_twin(self, address: str, hello: Hello) -> None:
-        """A verifier keeps one stream per router, so two names of one would take turns for ever."""
-        known = self.by_instance(hello.instance_id)
-        if known is None or known.address == address:
-            return
-        self._aliases[address] = known.address
-        self._drop(self._verifiers[address])
-        raise DuplicateRequest(f"{address} is the verifier that {known.address} is")
-
     def _drop(self, verifier: Verifier) -> None:
         del self._verifiers[verifier.address]
-        names = self._aliases.items()
-        self._aliases = {name: of for name, of in names if of != verifier.address}
         task = asyncio.create_task(verifier.close())
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)
+
+    def forget(self, instance_id: str, session: SessionKey) -> None:
+        """Have a verifier free what it retains of a session; nothing to do if it is gone."""
+        verifier = self.by_instance(instance_id)
+        if verifier is not None and verifier.link is not None:
+            verifier.link.send(Forget(session))
 
     # --- seats --------------------------------------------------------------------------------
 
@@ -221,9 +213,27 @@ class Fleet:
         seats, verifier.seats = list(verifier.seats.values()), {}
         for seat in seats:
             seat.put(Lost(link.why_closed))
-        if not verifier.listed:
-            self._drop(verifier)
+        self._redial(verifier, link)
         self._notify()
+
+    def _redial(self, verifier: Verifier, link: VerifierLink) -> None:
+        """Leave the dialer to it, unless the address is no longer wanted.
+
+        A verifier keeps one stream per router. So two addresses of one verifier would take its
+        stream from each other for ever: the one that lost it waits until that process is gone.
+        """
+        instance = link.peer.instance_id
+        if isinstance(link.error, DuplicateRequest):
+            self._aliases[verifier.address] = instance
+            self._drop(verifier)
+            return
+        if verifier.address not in self._listed:
+            self._drop(verifier)
+        freed = {address for address, of in self._aliases.items() if of == instance}
+        for address in freed:
+            del self._aliases[address]
+        for address in freed & self._listed:
+            self._dial(address)
 
     def _find(self, link: VerifierLink, handle: int) -> Seat | None:
         verifier = self._verifiers.get(link.address)

@@ -47,15 +47,11 @@ class Lease:
 
 
 class Leases:
-    """Leases of all sessions; one client of one Redis."""
+    """Leases of all sessions. `redis` stays the caller's."""
 
-    def __init__(self, redis_url: str | None, ttl_s: float) -> None:
-        self._redis = GuardedRedis(redis_url)
+    def __init__(self, redis: GuardedRedis, ttl_s: float) -> None:
+        self._redis = redis
         self._ttl_ms = round(ttl_s * 1000)
-
-    @property
-    def redis_ok(self) -> bool:
-        return self._redis.ok
 
     async def renew(self, session: str) -> Lease | None:
         """The session's lease, with its time-to-live started anew. Safe to retry.
@@ -89,12 +85,9 @@ class Leases:
         """
         return _parse(await self._redis.ask(lambda redis: redis.getdel(_key(session))))
 
-    async def close(self) -> None:
-        await self._redis.close()
-
     def _claimer(
         self, session: str, holder: str, epoch: int
-    ) -> Callable[[Redis], Awaitable[str | None]]:
+    ) -> Callable[[Redis], Awaitable[str | bytes | None]]:
         return lambda redis: redis.eval(CLAIM, 1, _key(session), holder, epoch, self._ttl_ms)
 
 
@@ -107,8 +100,9 @@ def _key(session: str) -> str:
     return f"treecast:lease:{{{session}}}"
 
 
-def _parse(stored: str | None) -> Lease | None:
+def _parse(stored: str | bytes | None) -> Lease | None:
+    """`bytes` only to redis-py's types: our client decodes."""
     if stored is None:
         return None
-    epoch, _, holder = stored.partition(" ")
+    epoch, _, holder = str(stored).partition(" ")
     return Lease(holder, int(epoch))

@@ -96,7 +96,7 @@ def place(candidates: Iterable[Candidate], wanted: Wanted) -> Placement | None:
     roomy = [one for one in candidates if serves(one, wanted) and _has_room(one, wanted)]
     if any(one.instance_id == wanted.holder for one in roomy):
         return Placement(wanted.holder, PlacedBy.AFFINITY)
-    alike = [one for one in roomy if one.hello.fingerprint == wanted.fingerprint]
+    alike = [one for one in roomy if wanted.fingerprint in ("", one.hello.fingerprint)]
     pool = alike or roomy
     if not pool:
         return None

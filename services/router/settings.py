@@ -22,4 +22,7 @@ class RouterSettings(ServiceSettings):
         4, ge=1, description="verifiers that one request may lose before it fails"
     )
     lease_ttl_s: float = Field(600, gt=0, description="an idle session keeps its verifier so long")
+    deadline_margin_s: float = Field(
+        0.05, ge=0, description="how much earlier than its client a verifier ends a request"
+    )
     drain_s: float = Field(30, ge=0, description="time to finish running requests when stopping")

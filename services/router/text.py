@@ -165,20 +165,24 @@ def _raise_exception(message: str) -> None:
 
 
 class TextCache:
-    """`ModelText` by model revision; concurrent requests wait for one fetch."""
+    """`ModelText` by model and revision; concurrent requests wait for one fetch."""
 
     def __init__(self) -> None:
-        self._texts: dict[str, asyncio.Task[ModelText]] = {}
+        self._texts: dict[tuple[str, str], asyncio.Task[ModelText]] = {}
 
     async def get(
         self, model: str, revision: str, fetch: Callable[[], Awaitable[TokenizerFiles]]
     ) -> ModelText:
         """Fetch once; a failed fetch is forgotten, so that the next request tries again."""
-        task = self._texts.get(revision)
-        if task is None or (task.done() and task.exception() is not None):
+        task = self._texts.get((model, revision))
+        if task is None or _has_failed(task):
             task = asyncio.create_task(_load(model, fetch))
-            self._texts[revision] = task
+            self._texts[model, revision] = task
         return await asyncio.shield(task)
+
+
+def _has_failed(task: asyncio.Task[ModelText]) -> bool:
+    return task.done() and (task.cancelled() or task.exception() is not None)
 
 
 async def _load(model: str, fetch: Callable[[], Awaitable[TokenizerFiles]]) -> ModelText:

@@ -17,8 +17,9 @@ from treecast.v1 import verifier_pb2_grpc
 from treecast.wire import codec
 from treecast.wire.fleet import Fleet
 from treecast.wire.frames import Heartbeat, Hello, Role
+from treecast.wire.guarded_redis import GuardedRedis
 from treecast.wire.lifecycle import begin, serve_until_stopped
-from treecast.wire.pair import SERVE, SPECULATE, Acceptor, Dialer
+from treecast.wire.pair import SERVE, SPECULATE, Acceptor
 from treecast.wire.registry import Registry
 from treecast.wire.server import Server
 
@@ -42,6 +43,7 @@ class Verifier(verifier_pb2_grpc.VerifierServiceServicer):
         settings: VerifierSettings,
         engine: Engine,
         tokenizer: TokenizerFiles,
+        redis: GuardedRedis,
         instance_id: str,
     ) -> None:
         self._settings = settings
@@ -60,8 +62,10 @@ class Verifier(verifier_pb2_grpc.VerifierServiceServicer):
         self.steps = StepLoop(engine, settings, self.speculation, curve, self.metrics)
         admission = Admission(engine, self.steps, tokenizer.decoder())
         self._routers = Acceptor(SERVE, self._hello, self._heartbeat, admission)
-        registry = Registry(settings.redis_url, Role.SPECULATOR, settings.speculators)
-        self._speculators = Fleet(registry, self._dial)
+        registry = Registry(redis, Role.SPECULATOR, settings.speculators)
+        self._speculators = Fleet(
+            registry, SPECULATE, self._hello, self._heartbeat, self.speculation
+        )
         self._stepping: asyncio.Task[None] | None = None
 
     # --- life-cycle -----------------------------------------------------------------------------
@@ -88,9 +92,6 @@ class Verifier(verifier_pb2_grpc.VerifierServiceServicer):
             self._stepping.cancel()
             await asyncio.gather(self._stepping, return_exceptions=True)
         self.steps.close()
-
-    def _dial(self, address: str) -> Dialer[Any, Any]:
-        return Dialer(address, SPECULATE, self._hello, self._heartbeat, self.speculation)
 
     def _hello(self) -> Hello:
         info = self._engine.info
@@ -161,7 +162,8 @@ async def serve(settings: VerifierSettings) -> None:
     """
     instance_id = begin(settings, Role.VERIFIER)
     model_dir, engine = load_engine(settings)
-    verifier = Verifier(settings, engine, read_tokenizer(model_dir), instance_id)
+    redis = GuardedRedis(settings.redis_url)
+    verifier = Verifier(settings, engine, read_tokenizer(model_dir), redis, instance_id)
     server = Server()
     server.add(
         verifier_pb2_grpc.add_VerifierServiceServicer_to_server,
@@ -174,6 +176,7 @@ async def serve(settings: VerifierSettings) -> None:
         Role.VERIFIER,
         instance_id,
         server,
+        redis,
         verifier.metrics.registry,
         verifier.drain,
         engine.info.name,

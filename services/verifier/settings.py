@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from treecast.settings import ServiceSettings
+from treecast.wire.registry import Addresses
 
 
 class VerifierSettings(ServiceSettings):
@@ -21,7 +22,7 @@ class VerifierSettings(ServiceSettings):
     torch_threads: int = Field(2, ge=1, description="threads of the forward pass")
     pool_tokens: int = Field(16384, ge=256, description="KV pool size in tokens")
 
-    speculators: tuple[str, ...] = Field((), description="addresses of speculators, or dns:///name")
+    speculators: Addresses = Field((), description="addresses of speculators, or dns:///name:port")
     speculators_per_session: int = Field(2, ge=0, le=4, description="how many draft one session")
     shares_cores: bool = Field(
         True, description="drafting and verifying take turns on the same cores"

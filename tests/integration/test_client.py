@@ -6,6 +6,7 @@ import asyncio
 
 import pytest
 
+from tests.scripted_router import ScriptedRouter, delta, fail, finished, hang, play, started
 from treecast import AsyncClient, Client, SamplingParams
 from treecast.client import Chunk, FinishReason, Result, RetryPolicy
 from treecast.errors import (
@@ -16,8 +17,6 @@ from treecast.errors import (
     PromptTooLong,
     Unavailable,
 )
-
-from .scripted_router import ScriptedRouter, delta, fail, finished, hang, play, started
 
 QUICK = RetryPolicy(attempts_to_start=2, attempts=3, first_backoff_s=0.01)
 HELLO = play(started(), delta("Hel", 10), delta("lo", 11, 12), finished(3))
@@ -130,9 +129,7 @@ async def test_the_text_goes_on_when_the_router_is_lost_mid_stream(caller):
     lost = fail(Unavailable("gone"), started(), delta("Hel", 10))
     rest = play(started(request_id="other"), delta("lo", 11, 12), finished(3))
     with ScriptedRouter(lost, rest) as router:
-        chunks, result = await caller(router.address).run(
-            "Say hello", SamplingParams(max_tokens=3)
-        )
+        chunks, result = await caller(router.address).run("Say hello", SamplingParams(max_tokens=3))
     assert [chunk.text for chunk in chunks] == ["Hel", "lo"]
     assert (result.text, result.token_ids, result.resumes) == ("Hello", (10, 11, 12), 1)
     first, second = router.requests

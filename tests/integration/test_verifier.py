@@ -33,6 +33,7 @@ from treecast.wire.frames import (
     SpeculatorFrame,
     VerifierFrame,
 )
+from treecast.wire.registry import Entry
 
 from .verifier_rig import VOCAB, ScriptedSpeculator, plain, speculator, verifier_rig
 
@@ -264,7 +265,7 @@ async def test_decoding_goes_on_when_the_speculator_dies() -> None:
     sampling = SamplingParams(temperature=0, max_tokens=100)
     async with verifier_rig(engine, max_nodes=2) as rig:
         async with speculator(drafter) as address:
-            rig.verifier._speculators._changed((type("E", (), {"address": address})(),))
+            rig.verifier._speculators.follow((Entry(address),))
             await rig.speculators(1)
             _, outcome = rig.router.start(PROMPT, sampling)
             await outcome.until(lambda o: len(o.tokens) > 5)
@@ -340,9 +341,7 @@ async def test_requests_fail_and_others_go_on_when_a_step_breaks() -> None:
             broken.clear()
             raise RuntimeError("device lost")
 
-    async with verifier_rig(
-        ToyEngine(vocab_size=VOCAB, step_s=0.005, on_forward=explode)
-    ) as rig:
+    async with verifier_rig(ToyEngine(vocab_size=VOCAB, step_s=0.005, on_forward=explode)) as rig:
         _, outcome = rig.router.start(PROMPT, SamplingParams(temperature=0, max_tokens=900))
         await outcome.until(lambda o: len(o.tokens) > 2)
         broken.set()

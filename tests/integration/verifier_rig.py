@@ -33,6 +33,7 @@ from treecast.wire.frames import (
     Start,
     VerifierFrame,
 )
+from treecast.wire.guarded_redis import GuardedRedis
 from treecast.wire.pair import SERVE, SPECULATE, Acceptor, Dialer, Link
 from treecast.wire.server import Server
 
@@ -149,9 +150,7 @@ class ScriptedSpeculator(speculator_pb2_grpc.SpeculatorServiceServicer):
         self.script = script
         self.frames: list[VerifierFrame] = []
         self.got = asyncio.Event()
-        hello = Hello(
-            f"spec-{name}", Role.SPECULATOR, VOCAB, capacity=capacity, proposers=(name,)
-        )
+        hello = Hello(f"spec-{name}", Role.SPECULATOR, VOCAB, capacity=capacity, proposers=(name,))
         self.acceptor: Acceptor[SpeculatorFrame, VerifierFrame] = Acceptor(
             SPECULATE, lambda: hello, Heartbeat, self
         )
@@ -166,9 +165,7 @@ class ScriptedSpeculator(speculator_pb2_grpc.SpeculatorServiceServicer):
 
     def beat(self, link: Link[SpeculatorFrame, VerifierFrame], heartbeat: Heartbeat) -> None: ...
 
-    def failed_frame(
-        self, link: Link[SpeculatorFrame, VerifierFrame], error: BadFrame
-    ) -> None:
+    def failed_frame(self, link: Link[SpeculatorFrame, VerifierFrame], error: BadFrame) -> None:
         raise AssertionError(f"the verifier sent a bad frame: {error}")
 
     def received(self, link: Link[SpeculatorFrame, VerifierFrame], frame: VerifierFrame) -> None:
@@ -219,7 +216,9 @@ async def verifier_rig(engine: ToyEngine | None = None, **settings: Any) -> Asyn
     """A running verifier, and a router with an open stream to it."""
     engine = engine or ToyEngine(vocab_size=VOCAB)
     configured = VerifierSettings(engine="toy", **settings)
-    verifier = Verifier(configured, engine, TokenizerFiles(), "verifier-under-test")
+    verifier = Verifier(
+        configured, engine, TokenizerFiles(), GuardedRedis(None), "verifier-under-test"
+    )
     server = Server()
     server.add(
         verifier_pb2_grpc.add_VerifierServiceServicer_to_server,

@@ -15,7 +15,7 @@ ROW = np.array([2.0, -1.0, 0.5, 0.0, 1.0], np.float32)
 
 
 def kept(row: NDArray[np.float32], **values: Any) -> list[int]:
-    return warp(row, SamplingParams(**values)).ids.tolist()
+    return [int(token) for token in warp(row, SamplingParams(**values)).ids]
 
 
 def test_context_counts_positions_and_output_when_tokens_are_appended() -> None:

@@ -32,16 +32,15 @@ def _print_version(asked: bool) -> None:
 def treecast(
     version: Annotated[
         bool,
-        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version."),
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
     ] = False,
 ) -> None:
     """Serve a large language model with tree-based speculative inference.
 
-    Start a mesh in one terminal, and use it from another:
-
-        treecast up
-
-        treecast generate "Write a short poem about the sea."
+    Start a mesh in one terminal with `treecast up`, and use it from another with
+    `treecast generate "Write a short poem about the sea."`; each command's --help has more.
     """
 
 

@@ -43,7 +43,7 @@ def chat(
     The session's KV cache stays on its verifier, so a turn computes only what is new. Lines from a
     pipe are turns too. /new begins anew, /exit or Ctrl-D leaves, Ctrl-C stops an answer.
 
-    Examples:
+    For example:
 
         treecast chat --system "You answer in one sentence."
 

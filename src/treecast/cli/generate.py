@@ -16,7 +16,7 @@ from . import options
 from .output import stderr, write_json, write_text
 
 if TYPE_CHECKING:
-    from treecast.client import Chunk, Prompt, Result, Stream, Usage
+    from treecast.client import ChatMessage, Chunk, Prompt, Result, Stream, Usage
 
 
 def register(app: typer.Typer) -> None:
@@ -69,7 +69,7 @@ def generate(
 ) -> None:
     """Answer one prompt, streaming the text as it comes.
 
-    Examples:
+    For example:
 
         treecast generate "Name three rivers."
 
@@ -127,7 +127,8 @@ def read_prompt(
     given = [source for source in (prompt, file, token_ids) if source is not None]
     if len(given) != 1:
         raise InvalidRequest(
-            f"{len(given)} prompts are given; give one: PROMPT, '-' for stdin, --file or --token-ids"
+            f"{len(given)} prompts are given; "
+            "give one: PROMPT, '-' for stdin, --file or --token-ids"
         )
     if token_ids is not None:
         return _parse_ids(token_ids)
@@ -135,8 +136,9 @@ def read_prompt(
     assert text is not None
     if raw:
         return text
-    turns = [("system", system), ("user", text)]
-    return [{"role": role, "content": content} for role, content in turns if content is not None]
+    messages: list[ChatMessage] = [] if system is None else [{"role": "system", "content": system}]
+    messages.append({"role": "user", "content": text})
+    return messages
 
 
 def _parse_ids(text: str) -> list[int]:

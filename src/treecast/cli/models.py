@@ -31,7 +31,7 @@ def models(context: typer.Context, as_json: options.Json = False) -> None:
     joined with the model's embedding beside it. Both stay there, so that this is quick the second
     time.
 
-    Examples:
+    For example:
 
         treecast models
 

@@ -11,9 +11,16 @@ from typing import Any
 from rich.console import Console
 
 
+_PIPED_WIDTH = 240
+
+
 def stdout() -> Console:
-    """For results. Plain when piped; made anew, since tests and pipes replace sys.stdout."""
-    return Console(highlight=False)
+    """For results. Plain when piped, and then wide, so that no table is cut.
+
+    Made anew each time, since tests replace sys.stdout.
+    """
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=_PIPED_WIDTH)
 
 
 def stderr() -> Console:

@@ -34,7 +34,7 @@ def status(
 
     Exits with 3 when no router answers, so it serves as a probe too.
 
-    Examples:
+    For example:
 
         treecast status
 
@@ -83,7 +83,9 @@ def render(now: Status) -> Group:
 def _verifier_table(now: Status) -> Table:
     from rich.table import Table
 
-    table = Table("verifier", "health", "model", "running", "waiting", "KV pages free", "speculators")
+    table = Table(
+        "verifier", "health", "model", "running", "waiting", "KV pages free", "speculators"
+    )
     for verifier in now.verifiers:
         table.add_row(
             verifier.address,

@@ -38,9 +38,13 @@ def tune(
     max_steps: Annotated[int | None, typer.Option(min=1, help="Stop earlier.")] = None,
     layers: Annotated[
         str | None,
-        typer.Option(metavar="0,29", help="The target's layers to start from. Default: first, last."),
+        typer.Option(
+            metavar="0,29", help="The target's layers to start from. Default: first, last."
+        ),
     ] = None,
-    learning_rate: Annotated[float, typer.Option(help="Peak of AdamW's, with linear decay.")] = 1e-3,
+    learning_rate: Annotated[
+        float, typer.Option(help="Peak of AdamW's, with linear decay.")
+    ] = 1e-3,
     batch_size: Annotated[int, typer.Option(min=1, help="Records in a batch.")] = 8,
     seed: Annotated[int, typer.Option(help="Of shuffling, split and self-play.")] = 0,
     threads: options.Threads = 2,
@@ -51,7 +55,7 @@ def tune(
     No data set is needed: with --records, the model first samples user turns and answers them.
     Interrupt it as you like; the same command goes on from the last checkpoint.
 
-    Examples:
+    For example:
 
         treecast tune ./draft --records 2000 --minutes 30
 
@@ -96,9 +100,7 @@ def _run_json(settings: TuneSettings, records: int | None, threads: int) -> None
     write_corpus(
         settings, records, threads, lambda done, of: write_json({"event": "corpus", "done": done})
     )
-    report = train(
-        settings, threads, lambda now: write_json({"event": "progress", **_fields(now)})
-    )
+    report = train(settings, threads, lambda now: write_json({"event": "progress", **_fields(now)}))
     write_json({"event": "result", **_fields(report)})
 
 
@@ -152,13 +154,16 @@ def train(
 
 
 def _progress() -> Progress:
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-    from rich.progress import TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     text = TextColumn("[progress.description]{task.description}")
-    return Progress(
-        text, BarColumn(), TimeElapsedColumn(), TimeRemainingColumn(), console=stderr()
-    )
+    return Progress(text, BarColumn(), TimeElapsedColumn(), TimeRemainingColumn(), console=stderr())
 
 
 def _describe(now: TuneProgress) -> str:

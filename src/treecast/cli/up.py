@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import queue
 import signal
 import socket
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from treecast.errors import SettingsError, TreecastError
+from treecast.errors import SettingsError
 
 from . import options
 from .output import stderr, stdout, write_json
@@ -64,7 +65,7 @@ def up(
 
     Needs the extra [engine]. The first start unpacks the default model, which takes a little.
 
-    Examples:
+    For example:
 
         treecast up
 
@@ -72,7 +73,7 @@ def up(
 
         treecast up --json   # one line with all addresses once everything is ready
     """
-    from treecast.services.local import LocalMesh, MeshSettings
+    from treecast.services.local import MeshSettings
 
     check_free(listen)
     settings = MeshSettings(
@@ -148,8 +149,10 @@ def check_free(listen: str) -> None:
         with socket.create_server((host.strip("[]"), int(port))):
             pass
     except OSError as error:
+        # Not its strerror, to which create_server adds the address once more.
+        why = os.strerror(error.errno) if (error.errno or 0) > 0 else error.strerror
         raise SettingsError(
-            f"cannot listen on {listen}: {(error.strerror or str(error)).lower()}; "
+            f"cannot listen on {listen}: {str(why).lower()}; "
             "choose another address with --listen HOST:PORT (port 0 picks one)"
         ) from error
 
@@ -186,10 +189,10 @@ def _print_endpoints(mesh: LocalMesh) -> None:
 
 
 def _wait_for_end(mesh: LocalMesh) -> None:
-    """Block until interrupted; a lost speculator is a note, any other loss ends the mesh.
+    """Block until interrupted. A process that is lost is a note, while something can be served.
 
     Raises:
-        TreecastError: a process without which nothing is served has ended.
+        MeshError: the router, or the last verifier, has ended.
     """
     ended: queue.SimpleQueue[ServiceProcess] = queue.SimpleQueue()
     for process in mesh.processes.values():
@@ -197,7 +200,6 @@ def _wait_for_end(mesh: LocalMesh) -> None:
     while True:
         process = ended.get()
         failure = process.failure(process.exit_message())
-        if process.name in mesh.settings.speculators:
-            stderr().print(f"warning: {failure.message}", style="yellow", markup=False)
-        else:
-            raise TreecastError(failure.message)
+        if not mesh.can_serve:
+            raise failure
+        stderr().print(f"warning: {failure.message}", style="yellow", markup=False)

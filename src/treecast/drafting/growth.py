@@ -93,17 +93,22 @@ class Growth(Protocol):
 class BestFirst:
     """Grow where the draft is surest.
 
+    Passes are what a draft costs. With a two-layer draft of a 135M target and trees of 16 nodes
+    merged with lookup, computing every node that could enter the tree gives 1.88 tokens per step,
+    only those that are reached with probability .1 gives 1.88 for a quarter of the time, .2 gives
+    1.86 for a fifth.
+
     Attributes:
         width: nodes computed per pass, those of highest path confidence.
         max_passes: passes per draft, which bounds what one draft may cost.
         num_children: proposals kept below a node.
-        min_confidence: a node believed less likely than this to be reached is not computed.
+        min_confidence: a node is computed only if it is believed more likely than this.
     """
 
     width: int = 4
     max_passes: int = 5
     num_children: int = 8
-    min_confidence: float = 0.0
+    min_confidence: float = 0.1
 
     def select(
         self, expansions: Sequence[Expansion], max_nodes: int, max_depth: int = MAX_DEPTH

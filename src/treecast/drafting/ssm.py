@@ -62,15 +62,19 @@ class SSMDrafter:
         growth: Growth,
         capacity: int = 64,
         max_rows: int = MAX_NODES,
+        ahead: Growth | None = None,
     ) -> None:
         """Draft with `engine`, which nobody else may call.
 
         Args:
             capacity: sessions open at once.
             max_rows: computed nodes that a session keeps at most.
+            ahead: policy of `run_ahead`, where time is free; by default the same.
         """
         self._engine = engine
         self._growth = growth
+        self._ahead = ahead or growth
+        self._num_children = max(growth.num_children, self._ahead.num_children)
         self._capacity = capacity
         self._max_rows = max_rows
         self._sessions: dict[int, _Session] = {}
@@ -130,7 +134,7 @@ class SSMDrafter:
         the end of the draft's context gets an empty tree.
         """
         ready = self._compute_roots(budgets)
-        selections = self._grow(ready, self._growth.max_passes)
+        selections = self._grow(self._growth, ready, self._growth.max_passes)
         spent = {handle for handle in budgets if self._is_spent(self._sessions[handle])}
         empty = {handle: TokenTree() for handle in spent}
         return empty | {handle: selected.tree for handle, selected in selections.items()}
@@ -142,10 +146,10 @@ class SSMDrafter:
             Sessions that have more to compute.
         """
         ready = self._compute_roots(budgets)
-        selections = self._grow(ready, 1)
+        selections = self._grow(self._ahead, ready, max_passes=1)
         unfinished = {handle for handle in budgets if self.is_behind(handle)}
         for handle, selection in selections.items():
-            if self._frontier(self._sessions[handle], selection, budgets[handle]):
+            if self._frontier(self._ahead, self._sessions[handle], selection, budgets[handle]):
                 unfinished.add(handle)
         return unfinished
 
@@ -221,29 +225,33 @@ class SSMDrafter:
             self._engine.commit(session.sequence, range(count - 1), keep=[count - 1])
         self._expand(session, logits, [0])
 
-    def _grow(self, budgets: dict[int, int], max_passes: int) -> dict[int, Selection]:
+    def _grow(
+        self, growth: Growth, budgets: dict[int, int], max_passes: int
+    ) -> dict[int, Selection]:
         """Compute frontiers, pass by pass; returns what is selected at the end."""
-        selections = {handle: self._select(handle, budgets[handle]) for handle in budgets}
+
+        def select(handle: int) -> Selection:
+            session = self._sessions[handle]
+            return growth.select(session.expansions, budgets[handle], session.max_depth)
+
+        selections = {handle: select(handle) for handle in budgets}
         for _ in range(max_passes):
-            frontiers = {
-                handle: frontier
-                for handle, selection in selections.items()
-                if (frontier := self._frontier(self._sessions[handle], selection, budgets[handle]))
-            }
+            frontiers = {}
+            for handle, selection in selections.items():
+                session = self._sessions[handle]
+                if nodes := self._frontier(growth, session, selection, budgets[handle]):
+                    frontiers[handle] = nodes
             if not frontiers:
                 break
             self._compute(frontiers, selections)
-            for handle in frontiers:
-                selections[handle] = self._select(handle, budgets[handle])
+            selections |= {handle: select(handle) for handle in frontiers}
         return selections
 
-    def _select(self, handle: int, max_nodes: int) -> Selection:
-        session = self._sessions[handle]
-        return self._growth.select(session.expansions, max_nodes, session.max_depth)
-
-    def _frontier(self, session: _Session, selection: Selection, max_nodes: int) -> list[int]:
-        room = self._max_rows - len(session.expansions)
-        return self._growth.frontier(selection, max_nodes, session.max_depth)[: max(0, room)]
+    def _frontier(
+        self, growth: Growth, session: _Session, selection: Selection, max_nodes: int
+    ) -> list[int]:
+        room = max(0, self._max_rows - len(session.expansions))
+        return growth.frontier(selection, max_nodes, session.max_depth)[:room]
 
     def _compute(self, frontiers: dict[int, list[int]], selections: dict[int, Selection]) -> None:
         """One packed pass over the sessions' frontiers."""
@@ -272,7 +280,7 @@ class SSMDrafter:
                 len(session.tokens) + depth,
                 session.sampling,
                 session.noise_key,
-                self._growth.num_children,
+                self._num_children,
             )
             session.expansions.append(Expansion(proposal.tokens, proposal.confidence))
 

@@ -117,6 +117,6 @@ def layer_shapes(model: nn.Module, num_layers: int) -> list[LayerShape]:
     if missing:
         raise ModelError(
             f"{type(model).__name__}: {len(missing)} of {num_layers} layers (first {missing[0]}) "
-            "do not reach the attention interface; only models that attend in every layer are served"
+            "do not reach the attention interface; every layer of a served model must"
         )
     return [recorder.shapes[layer] for layer in range(num_layers)]

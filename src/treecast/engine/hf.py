@@ -159,8 +159,8 @@ class HFEngine:
         if not tokens:
             return [_Rows(torch.empty(0, self._info.vocab_size)) for _ in segments]
         logits = self._run(tokens, positions, wanted, self._kernel(layouts))
-        split = logits.split([len(segment.wanted) for segment in segments])
-        return [_Rows(part) for part in split]
+        parts = torch.split(logits, [len(segment.wanted) for segment in segments])
+        return [_Rows(part) for part in parts]
 
     def _kernel(self, layouts: Sequence[SegmentLayout]) -> LayerAttention:
         if self._options.numerics == "exact":

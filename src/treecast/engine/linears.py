@@ -47,7 +47,7 @@ class PackedLinear(nn.Module):
 
 def can_pack(dtype: torch.dtype) -> bool:
     """Whether this machine and this build of torch can pack weights of a type."""
-    if not torch.backends.mkldnn.is_available() or not hasattr(_OPS, "_linear_pointwise"):
+    if not torch._C._has_mkldnn or not hasattr(_OPS, "_linear_pointwise"):
         return False
     return dtype == torch.float32 or (
         dtype == torch.bfloat16 and bool(_OPS._is_mkldnn_bf16_supported())

@@ -17,10 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from treecast.kernels.grouping import KeyGroup, group_rows
+from treecast.kernels.grouping import BLOCK, KeyGroup, group_rows
 from treecast.kernels.plan import SegmentLayout
 
-BLOCK = 64
 ROW_TILE = 16
 
 
@@ -68,12 +67,12 @@ class _ExactGroup:
     def __init__(self, layout: SegmentLayout, group: KeyGroup) -> None:
         self._rows = _as_slice(group.rows)
         self._num_rows = len(group.rows)
-        self._num_blocks = group.num_leading // BLOCK
+        self._num_blocks = group.num_blocks
         tail = len(group.slots) - self._num_blocks * BLOCK
         self._tail = -(-tail // ROW_TILE) * ROW_TILE
         self._num_keys = self._num_blocks * BLOCK + self._tail
         self._keys = self._find_keys(layout, group)
-        self._first_masked = min(layout.length, group.num_leading)
+        self._first_masked = layout.length
         self._mask = self._make_mask(group.visible)
         self._masks: dict[int, Tensor] = {}
         self._tail_blocks = self._make_tail_blocks(group.positions)
@@ -92,7 +91,7 @@ class _ExactGroup:
         torch.mul(rows.reshape(kv_heads, used, head_dim).float(), scaling, out=padded[:, :used])
         weights = self._weights(padded, key_pool[:, self._keys], group)
         sums, norm = self._weighted_sums(weights, value_pool[:, self._keys])
-        attended = (sums / norm)[:, :used].view(query.shape[0], self._num_rows, -1)
+        attended = (sums / norm)[:, :used].reshape(query.shape[0], self._num_rows, -1)
         out[self._rows] = attended.transpose(0, 1).to(out.dtype)
 
     def _weights(self, query: Tensor, keys: Tensor, group: int) -> Tensor:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from treecast.kernels.plan import SegmentLayout
+
+BLOCK = 64
+"""Positions of a logical block; their products are added up before the blocks are."""
 
 MAX_TAIL = 192
 """Most keys in one product: beyond, the matrix library adds them up in parts."""
@@ -22,113 +25,98 @@ class KeyGroup:
         rows: rows in the packed pass.
         slots: the keys; every row's own path is among them, in order of position.
         positions: of each key.
-        num_leading: keys whose index in `slots` is their position.
         visible: [rows, keys].
     """
 
     rows: Sequence[int]
     slots: Sequence[int]
     positions: Sequence[int]
-    num_leading: int
     visible: NDArray[np.bool_]
 
+    @property
+    def num_blocks(self) -> int:
+        """Logical blocks that lie in the list whole, in place and alone."""
+        return leading_blocks(self.positions)
 
-def group_rows(layout: SegmentLayout, block: int = 64) -> list[KeyGroup]:
+
+def leading_blocks(positions: Sequence[int]) -> int:
+    """Blocks at the front of a list of keys whose every key is at its position.
+
+    A block does not count if a key behind belongs to it too (a sibling of one in the block).
+    """
+    leading = 0
+    while leading < len(positions) and positions[leading] == leading:
+        leading += 1
+    return min(leading, *positions[leading:], leading) // BLOCK
+
+
+def group_rows(layout: SegmentLayout) -> list[KeyGroup]:
     """Split a segment so that at most `MAX_TAIL` keys of a group lie behind its leading blocks."""
-    first_tail = layout.num_leading // block * block
-    if layout.num_slots - first_tail <= MAX_TAIL:
-        return [_whole(layout)]
-    return _Splitter(layout, block).groups()
-
-
-def _whole(layout: SegmentLayout) -> KeyGroup:
+    positions = [*range(layout.length), *(layout.length + depth for depth in _depths(layout))]
+    if _num_tail(positions) > MAX_TAIL:
+        return _Splitter(layout, positions).groups()
     visible = np.ones((layout.num_rows, layout.num_slots), dtype=np.bool_)
     visible[:, layout.length :] = layout.visible()
     rows = range(layout.first_row, layout.first_row + layout.num_rows)
-    slots = range(layout.num_slots)
-    positions = [*range(layout.length), *(layout.length + depth for depth in _depths(layout))]
-    return KeyGroup(rows, slots, positions, layout.num_leading, visible)
+    return [KeyGroup(rows, range(layout.num_slots), positions, visible)]
 
 
 class _Splitter:
-    """Groups of a segment whose rows do not fit one product."""
+    """Groups of a segment whose rows do not fit one product. Rows are numbered by their slots."""
 
-    def __init__(self, layout: SegmentLayout, block: int) -> None:
+    def __init__(self, layout: SegmentLayout, positions: Sequence[int]) -> None:
         self._layout = layout
-        self._block = block
-        self._first_new = len(layout.parents) - layout.num_rows
-        self._positions = [layout.length + depth for depth in _depths(layout)]
+        self._positions = positions
+        first_new = layout.first_new_slot
         self._paths = {
-            row: layout.path_slots(row) for row in range(self._first_new, len(layout.parents))
+            slot: layout.path_slots(slot - layout.length)
+            for slot in range(first_new, layout.num_slots)
         }
 
     def groups(self) -> list[KeyGroup]:
-        long = [row for row in self._paths if self._tail(self._keys(row)) > MAX_TAIL]
-        short = [row for row in self._paths if row not in set(long)]
-        return [*self._along_paths(long), *self._by_common_keys(short)]
+        alone = {slot for slot, path in self._paths.items() if self._tail(path) > MAX_TAIL}
+        shared = [slot for slot in self._paths if slot not in alone]
+        return [*self._along_paths(alone), *self._by_common_keys(shared)]
 
-    def _along_paths(self, rows: list[int]) -> list[KeyGroup]:
+    def _along_paths(self, left: set[int]) -> list[KeyGroup]:
         """Groups for rows too deep to share: each holds the rows of one path."""
         groups: list[KeyGroup] = []
-        left = set(rows)
         while left:
-            deepest = max(left, key=lambda row: (len(self._paths[row]), -row))
+            deepest = max(left, key=lambda slot: (len(self._paths[slot]), -slot))
             path = self._paths[deepest]
-            members = [slot - self._layout.length for slot in self._keys(deepest)]
-            members = [row for row in members if row in left]
-            groups.append(self._group(members, path, len(path)))
-            left.difference_update(members)
+            groups.append(self._group([slot for slot in path if slot in left], path))
+            left = left.difference(path)
         return groups
 
-    def _by_common_keys(self, rows: list[int]) -> list[KeyGroup]:
+    def _by_common_keys(self, slots: list[int]) -> list[KeyGroup]:
         """Groups of neighbours in the tree, as many as their keys allow."""
         groups: list[KeyGroup] = []
         members: list[int] = []
         keys: set[int] = set()
-        for row in sorted(rows, key=lambda row: self._paths[row]):
-            wider = keys.union(self._keys(row))
+        for slot in sorted(slots, key=self._paths.__getitem__):
+            wider = keys.union(self._paths[slot])
             if members and self._tail(wider) > MAX_TAIL:
-                groups.append(self._shared(members, keys))
-                members, wider = [], set(self._keys(row))
-            members.append(row)
+                groups.append(self._group(sorted(members), sorted(keys)))
+                members, wider = [], set(self._paths[slot])
+            members.append(slot)
             keys = wider
-        return [*groups, self._shared(members, keys)] if members else groups
+        return [*groups, self._group(sorted(members), sorted(keys))] if members else groups
 
-    def _keys(self, row: int) -> list[int]:
-        """Uncommitted slots that a row sees."""
-        return self._paths[row][self._layout.length :]
+    def _tail(self, slots: Iterable[int]) -> int:
+        return _num_tail([self._positions[slot] for slot in sorted(slots)])
 
-    def _tail(self, keys: Collection[int]) -> int:
-        """Keys behind the leading blocks, of a group with these uncommitted slots."""
-        leading = self._num_leading(sorted(keys))
-        return self._layout.length + len(keys) - leading // self._block * self._block
-
-    def _num_leading(self, keys: Sequence[int]) -> int:
-        """Keys whose index is their position, the committed ones among them."""
-        leading = self._layout.length
-        for slot in keys:
-            if slot != leading or leading >= self._layout.num_leading:
-                break
-            leading += 1
-        return leading
-
-    def _shared(self, members: list[int], keys: set[int]) -> KeyGroup:
-        ordered = sorted(keys)
-        slots = [*range(self._layout.length), *ordered]
-        return self._group(sorted(members), slots, self._num_leading(ordered))
-
-    def _group(self, members: list[int], slots: list[int], num_leading: int) -> KeyGroup:
+    def _group(self, members: list[int], slots: list[int]) -> KeyGroup:
         layout = self._layout
         column = {slot: i for i, slot in enumerate(slots)}
         visible = np.zeros((len(members), len(slots)), dtype=np.bool_)
-        for i, row in enumerate(members):
-            visible[i, [column[slot] for slot in self._paths[row]]] = True
-        rows = [layout.first_row + row - self._first_new for row in members]
-        positions = [
-            slot if slot < layout.length else self._positions[slot - layout.length]
-            for slot in slots
-        ]
-        return KeyGroup(rows, slots, positions, num_leading, visible)
+        for i, slot in enumerate(members):
+            visible[i, [column[seen] for seen in self._paths[slot]]] = True
+        rows = [layout.first_row + slot - layout.first_new_slot for slot in members]
+        return KeyGroup(rows, slots, [self._positions[slot] for slot in slots], visible)
+
+
+def _num_tail(positions: Sequence[int]) -> int:
+    return len(positions) - leading_blocks(positions) * BLOCK
 
 
 def _depths(layout: SegmentLayout) -> list[int]:

@@ -42,18 +42,10 @@ class SegmentLayout:
     def first_new_slot(self) -> int:
         return self.num_slots - self.num_rows
 
-    @property
-    def num_leading(self) -> int:
-        """Slots that equal their position: the committed ones, then a leading chain of rows."""
-        chain = 0
-        while chain < len(self.parents) and self.parents[chain] == chain - 1:
-            chain += 1
-        return self.length + chain
-
     def visible(self) -> NDArray[np.bool_]:
         """[num_rows, all uncommitted rows]: which rows each new row sees, itself among them."""
         count = len(self.parents)
-        if self.num_leading == self.num_slots:
+        if all(parent == row - 1 for row, parent in enumerate(self.parents)):
             return np.tri(count, dtype=np.bool_)[count - self.num_rows :]
         seen = np.zeros((count, count), dtype=np.bool_)
         for row, parent in enumerate(self.parents):

@@ -32,7 +32,9 @@ GUMBEL_MIN = -3.1299946308135986
 _WORD = 0xFFFFFFFF
 _MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
 _WEYL = 0x9E3779B9, 0xBB67AE85
-_BLOCK = 8192
+_SPREADING_ROUNDS = 4
+"""After so many, every word has the shape that all broadcast to."""
+_BLOCK = 16384
 """Tokens at a time: the int64 words of this many fit a core's cache."""
 _DIGITS = 50
 _MARGIN = 2.0**-49
@@ -73,8 +75,8 @@ def gumbel_at(key: int, position: int | Array, tokens: Array, xp: Any = np) -> A
     Returns:
         float32, of the shape that both broadcast to.
     """
-    zeros = xp.zeros_like(tokens)
-    words = philox4x32((zeros + position, tokens, zeros, zeros), key)
+    zero = tokens.reshape(-1)[:1] * 0
+    words = philox4x32((zero + position, tokens, zero, zero), key)
     return _gumbel_of(words[0], xp)
 
 
@@ -83,24 +85,30 @@ def philox4x32(
 ) -> tuple[Array, Array, Array, Array]:
     """Four words of Philox4x32 for each counter.
 
-    Words are int64 arrays with values below 2**32. Products wrap at 64 bits, which leaves their
-    bits right; the sign that they may get is masked away.
+    Words are int64 arrays with values below 2**32 that broadcast; they are left alone. Products
+    wrap at 64 bits, which leaves their bits right; the sign that they may get is masked away.
     """
-    zero = (counter[0] + counter[1] + counter[2] + counter[3]) * 0
-    a, b, c, d = (word + zero for word in counter)
+    a, b, c, d = counter
     low, high = key & _WORD, key >> 32
-    for _ in range(rounds):
-        a *= _MULTIPLIERS[0]
-        c *= _MULTIPLIERS[1]
-        b ^= c >> 32
-        b ^= low
-        b &= _WORD
-        d ^= a >> 32
-        d ^= high
-        d &= _WORD
+    for done in range(rounds):
+        if done < _SPREADING_ROUNDS:
+            a, c = a * _MULTIPLIERS[0], c * _MULTIPLIERS[1]
+            b, d = ((c >> 32) ^ b ^ low) & _WORD, ((a >> 32) ^ d ^ high) & _WORD
+        else:
+            a *= _MULTIPLIERS[0]
+            c *= _MULTIPLIERS[1]
+            _fold(b, c, low)
+            _fold(d, a, high)
         a, b, c, d = b, c, d, a
         low, high = (low + _WEYL[0]) & _WORD, (high + _WEYL[1]) & _WORD
     return a, b & _WORD, c, d & _WORD
+
+
+def _fold(word: Array, product: Array, round_key: int) -> None:
+    """The product's upper half, and the key, into a word; in place, as allocation costs more."""
+    word ^= product >> 32
+    word ^= round_key
+    word &= _WORD
 
 
 def _gumbel_of(

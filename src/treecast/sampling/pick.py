@@ -12,8 +12,10 @@ from treecast.sampling.noise import GUMBEL_MAX, gumbel_of
 from treecast.sampling.params import SamplingParams
 from treecast.sampling.transforms import Candidates, Context, process, warp
 
-_NEAR = 3.0
 _FEW = 256
+_NEAR = 3.0
+_WORTH_SPARING = 0.4
+"""Share of the noise: gathering what is left costs about as much as so much of it."""
 
 
 def pick(
@@ -47,12 +49,18 @@ def perturbed_argmax(candidates: Candidates, noise_key: int, position: int) -> i
     below it even with the greatest possible noise cannot win. Rounded sums are monotone in both
     terms, so the pruning is exact.
     """
-    rivals = candidates
     if len(candidates.ids) > _FEW:
-        leading = candidates.where(candidates.scores >= candidates.scores.max() - _NEAR)
-        reached = _perturbed(leading, noise_key, position).max()
-        rivals = candidates.where(candidates.scores + GUMBEL_MAX >= reached)
-    return int(rivals.ids[_perturbed(rivals, noise_key, position).argmax()])
+        candidates = _rivals(candidates, noise_key, position)
+    return int(candidates.ids[_perturbed(candidates, noise_key, position).argmax()])
+
+
+def _rivals(candidates: Candidates, noise_key: int, position: int) -> Candidates:
+    scores = candidates.scores
+    leading = candidates.where(scores >= scores.max() - _NEAR)
+    reached = _perturbed(leading, noise_key, position).max()
+    possible = scores + GUMBEL_MAX >= reached
+    spared = 1 - np.count_nonzero(possible) / len(scores)
+    return candidates.where(possible) if spared > _WORTH_SPARING else candidates
 
 
 def _perturbed(candidates: Candidates, noise_key: int, position: int) -> NDArray[np.float64]:

@@ -43,24 +43,20 @@ class StopRules:
         eos_token_ids: Iterable[int],
         sampling: SamplingParams,
         decode: Callable[[Sequence[int]], str] | None = None,
-        output: Iterable[int] = (),
     ) -> None:
-        """Begin an output, or take up one that is under way.
+        """Begin an output; one that is taken up again needs its tokens checked anew.
 
         Args:
             eos_token_ids: the model's own; they end the output unless the request ignores them.
             sampling: the request's stops and `max_tokens`.
             decode: text of some output tokens; None for a model without a tokenizer, where stop
                 strings have no effect.
-            output: tokens that are committed already.
         """
         eos = () if sampling.ignore_eos else eos_token_ids
         self._stop_ids = frozenset(eos).union(sampling.stop_token_ids)
         self._max_tokens = sampling.max_tokens
         self._num_tokens = 0
         self._text = StopText(sampling.stop, decode) if decode and sampling.stop else None
-        for token in output:
-            self.check(token)
 
     def check(self, token: int) -> Stop | None:
         """Take in the next output token; tells whether the output ends with it."""

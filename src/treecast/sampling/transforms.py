@@ -56,7 +56,8 @@ class Candidates:
     scores: NDArray[np.float64]
 
     def where(self, kept: NDArray[np.bool_]) -> Candidates:
-        return self if kept.all() else Candidates(self.ids[kept], self.scores[kept])
+        places = np.flatnonzero(kept)
+        return Candidates(self.ids[places], self.scores[places])
 
 
 def process(
@@ -88,9 +89,8 @@ def warp(
     Top-k keeps all tokens that tie with the k-th; of tokens that tie at the edge of the nucleus,
     top-p keeps those of lowest id.
     """
-    ids = _top_k(scores, sampling.top_k)
-    wide = scores[ids].astype(np.float64) / np.float64(np.float32(sampling.temperature))
-    candidates = Candidates(ids, wide)
+    candidates = _top_k(scores, sampling.top_k)
+    candidates.scores[:] /= np.float32(sampling.temperature)
     if sampling.top_p < 1:
         candidates = _top_p(candidates, float(np.float32(sampling.top_p)))
     if min_p := float(np.float32(sampling.min_p)):
@@ -122,12 +122,13 @@ def _penalize_output(
     scores[ids] -= np.float32(sampling.frequency_penalty) * counts
 
 
-def _top_k(scores: NDArray[np.float32], top_k: int) -> NDArray[np.int64]:
+def _top_k(scores: NDArray[np.float32], top_k: int) -> Candidates:
     """Before the temperature: dividing by it keeps order and ties."""
     if not 0 < top_k < len(scores):
-        return np.arange(len(scores))
+        return Candidates(np.arange(len(scores)), scores.astype(np.float64))
     least = np.partition(scores, -top_k)[-top_k]
-    return np.flatnonzero(scores >= least)
+    ids = np.flatnonzero(scores >= least)
+    return Candidates(ids, scores[ids].astype(np.float64))
 
 
 def _top_p(candidates: Candidates, top_p: float) -> Candidates:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from treecast.errors import CorpusError
 from treecast.tuning.corpus import Record
 
 _WINDOW_BATCHES = 16
@@ -31,7 +32,13 @@ class Split:
 
 
 def split_records(num_records: int, heldout_fraction: float, seed: int) -> Split:
-    """Hold out a random share, at least one record; the same seed gives the same share."""
+    """Hold out a random share, at least one record; the same seed gives the same share.
+
+    Raises:
+        CorpusError: fewer than two records, so that nothing would be left to train on.
+    """
+    if num_records < 2:
+        raise CorpusError(f"the corpus has {num_records} complete record; tuning needs at least 2")
     order = list(range(num_records))
     random.Random(seed).shuffle(order)
     num_heldout = max(1, int(num_records * heldout_fraction))

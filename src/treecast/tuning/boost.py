@@ -19,8 +19,8 @@ import torch
 from treecast.checkpoints import assemble_draft, check_model_dir, model_revision
 from treecast.errors import ModelError
 from treecast.tuning.batches import Batch, epoch_batches, make_batch, shared_prefix, split_records
-from treecast.tuning.cut_head import CutHead
 from treecast.tuning.corpus import check_vocabulary, read_corpus
+from treecast.tuning.cut_head import CutHead
 from treecast.tuning.draft import cut_draft, default_layers, save_trained
 from treecast.tuning.head_loss import frozen_head_loss
 from treecast.tuning.heldout import top_success
@@ -172,9 +172,7 @@ class _Run:
         """Batches from the run's place on, epoch after epoch, without end."""
         while True:
             seed = f"{self.settings.seed}:{self.epoch}"
-            batches = epoch_batches(
-                self.records, self.split.train, self.settings.batch_size, seed
-            )
+            batches = epoch_batches(self.records, self.split.train, self.settings.batch_size, seed)
             while self.place < len(batches):
                 # Advanced first: a checkpoint taken during a step must not repeat its batch.
                 self.place += 1

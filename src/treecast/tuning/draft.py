@@ -39,7 +39,9 @@ def cut_draft(target: Any, layers: Sequence[int]) -> Any:
     num_target_layers = target.config.num_hidden_layers
     for layer in layers:
         if not 0 <= layer < num_target_layers:
-            raise ModelError(f"layer {layer} is not in the target: it has 0..{num_target_layers - 1}")
+            raise ModelError(
+                f"layer {layer} is out of range; the target has 0..{num_target_layers - 1}"
+            )
     if len(set(layers)) != len(layers):
         raise ModelError(f"layers {list(layers)} name a layer twice")
     config = copy.deepcopy(target.config)

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 _CHUNK_ROWS = 256
+_SMALLEST = torch.finfo(torch.float32).tiny
 
 
 class _FrozenHeadLoss(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]  # torch types it as (ctx, *args)
+    def forward(
         ctx: Any, hidden: Tensor, head: Tensor, label_ids: Tensor, label_weights: Tensor
     ) -> Tensor:
         gradient = torch.empty_like(hidden)
@@ -24,7 +25,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
             rows = slice(start, start + _CHUNK_ROWS)
             ids, weights = label_ids[rows], label_weights[rows]
             probs = torch.softmax(hidden[rows] @ head.T, dim=-1)
-            label_probs = probs.gather(1, ids).float().clamp_min(1e-9)
+            label_probs = probs.gather(1, ids).float().clamp_min(_SMALLEST)
             total -= (label_probs.log() * weights).sum()
             pulled = (head[ids].float() * weights.unsqueeze(-1)).sum(dim=1)
             gradient[rows] = probs @ head - pulled.to(head.dtype)
@@ -32,9 +33,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
         return (total / len(hidden)).float()
 
     @staticmethod
-    def backward(  # type: ignore[override]  # torch types it as (ctx, *grad_outputs)
-        ctx: Any, grad_output: Tensor
-    ) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None]:
         (gradient,) = ctx.saved_tensors
         scale = grad_output / len(gradient)
         return (gradient * scale).to(gradient.dtype), None, None, None

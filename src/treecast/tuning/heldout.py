@@ -30,10 +30,9 @@ def top_success(
         batch = make_batch(records, indices[start : start + batch_size], first=None)
         hidden = draft.base_model(input_ids=batch.input_ids, use_cache=False)[0]
         rows = hidden.flatten(0, 1)[batch.places].float()
-        for chunk, next_ids in zip(
-            rows.split(_CHUNK_ROWS), batch.next_ids.split(_CHUNK_ROWS), strict=True
-        ):
-            guesses = (chunk @ head.T).topk(NUM_GUESSES, dim=-1).indices
-            hits += (guesses == next_ids.unsqueeze(1)).sum(dim=0)
+        for first in range(0, len(rows), _CHUNK_ROWS):
+            chunk = slice(first, first + _CHUNK_ROWS)
+            guesses = (rows[chunk] @ head.T).topk(NUM_GUESSES, dim=-1).indices
+            hits += (guesses == batch.next_ids[chunk].unsqueeze(1)).sum(dim=0)
         num_targets += len(rows)
     return tuple((hits.cumsum(dim=0) / num_targets).tolist())

@@ -63,13 +63,10 @@ class Teacher:
         hidden = self._target.base_model(input_ids=batch.input_ids, use_cache=False)[0]
         rows = hidden.flatten(0, 1)[batch.places]
         head = self._target.get_output_embeddings().weight
-        tops = [_top_probs(chunk @ head.T, self._top_k) for chunk in rows.split(_CHUNK_ROWS)]
-        sizes = torch.bincount(batch.places // batch.input_ids.shape[1]).tolist()
-        ids = torch.cat([top[0] for top in tops]).split(sizes)
-        probs = torch.cat([top[1] for top in tops]).split(sizes)
-        for index, one_ids, one_probs in zip(indices, ids, probs, strict=True):
-            # Copies: a split would keep the whole batch's tensors alive, and in the checkpoint.
-            self._known[index] = (one_ids.clone(), one_probs.clone())
+        ids, probs = _top_probs(rows, head, self._top_k)
+        owner = batch.places // batch.input_ids.shape[1]
+        for row, index in enumerate(indices):
+            self._known[index] = (ids[owner == row], probs[owner == row])
 
 
 def hard_labels(batch: Batch) -> Labels:
@@ -78,6 +75,12 @@ def hard_labels(batch: Batch) -> Labels:
     return Labels(ids, torch.ones(ids.shape))
 
 
-def _top_probs(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    top = torch.softmax(logits.float(), dim=-1).topk(top_k, dim=-1)
-    return top.indices.to(torch.int32), top.values.half()
+def _top_probs(rows: Tensor, head: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """[num_rows, top_k] token ids and probabilities, a chunk of rows at a time."""
+    ids, probs = [], []
+    for start in range(0, len(rows), _CHUNK_ROWS):
+        logits = rows[start : start + _CHUNK_ROWS] @ head.T
+        top = torch.softmax(logits.float(), dim=-1).topk(top_k, dim=-1)
+        ids.append(top.indices.to(torch.int32))
+        probs.append(top.values.half())
+    return torch.cat(ids), torch.cat(probs)

@@ -57,6 +57,7 @@ def generate_corpus(
 
     Args:
         progress: called after each batch with records written and wanted.
+
     Returns:
         The number of records in the file.
     """
@@ -96,7 +97,10 @@ def chat_frame(tokenizer: Any) -> ChatFrame:
 
 
 def _prepare(settings: SelfPlaySettings) -> int:
-    """Count what an earlier run left, after rewriting a file that was cut in the middle."""
+    """Count what an earlier run left, cut back to whole batches.
+
+    A batch draws from one seed, so one that was cut in the middle is made again as a whole.
+    """
     settings.out.parent.mkdir(parents=True, exist_ok=True)
     if not settings.out.is_file():
         return 0
@@ -105,9 +109,12 @@ def _prepare(settings: SelfPlaySettings) -> int:
     except CorpusError:
         settings.out.unlink()
         return 0
-    if corpus.problems:
-        write_corpus(settings.out, corpus.records)
-    return len(corpus.records)
+    if len(corpus.records) >= settings.num_records:
+        return len(corpus.records)
+    num_whole = len(corpus.records) // settings.batch_size * settings.batch_size
+    if corpus.problems or num_whole < len(corpus.records):
+        write_corpus(settings.out, corpus.records[:num_whole])
+    return num_whole
 
 
 @torch.inference_mode()

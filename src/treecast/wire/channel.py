@@ -9,6 +9,7 @@ MAX_MESSAGE_BYTES = 4 * 1024 * 1024
 
 KEEPALIVE_MS = 10_000
 KEEPALIVE_TIMEOUT_MS = 5_000
+CONNECT_TIMEOUT_MS = 5_000
 
 _FIRST_RETRY_MS = 100
 _LAST_RETRY_MS = 2_000
@@ -24,7 +25,8 @@ def channel_options(address: str, max_message_bytes: int = MAX_MESSAGE_BYTES) ->
         ("grpc.keepalive_time_ms", KEEPALIVE_MS),
         ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
         ("grpc.initial_reconnect_backoff_ms", _FIRST_RETRY_MS),
-        ("grpc.min_reconnect_backoff_ms", _FIRST_RETRY_MS),
+        # Not a pause, whatever its name says: an attempt may take so long.
+        ("grpc.min_reconnect_backoff_ms", CONNECT_TIMEOUT_MS),
         ("grpc.max_reconnect_backoff_ms", _LAST_RETRY_MS),
         # Channels to one address do not share a connection, nor its back-off.
         ("grpc.use_local_subchannel_pool", 1),

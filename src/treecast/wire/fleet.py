@@ -4,30 +4,46 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Generic, TypeVar
 
+from treecast.errors import DuplicateRequest
+from treecast.wire.frames import BadFrame, Heartbeat, Hello
+from treecast.wire.hop import Hop
+from treecast.wire.link import Link, PairHandler
 from treecast.wire.pair import Dialer
 from treecast.wire.registry import Entry, Registry
 
 Out = TypeVar("Out")
 In = TypeVar("In")
 
-_SWEEP_S = 1.0
-
 
 class Fleet(Generic[Out, In]):
-    """One dialer per registry entry, from `start` to `close`.
+    """One dialer per address, from `start` to `close`; events go through to the handler.
 
-    An entry that vanishes does not end a stream that lives: the registry says where to dial, never
-    who is healthy. Its dialer goes once the stream is down.
+    An entry that vanishes does not end a stream that lives, since the registry says where to dial,
+    never who is healthy: its dialer goes once the stream is down.
+
+    A process keeps one stream per peer. So two addresses of one process would take its stream from
+    each other for ever: the address that lost it waits until that process is gone.
     """
 
-    def __init__(self, registry: Registry, dial: Callable[[str], Dialer[Out, In]]) -> None:
+    def __init__(
+        self,
+        registry: Registry,
+        hop: Hop[Out, In],
+        hello: Callable[[], Hello],
+        heartbeat: Callable[[], Heartbeat],
+        handler: PairHandler[Out, In],
+    ) -> None:
         self._registry = registry
-        self._dial = dial
+        self._hop = hop
+        self._hello = hello
+        self._heartbeat = heartbeat
+        self._handler = handler
         self._dialers: dict[str, Dialer[Out, In]] = {}
-        self._sweeping: asyncio.Task[None] | None = None
+        self._listed: frozenset[str] = frozenset()
+        self._aliases: dict[str, str] = {}  # address -> instance that is known by another one
+        self._closing: set[asyncio.Task[None]] = set()
 
     @property
     def dialers(self) -> list[Dialer[Out, In]]:
@@ -36,31 +52,69 @@ class Fleet(Generic[Out, In]):
 
     @property
     def redis_ok(self) -> bool:
+        """False while Redis does not answer, and when none was given."""
         return self._registry.redis_ok
 
     async def start(self) -> None:
-        await self._registry.start(self._changed)
-        self._sweeping = asyncio.create_task(self._sweep())
+        """Look once and dial what is there; then follow the registry."""
+        await self._registry.start(self.follow)
 
     async def close(self) -> None:
-        """Close all streams and stop looking. Safe to repeat."""
-        if self._sweeping is not None:
-            self._sweeping.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._sweeping
+        """Stop looking and close all streams. Safe to repeat."""
         await self._registry.close()
-        await asyncio.gather(*(dialer.close() for dialer in self._dialers.values()))
+        for address in list(self._dialers):
+            self._drop(address)
+        await asyncio.gather(*self._closing)
 
-    def _changed(self, entries: tuple[Entry, ...]) -> None:
-        for entry in entries:
-            if entry.address not in self._dialers:
-                self._dialers[entry.address] = dialer = self._dial(entry.address)
-                dialer.start()
+    def follow(self, entries: tuple[Entry, ...]) -> None:
+        """Dial new addresses; give up those that are neither listed any more nor answer."""
+        self._listed = frozenset(entry.address for entry in entries)
+        for address in self._listed - self._dialers.keys() - self._aliases.keys():
+            self._dial(address)
+        for address, dialer in list(self._dialers.items()):
+            if dialer.link is None and address not in self._listed:
+                self._drop(address)
 
-    async def _sweep(self) -> None:
-        while True:
-            await asyncio.sleep(_SWEEP_S)
-            known = {entry.address for entry in self._registry.entries}
-            gone = [a for a, d in self._dialers.items() if a not in known and d.link is None]
-            for address in gone:
-                await self._dialers.pop(address).close()
+    def _dial(self, address: str) -> None:
+        self._dialers[address] = dialer = Dialer(
+            address, self._hop, self._hello, self._heartbeat, self
+        )
+        dialer.start()
+
+    def _drop(self, address: str) -> None:
+        task = asyncio.create_task(self._dialers.pop(address).close())
+        self._closing.add(task)
+        task.add_done_callback(self._closing.discard)
+
+    # --- PairHandler ----------------------------------------------------------------------------
+
+    def opened(self, link: Link[Out, In]) -> None:
+        self._handler.opened(link)
+
+    def received(self, link: Link[Out, In], frame: In) -> None:
+        self._handler.received(link, frame)
+
+    def failed_frame(self, link: Link[Out, In], error: BadFrame) -> None:
+        self._handler.failed_frame(link, error)
+
+    def beat(self, link: Link[Out, In], heartbeat: Heartbeat) -> None:
+        self._handler.beat(link, heartbeat)
+
+    def closed(self, link: Link[Out, In]) -> None:
+        self._handler.closed(link)
+        if link.address not in self._dialers:
+            return
+        if isinstance(link.error, DuplicateRequest):
+            self._aliases[link.address] = link.peer.instance_id
+            self._drop(link.address)
+            return
+        if link.address not in self._listed:
+            self._drop(link.address)
+        self._free_aliases(link.peer.instance_id)
+
+    def _free_aliases(self, instance_id: str) -> None:
+        freed = {address for address, of in self._aliases.items() if of == instance_id}
+        for address in freed:
+            del self._aliases[address]
+        for address in freed & self._listed:
+            self._dial(address)

@@ -27,6 +27,10 @@ class Greeting:
     heartbeat: Heartbeat = field(default_factory=Heartbeat)
 
 
+def accept_any(peer: Hello) -> None:
+    """The check of a service that asks no more of its peers than `check_peer` does."""
+
+
 async def receive_greeting(
     end: End[Any, Any],
     messages: AsyncIterator[Any],

@@ -31,7 +31,10 @@ class RedisLost(Exception):
 
 
 class GuardedRedis:
-    """One client of one Redis; `None` as its address is a Redis that is always lost."""
+    """A process's client of one Redis; `None` as its address is a Redis that is always lost.
+
+    Shared by all that asks Redis, so that its loss is met, and logged, once.
+    """
 
     def __init__(
         self,

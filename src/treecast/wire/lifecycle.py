@@ -17,6 +17,7 @@ from treecast.settings import ServiceSettings, unknown_variables
 from treecast.telemetry.logs import configure_logs
 from treecast.telemetry.metrics import serve_metrics
 from treecast.wire.frames import Role
+from treecast.wire.guarded_redis import GuardedRedis
 from treecast.wire.registry import Registration
 from treecast.wire.server import Server
 
@@ -36,6 +37,7 @@ async def serve_until_stopped(
     role: Role,
     instance_id: str,
     server: Server,
+    redis: GuardedRedis,
     metrics: CollectorRegistry,
     drain: Callable[[], Awaitable[None]],
     model: str = "",
@@ -50,7 +52,7 @@ async def serve_until_stopped(
     advertised = settings.advertise or address
     metrics_address, stop_metrics = _serve_metrics(settings, metrics)
     try:
-        registration = Registration(settings.redis_url, role, advertised, instance_id, model)
+        registration = Registration(redis, role, advertised, instance_id, model)
         async with registration:
             await server.set_ready()
             log.info("service.ready", address=address, advertised=advertised)
@@ -62,6 +64,7 @@ async def serve_until_stopped(
         await drain()
         await server.stop(grace_s=1.0)
     finally:
+        await redis.close()
         stop_metrics()
         log.info("service.stopped")
 

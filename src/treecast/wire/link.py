@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable
 from typing import Any, Generic, Protocol, TypeVar
 
 import grpc
 import structlog
 
 from treecast.errors import InvalidFrame, TreecastError, Unavailable
-from treecast.wire.channel import MAX_MESSAGE_BYTES
 from treecast.wire.codec import Limits
-from treecast.wire.codec.bounds import MAX_FRAMES, MAX_PROPOSERS
+from treecast.wire.codec.bounds import MAX_PROPOSERS
 from treecast.wire.frames import BadFrame, Heartbeat, Hello
 from treecast.wire.greeting import Greeting, check_alive
 from treecast.wire.hop import End
 from treecast.wire.outbox import Outbox, slot_key
+from treecast.wire.packing import pack
 from treecast.wire.status import from_rpc_error
 
 HEARTBEAT_S = 0.25
@@ -90,6 +90,7 @@ class Link(Generic[Out, In]):
         self._over = asyncio.Event()
         self._opened = False
         self._silent_beats = 0
+        self._complaints = 0
 
     @property
     def alive(self) -> bool:
@@ -111,40 +112,45 @@ class Link(Generic[Out, In]):
         self._outbox.close()
         log.info("stream closed", peer=self.peer.instance_id, address=self.address, why=reason)
         if self._opened:
+            self._notify_closed()
+
+    def _notify_closed(self) -> None:
+        try:
             self._handler.closed(self)
+        except Exception as error:
+            log.error("handler failed", peer=self.peer.instance_id, exc_info=error)
 
     async def run(self, messages: AsyncIterator[Any]) -> None:
-        """Open the link to the handler and read until either side ends it; never raises."""
+        """Hand the link to the handler and read until either side ends it; never raises."""
         if not self.alive:
             return
         log.info("stream opened", peer=self.peer.instance_id, address=self.address)
-        tasks = [
-            asyncio.create_task(work)
-            for work in (self._read(messages), self._beat(), self._over.wait())
-        ]
+        works = (self._read(messages), self._beat(), self._over.wait())
+        tasks = [asyncio.create_task(work) for work in works]
         try:
             self._opened = True
             self._handler.opened(self)
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        except Exception as error:
+            self._close_by(error)
         finally:
             for task in tasks:
                 task.cancel()
-            ended = await asyncio.gather(*tasks, return_exceptions=True)
-            self._close_by(ended)
+            for ended in await asyncio.gather(*tasks, return_exceptions=True):
+                self._close_by(ended)
+            self.close("this side ended the stream")
 
-    def _close_by(self, ended: Sequence[object]) -> None:
-        for error in ended:
-            if isinstance(error, TreecastError):
-                self.close(error.message, error)
-            elif isinstance(error, Exception):
-                log.error("stream failed", peer=self.peer.instance_id, exc_info=error)
-                self.close("internal error", TreecastError("internal error"))
-        self.close("ended")
+    def _close_by(self, ended: object) -> None:
+        if isinstance(ended, TreecastError):
+            self.close(ended.message, ended)
+        elif isinstance(ended, Exception):
+            log.error("stream failed", peer=self.peer.instance_id, exc_info=ended)
+            self.close("internal error", TreecastError("internal error"))
 
     async def outgoing(self) -> AsyncIterator[Any]:
         """Messages to write, until the link is over; the greeting is not among them."""
         while frames := await self._outbox.take():
-            for message in self._pack(frames):
+            for message in pack(self._end.encode, frames, self._fail):
                 yield message
 
     # --- out ----------------------------------------------------------------------------------
@@ -166,33 +172,6 @@ class Link(Generic[Out, In]):
             self._put(self._heartbeat())
         raise Unavailable(f"peer was silent for {SILENCE_S} s")
 
-    def _pack(self, frames: Sequence[Out | Heartbeat]) -> Iterator[Any]:
-        """Messages under the size cap; a lone frame that cannot be sent fails its session."""
-        try:
-            message = self._encode(frames)
-        except InvalidFrame as error:
-            if len(frames) == 1:
-                self._fail(frames[0], error)
-                return
-            middle = len(frames) // 2
-            yield from self._pack(frames[:middle])
-            yield from self._pack(frames[middle:])
-        else:
-            yield message
-
-    def _encode(self, frames: Sequence[Out | Heartbeat]) -> Any:
-        if len(frames) > MAX_FRAMES:
-            raise InvalidFrame(f"message has {len(frames)} frames; the limit is {MAX_FRAMES}")
-        try:
-            message = self._end.encode(frames)
-        except Exception as error:
-            raise InvalidFrame(f"frame cannot be encoded: {error}") from error
-        if message.ByteSize() > MAX_MESSAGE_BYTES:
-            raise InvalidFrame(
-                f"message has {message.ByteSize()} bytes; the limit is {MAX_MESSAGE_BYTES}"
-            )
-        return message
-
     # --- in -----------------------------------------------------------------------------------
 
     async def _read(self, messages: AsyncIterator[Any]) -> None:
@@ -213,10 +192,10 @@ class Link(Generic[Out, In]):
             self.last_heartbeat = frame
             self._handler.beat(self, frame)
         elif isinstance(frame, BadFrame):
-            log.warning("bad frame", peer=self.peer.instance_id, error=frame.message)
+            self._complain("bad frame", frame.message)
             self._handler.failed_frame(self, frame)
         elif isinstance(frame, InvalidFrame | Hello):
-            log.warning("ignored frame", peer=self.peer.instance_id, frame=repr(frame))
+            self._complain("ignored frame", repr(frame))
         else:
             self._receive(frame)
 
@@ -231,6 +210,12 @@ class Link(Generic[Out, In]):
 
     def _fail(self, frame: object, error: TreecastError) -> None:
         handle = getattr(frame, "handle", None)
-        log.warning("frame failed", peer=self.peer.instance_id, error=error.message, handle=handle)
+        self._complain("frame failed", error.message)
         if handle is not None:
             self._handler.failed_frame(self, BadFrame(handle, error))
+
+    def _complain(self, event: str, why: str) -> None:
+        """Log the first, second, fourth, eighth, ... complaint, so that no peer floods the log."""
+        self._complaints += 1
+        if self._complaints & (self._complaints - 1) == 0:
+            log.warning(event, peer=self.peer.instance_id, why=why, count=self._complaints)

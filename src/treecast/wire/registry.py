@@ -65,22 +65,19 @@ class Registration:
 
     def __init__(
         self,
-        redis_url: str | None,
+        redis: GuardedRedis,
         role: Role,
         address: str,
         instance_id: str,
         model: str = "",
         beat_s: float = BEAT_S,
     ) -> None:
-        self._redis = GuardedRedis(redis_url, pause_s=beat_s)
+        """Writes nothing yet. `redis` stays the caller's, to be closed after this."""
+        self._redis = redis
         self._role = role
         self._entry = Entry(address, instance_id, model)
         self._beat_s = beat_s
         self._task: asyncio.Task[None] | None = None
-
-    @property
-    def redis_ok(self) -> bool:
-        return self._redis.ok
 
     async def start(self) -> None:
         """Write the entry once, if Redis answers, then keep it alive."""
@@ -95,7 +92,6 @@ class Registration:
         self._task = None
         with suppress(RedisLost):
             await self._redis.ask(self._remove)
-        await self._redis.close()
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -135,17 +131,17 @@ class Registry:
 
     def __init__(
         self,
-        redis_url: str | None,
+        redis: GuardedRedis,
         role: Role,
         seeds: Iterable[str] = (),
         poll_s: float = POLL_S,
     ) -> None:
-        """Connects to nothing yet.
+        """Asks nobody yet. `redis` stays the caller's, to be closed after this.
 
         Raises:
-            SettingsError: a seed or the Redis address is malformed.
+            SettingsError: a seed is malformed.
         """
-        self._redis = GuardedRedis(redis_url, pause_s=poll_s)
+        self._redis = redis
         self._role = role
         self._resolver = Resolver(tuple(check_seed(seed) for seed in seeds))
         self._poll_s = poll_s
@@ -176,7 +172,6 @@ class Registry:
             await _stop(self._task)
             self._task = None
         await self._resolver.close()
-        await self._redis.close()
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -202,14 +197,14 @@ class Registry:
             await self.poll()
 
     async def _read(self, redis: Redis) -> tuple[Entry, ...]:
-        members = sorted(await redis.smembers(_members_key(self._role)))
+        members = sorted(map(str, await redis.smembers(_members_key(self._role))))
         if not members:
             return ()
         texts = await redis.mget([_entry_key(self._role, member) for member in members])
         gone = [member for member, text in zip(members, texts, strict=True) if text is None]
         if gone:
             await redis.srem(_members_key(self._role), *gone)
-        return tuple(entry for text in texts if text and (entry := _parse(text)))
+        return tuple(entry for text in texts if text and (entry := _parse(str(text))))
 
 
 def _parse(text: str) -> Entry | None:

@@ -26,6 +26,7 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+_MAX_PORT = 65535
 
 
 def server_options(max_message_bytes: int = MAX_MESSAGE_BYTES) -> Options:
@@ -71,8 +72,9 @@ class Server:
         """Bind and start; returns the bound address, with the port that 0 stood for.
 
         Raises:
-            SettingsError: the address is in use, not this machine's, or malformed.
+            SettingsError: the address is in use, not this machine's, or not HOST:PORT.
         """
+        host = _host_of(address)
         names = [*self._names, health.SERVICE_NAME, reflection.SERVICE_NAME]
         reflection.enable_server_reflection(names, self._server)
         await self.set_not_ready()
@@ -81,8 +83,7 @@ class Server:
         except RuntimeError:
             raise SettingsError(f"cannot listen on {address}: {_why_not(address)}") from None
         await self._server.start()
-        host, colon, _ = address.rpartition(":")
-        return address if address.startswith("unix:") or not colon else f"{host}:{port}"
+        return f"{host}:{port}"
 
     def _bind(self, address: str) -> int:
         if self._credentials is None:
@@ -113,18 +114,28 @@ class Server:
         await self._server.wait_for_termination()
 
 
+def _host_of(address: str) -> str:
+    """The host in HOST:PORT. gRPC would take a port of 99999 for 34463, hence the check."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit() or int(port) > _MAX_PORT:
+        raise SettingsError(
+            f"cannot listen on {address}: it must be HOST:PORT with a port of 0..{_MAX_PORT}"
+        )
+    return host
+
+
 def _why_not(address: str) -> str:
     """Bind once more by hand, since gRPC does not say what went wrong."""
     host, _, port = address.rpartition(":")
     try:
         family, kind, protocol, _, where = socket.getaddrinfo(
-            host.strip("[]") or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            host.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         with socket.socket(family, kind, protocol) as probe:
             probe.bind(where)
     except OSError as error:
         return (error.strerror or str(error)).lower()
-    return "gRPC cannot bind it; it must be HOST:PORT"
+    return "gRPC cannot bind it"
 
 
 class ErrorInterceptor(grpc.aio.ServerInterceptor):

@@ -56,9 +56,7 @@ class ScriptedRouter(router_pb2_grpc.RouterServiceServicer):
     def ListModels(
         self, request: pb.ListModelsRequest, context: grpc.ServicerContext
     ) -> pb.ListModelsResponse:
-        model = pb.Model(
-            name="toy", revision="r1", vocab_size=64, context_tokens=512, verifiers=2
-        )
+        model = pb.Model(name="toy", revision="r1", vocab_size=64, context_tokens=512, verifiers=2)
         return pb.ListModelsResponse(models=[model])
 
     def GetStatus(

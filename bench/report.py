@@ -1,0 +1,69 @@
+"""What a comparison found, and on what; made to be saved."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from treecast import __version__
+from treecast.services.local import MeshSettings
+
+from .compare import Summary, summarize
+from .machine import describe_machine
+from .run import Run
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Settings, machine and versions; a summary per contender; every run."""
+
+    settings: dict[str, Any]
+    machine: dict[str, Any]
+    versions: dict[str, Any]
+    summaries: tuple[Summary, ...]
+    runs: tuple[Run, ...]
+
+    @classmethod
+    def of(
+        cls,
+        mesh: MeshSettings,
+        max_tokens: int,
+        rounds: int,
+        contenders: Sequence[str],
+        runs: Sequence[Run],
+        versions: Mapping[str, Any],
+    ) -> Report:
+        """Summarize runs made with these settings, now, on this machine."""
+        settings = {
+            "model": Path(mesh.model).name,
+            "draft": Path(mesh.draft).name,
+            "dtype": mesh.dtype,
+            "numerics": mesh.numerics,
+            "threads": mesh.torch_threads,
+            "speculators": list(mesh.speculators),
+            "max_tokens": max_tokens,
+            "rounds": rounds,
+        }
+        return cls(
+            settings=settings,
+            machine=describe_machine(),
+            versions={"treecast": __version__, **versions},
+            summaries=tuple(summarize(runs, contenders)),
+            runs=tuple(runs),
+        )
+
+    def fields(self) -> dict[str, Any]:
+        """As JSON would have it."""
+        return asdict(self)
+
+    def save(self, out: Path) -> Path:
+        """Write to `out`, or into it under the time's name if it is a folder (or ends in /)."""
+        if not out.suffix:
+            out.mkdir(parents=True, exist_ok=True)
+            out = out / f"{time.strftime('%Y%m%d-%H%M%S')}.json"
+        out.write_text(json.dumps(self.fields(), indent=1) + "\n")
+        return out

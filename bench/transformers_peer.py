@@ -1,0 +1,82 @@
+"""transformers, plain and assisted, in a process of its own: JSON lines in, JSON lines out.
+
+Run as `python -m treecast.bench.transformers_peer --model PATH --draft PATH ...`. It says
+{"event": "ready", ...} when loaded. {"encode": text} is answered with the chat's token ids,
+{"mode": "generate" | "assisted", "prompt_ids": [...], "max_tokens": n} with a timed answer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, __version__
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--draft", required=True)
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), required=True)
+    parser.add_argument("--threads", type=int, required=True)
+    flags = parser.parse_args()
+    torch.set_num_threads(flags.threads)
+    peer = Peer(flags.model, flags.draft, getattr(torch, flags.dtype))
+    _say({"event": "ready", "transformers": __version__, "torch": torch.__version__})
+    for line in sys.stdin:
+        request = json.loads(line)
+        _say(peer.encode(request["encode"]) if "encode" in request else peer.answer(request))
+
+
+class Peer:
+    """The target and the draft, and the times at which the target's passes ended."""
+
+    def __init__(self, model: str, draft: str, dtype: torch.dtype) -> None:
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(model)
+        self.target: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).eval()
+        self.draft: Any = AutoModelForCausalLM.from_pretrained(draft, dtype=dtype).eval()
+        self._step_ends: list[float] = []
+        self.target.register_forward_hook(lambda *_: self._step_ends.append(time.perf_counter()))
+
+    def encode(self, text: str) -> dict[str, object]:
+        """Token ids of a chat with one user turn; of the bare text, without a chat template."""
+        if not self.tokenizer.chat_template:
+            return {"prompt_ids": self.tokenizer(text)["input_ids"]}
+        chat = [{"role": "user", "content": text}]
+        ids = self.tokenizer.apply_chat_template(
+            chat, add_generation_prompt=True, return_dict=True
+        )["input_ids"]
+        return {"prompt_ids": ids}
+
+    def answer(self, request: dict[str, Any]) -> dict[str, object]:
+        """Generate greedily; with the draft as assistant, by transformers' own defaults."""
+        prompt = torch.tensor([request["prompt_ids"]])
+        assistant = {"assistant_model": self.draft} if request["mode"] == "assisted" else {}
+        self._step_ends.clear()
+        begun = time.perf_counter()
+        output = self.target.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=request["max_tokens"],
+            do_sample=False,
+            **assistant,
+        )
+        seconds = time.perf_counter() - begun
+        return {
+            "token_ids": output[0, prompt.shape[1] :].tolist(),
+            "steps": len(self._step_ends),
+            "seconds": seconds,
+            "first_s": self._step_ends[0] - begun,
+        }
+
+
+def _say(answer: dict[str, object]) -> None:
+    print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    main()

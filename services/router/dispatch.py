@@ -1,0 +1,137 @@
+"""Admission: a request waits in the queue until a verifier has room, or its time is up."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from treecast.errors import DeadlineExceeded, TreecastError, Unavailable
+
+from .fleet import Fleet
+from .metrics import RouterMetrics
+from .placement import Candidate, Placement, Wanted, place, serves
+from .queue import WaitingQueue
+from .seat import Seat
+
+
+@dataclass(eq=False, slots=True)
+class Ticket:
+    """A request that waits: its turn comes as seats, or as an error."""
+
+    wanted: Wanted
+    joined_s: float
+    turn: asyncio.Future[list[Seat]]
+    timers: list[asyncio.TimerHandle] = field(default_factory=list)
+    grace: asyncio.TimerHandle | None = None
+
+    def fail(self, error: TreecastError) -> None:
+        if not self.turn.done():
+            self.turn.set_exception(error)
+
+    def stop_timers(self) -> None:
+        for timer in self.timers:
+            timer.cancel()
+        self.end_grace()
+
+    def end_grace(self) -> None:
+        if self.grace is not None:
+            self.grace.cancel()
+            self.grace = None
+
+
+class Dispatcher:
+    """Hands out the fleet's seats in the queue's order. Event loop only."""
+
+    def __init__(
+        self, fleet: Fleet, queue_limit: int, grace_s: float, metrics: RouterMetrics
+    ) -> None:
+        self._fleet = fleet
+        self._queue: WaitingQueue[Ticket] = WaitingQueue(queue_limit)
+        self._grace_s = grace_s
+        self._metrics = metrics
+        fleet.watch(self._pump)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._queue)
+
+    async def admit(self, wanted: Wanted, priority: int, deadline_s: float | None) -> list[Seat]:
+        """Wait for seats for a new request, one per sample; the caller leaves each.
+
+        Args:
+            deadline_s: time of the event loop; None for no limit.
+        Raises:
+            Overloaded: the queue is full.
+            DeadlineExceeded: the deadline passed in the queue.
+            Unavailable: no verifier of the model was there for the grace period.
+        """
+        ticket = self._ticket(wanted)
+        self._queue.join(ticket, priority)
+        return await self._wait(ticket, deadline_s)
+
+    async def readmit(self, wanted: Wanted, deadline_s: float | None) -> list[Seat]:
+        """The same for samples that had seats: ahead of all new ones, and never Overloaded."""
+        ticket = self._ticket(wanted)
+        self._queue.rejoin(ticket)
+        return await self._wait(ticket, deadline_s)
+
+    def _ticket(self, wanted: Wanted) -> Ticket:
+        loop = asyncio.get_running_loop()
+        return Ticket(wanted, loop.time(), loop.create_future())
+
+    async def _wait(self, ticket: Ticket, deadline_s: float | None) -> list[Seat]:
+        loop = asyncio.get_running_loop()
+        if deadline_s is not None:
+            late = DeadlineExceeded("deadline passed while the request waited for a verifier")
+            ticket.timers.append(loop.call_at(deadline_s, ticket.fail, late))
+        self._pump()
+        try:
+            seats = await ticket.turn
+        except asyncio.CancelledError:
+            _give_back(ticket)
+            raise
+        finally:
+            ticket.stop_timers()
+            self._queue.leave(ticket)
+            self._metrics.queued.set(len(self._queue))
+        self._metrics.queue_wait.observe(loop.time() - ticket.joined_s)
+        return seats
+
+    def _pump(self) -> None:
+        """Seat whoever can be seated, in order. Called whenever that may have changed."""
+        candidates = self._fleet.candidates()
+        for ticket in self._queue:
+            if ticket.turn.done():
+                continue
+            placement = place(candidates, ticket.wanted)
+            if placement is not None:
+                self._seat(ticket, placement)
+                candidates = self._fleet.candidates()
+            self._watch_grace(ticket, candidates)
+        self._metrics.queued.set(len(self._queue))
+
+    def _seat(self, ticket: Ticket, placement: Placement) -> None:
+        slots = range(ticket.wanted.slots)
+        ticket.turn.set_result([self._fleet.seat(placement) for _ in slots])
+        self._queue.leave(ticket)
+        self._metrics.placements.labels(placement.by.value).inc()
+
+    def _watch_grace(self, ticket: Ticket, candidates: Iterable[Candidate]) -> None:
+        if ticket.turn.done() or any(serves(one, ticket.wanted) for one in candidates):
+            ticket.end_grace()
+        elif ticket.grace is None:
+            gone = Unavailable(
+                f"no verifier of model {ticket.wanted.model!r} is available; "
+                f"waited {self._grace_s:g} s"
+            )
+            loop = asyncio.get_running_loop()
+            ticket.grace = loop.call_later(self._grace_s, ticket.fail, gone)
+
+
+def _give_back(ticket: Ticket) -> None:
+    """Seats that came in the very moment in which their request was cancelled."""
+    if ticket.turn.cancelled() or ticket.turn.exception() is not None:
+        return
+    for seat in ticket.turn.result():
+        seat.leave()

@@ -1,0 +1,239 @@
+"""One accepted request from placement to its end, through the loss of verifiers."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+
+import structlog
+
+from treecast.errors import StaleLease, TreecastError, Unavailable
+from treecast.sampling.noise import noise_key
+from treecast.wire.frames import Completed, Failed, FinishReason, Hello, SessionKey, Start
+
+from . import messages
+from .detok import DetokStream
+from .dispatch import Dispatcher
+from .messages import Ask
+from .metrics import RouterMetrics
+from .placement import Wanted
+from .relay import Relay, Write
+from .seat import Lost, Seat
+from .sessions import Session
+
+MAX_STALE_LEASES = 3
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A request that has been checked, and all that serving it needs.
+
+    Attributes:
+        model: hello of one of the verifiers that serve it.
+        deadline_s: time of the event loop; None for none.
+    """
+
+    ask: Ask
+    prompt: tuple[int, ...]
+    model: Hello
+    session: Session
+    deadline_s: float | None
+    arrived_s: float
+    detokenizer: Callable[[], DetokStream]
+    write: Write
+
+
+@dataclass(slots=True)
+class Sample:
+    """One of a request's outputs.
+
+    Attributes:
+        fingerprint: numerics that the text began with.
+    """
+
+    index: int
+    relay: Relay
+    fingerprint: str
+    same_numerics: bool = True
+    num_lost: int = 0
+    num_stale: int = 0
+    avoid: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    seats: list[Seat]
+    key: SessionKey | None
+
+
+class Generation:
+    """Serves one job. Everything it takes is given back when `run` ends, however it ends."""
+
+    def __init__(
+        self, job: Job, dispatcher: Dispatcher, max_placements: int, metrics: RouterMetrics
+    ) -> None:
+        self._job = job
+        self._dispatcher = dispatcher
+        self._max_placements = max_placements
+        self._metrics = metrics
+        self._seats: list[Seat] = []
+
+    async def run(self) -> FinishReason:
+        """Serve all samples; returns why the first one ended.
+
+        Raises:
+            TreecastError: what ended the request; samples still running are cancelled.
+        """
+        job = self._job
+        try:
+            placed = await self._place(self._admit, job.ask.num_samples, job.ask.fingerprint)
+            return await self._serve_all(placed)
+        finally:
+            for seat in self._seats:
+                seat.leave()
+            await job.session.end()
+
+    async def _serve_all(self, placed: Placed) -> FinishReason:
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [
+                    group.create_task(self._serve(self._sample(index, seat), seat, placed.key))
+                    for index, seat in enumerate(placed.seats)
+                ]
+        except ExceptionGroup as errors:
+            raise errors.exceptions[0] from None
+        return tasks[0].result()
+
+    def _sample(self, index: int, seat: Seat) -> Sample:
+        job, loop = self._job, asyncio.get_running_loop()
+        relay = Relay(
+            index,
+            job.ask.committed,
+            job.detokenizer(),
+            job.write,
+            self._metrics,
+            loop.time,
+            job.arrived_s,
+        )
+        return Sample(index, relay, job.ask.fingerprint or seat.verifier.fingerprint)
+
+    async def _serve(self, sample: Sample, seat: Seat, key: SessionKey | None) -> FinishReason:
+        """Relay one sample, placing it anew until one verifier sees it through."""
+        job = self._job
+        seat.start(self._start(sample, seat, key))
+        await job.write(messages.started(sample.index, job.ask, job.prompt, seat.verifier))
+        while True:
+            sample.same_numerics &= seat.verifier.fingerprint == sample.fingerprint
+            end = await sample.relay.follow(seat)
+            if isinstance(end, Completed):
+                placements = sample.num_lost + 1
+                await sample.relay.finish(end, placements, sample.same_numerics)
+                return end.finish
+            self._bear(sample, seat, end)
+            placed = await self._place(self._readmit, 1, sample.fingerprint, sample.avoid)
+            seat, key = placed.seats[0], placed.key
+            seat.start(self._start(sample, seat, key))
+
+    def _start(self, sample: Sample, seat: Seat, key: SessionKey | None) -> Start:
+        job, ask = self._job, self._job.ask
+        left_ms: int | None = None
+        if job.deadline_s is not None:
+            left_s = job.deadline_s - asyncio.get_running_loop().time()
+            left_ms = min(2**32 - 1, max(1, round(left_s * 1000)))
+        return Start(
+            handle=seat.handle,
+            request_id=ask.request_id,
+            prompt=job.prompt,
+            sampling=ask.sampling,
+            noise_key=noise_key(ask.seed, sample.index),
+            committed=tuple(sample.relay.output.tokens),
+            session=key,
+            law=ask.law,
+            deadline_ms=left_ms,
+            max_nodes=ask.max_nodes,
+            truncate_prompt=ask.truncate_prompt,
+        )
+
+    def _bear(self, sample: Sample, seat: Seat, end: Failed | Lost) -> None:
+        """Note why a placement ended early.
+
+        Raises:
+            TreecastError: another placement cannot help, or there have been too many.
+        """
+        error = Unavailable(f"verifier was lost: {end.why}") if isinstance(end, Lost) else end.error
+        if isinstance(error, StaleLease):
+            self._bear_stale_lease(sample, error)
+        elif isinstance(error, Unavailable):
+            self._bear_loss(sample, seat, end)
+        else:
+            raise error
+        log.info(
+            "request.placed_anew",
+            request_id=self._job.ask.request_id,
+            verifier=seat.verifier.instance_id,
+            num_tokens=len(sample.relay.output.tokens),
+            why=error.message,
+        )
+
+    def _bear_stale_lease(self, sample: Sample, error: TreecastError) -> None:
+        sample.num_stale += 1
+        if sample.num_stale > MAX_STALE_LEASES:
+            raise error
+        self._job.session.doubt()
+        self._metrics.replacements.labels("stale_lease").inc()
+
+    def _bear_loss(self, sample: Sample, seat: Seat, end: Failed | Lost) -> None:
+        """A request that brings its verifiers down must not go through all of them."""
+        sample.num_lost += 1
+        if sample.num_lost >= self._max_placements:
+            raise Unavailable(
+                f"request lost {sample.num_lost} verifiers; the limit is {self._max_placements}"
+            )
+        sample.avoid |= {seat.verifier.instance_id}
+        why = "lost" if isinstance(end, Lost) else "handed_over"
+        self._metrics.replacements.labels(why).inc()
+
+    # --- placement ----------------------------------------------------------------------------
+
+    async def _place(
+        self,
+        admit: Callable[[Wanted], Awaitable[list[Seat]]],
+        slots: int,
+        fingerprint: str,
+        avoid: frozenset[str] = frozenset(),
+    ) -> Placed:
+        """Seats on one verifier that holds, or from now on holds, the session."""
+        while True:
+            where = await self._job.session.look()
+            wanted = Wanted(
+                model=self._job.model.model,
+                revision=self._job.model.model_revision,
+                spread=self._job.ask.request_id,
+                law=self._job.ask.law,
+                slots=slots,
+                holder=where.holder,
+                rendezvous=where.rendezvous,
+                fingerprint=fingerprint,
+                avoid=avoid,
+            )
+            seats = await admit(wanted)
+            self._seats += seats
+            taken = await self._job.session.take(seats[0].verifier.instance_id, where)
+            if taken is not None:
+                return Placed(seats, taken.key)
+            _leave(seats)
+            admit = self._readmit
+
+    async def _admit(self, wanted: Wanted) -> list[Seat]:
+        return await self._dispatcher.admit(wanted, self._job.ask.priority, self._job.deadline_s)
+
+    async def _readmit(self, wanted: Wanted) -> list[Seat]:
+        return await self._dispatcher.readmit(wanted, self._job.deadline_s)
+
+
+def _leave(seats: Sequence[Seat]) -> None:
+    for seat in seats:
+        seat.leave()

@@ -1,0 +1,172 @@
+"""RouterService's messages to domain values and back."""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass, replace
+
+from treecast.errors import InvalidRequest
+from treecast.sampling.logprobs import TokenLogprobs
+from treecast.sampling.params import Law, SamplingParams
+from treecast.v1 import router_pb2 as pb
+from treecast.wire import codec
+from treecast.wire.frames import Completed, Hello
+
+from .text import ChatMessage
+
+MAX_ID_CHARACTERS = 128
+MAX_PRIORITY = 10
+MAX_SAMPLES = 16
+
+
+@dataclass(frozen=True, slots=True)
+class TextPrompt:
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class ChatPrompt:
+    messages: tuple[ChatMessage, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenPrompt:
+    ids: tuple[int, ...]
+
+
+Prompt = TextPrompt | ChatPrompt | TokenPrompt
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """What a client asks for. The seed is always set, drawn here if the client left it open.
+
+    Attributes:
+        committed: output that the client has received already.
+        revision: the only one that will do; None for any.
+        fingerprint: numerics that produced `committed`; empty if unknown.
+    """
+
+    request_id: str
+    model: str | None
+    prompt: Prompt
+    sampling: SamplingParams
+    seed: int
+    session_id: str | None
+    priority: int
+    num_samples: int
+    committed: tuple[int, ...]
+    revision: str | None
+    fingerprint: str
+    law: Law
+    max_nodes: int | None
+    truncate_prompt: bool
+
+
+def parse_ask(message: pb.GenerateRequest) -> Ask:
+    """Everything that can be checked without knowing the model.
+
+    Raises:
+        InvalidRequest: a value out of its bounds, by name.
+    """
+    sampling = codec.decode_sampling(message.sampling)
+    ask = Ask(
+        request_id=message.request_id if message.HasField("request_id") else _mint_id(),
+        model=message.model if message.HasField("model") else None,
+        prompt=_parse_prompt(message),
+        sampling=sampling,
+        seed=secrets.randbits(64) if sampling.seed is None else sampling.seed,
+        session_id=message.session_id if message.HasField("session_id") else None,
+        priority=message.priority,
+        num_samples=message.num_samples if message.HasField("num_samples") else 1,
+        committed=tuple(message.resume.committed),
+        revision=message.resume.model_revision or None,
+        fingerprint=message.resume.numerics_fingerprint,
+        law=codec.decode_law(message.law),
+        max_nodes=message.max_nodes if message.HasField("max_nodes") else None,
+        truncate_prompt=message.truncate_prompt,
+    )
+    _check(ask)
+    if message.HasField("resume"):
+        _check_resume(ask)
+    return replace(ask, sampling=replace(sampling, seed=ask.seed))
+
+
+def _parse_prompt(message: pb.GenerateRequest) -> Prompt:
+    match message.WhichOneof("prompt"):
+        case "text" if message.text:
+            return TextPrompt(message.text)
+        case "chat" if message.chat.messages:
+            return ChatPrompt(
+                tuple(ChatMessage(one.role, one.content) for one in message.chat.messages)
+            )
+        case "tokens" if message.tokens.ids:
+            return TokenPrompt(tuple(message.tokens.ids))
+    raise InvalidRequest("prompt is empty")
+
+
+def _mint_id() -> str:
+    return secrets.token_hex(8)
+
+
+def _check(ask: Ask) -> None:
+    check_id("request_id", ask.request_id)
+    if ask.session_id is not None:
+        check_id("session_id", ask.session_id)
+    _check_range("priority", ask.priority, -MAX_PRIORITY, MAX_PRIORITY)
+    _check_range("num_samples", ask.num_samples, 1, MAX_SAMPLES)
+
+
+def check_id(name: str, value: str) -> None:
+    if not 1 <= len(value) <= MAX_ID_CHARACTERS:
+        raise InvalidRequest(f"{name} has {len(value)} characters; allowed: 1..{MAX_ID_CHARACTERS}")
+
+
+def _check_range(name: str, value: int, low: int, high: int) -> None:
+    if not low <= value <= high:
+        raise InvalidRequest(f"{name} is {value}; allowed: {low}..{high}")
+
+
+def _check_resume(ask: Ask) -> None:
+    """The text goes on as it would have only under the same seed, and one sample at a time."""
+    if ask.num_samples > 1:
+        raise InvalidRequest(f"num_samples is {ask.num_samples}; a resumed request has 1")
+    if ask.sampling.seed is None and ask.sampling.temperature > 0:
+        raise InvalidRequest("resume needs sampling.seed, as the first stream's Started gave it")
+    if len(ask.committed) > ask.sampling.max_tokens:
+        raise InvalidRequest(
+            f"resume has {len(ask.committed)} committed tokens; max_tokens is "
+            f"{ask.sampling.max_tokens}"
+        )
+
+
+def started(index: int, ask: Ask, prompt: tuple[int, ...], verifier: Hello) -> pb.GenerateResponse:
+    body = pb.Started(
+        request_id=ask.request_id,
+        seed=ask.seed,
+        prompt_ids=prompt,
+        model=verifier.model,
+        model_revision=verifier.model_revision,
+        numerics_fingerprint=verifier.fingerprint,
+    )
+    return pb.GenerateResponse(sample_index=index, started=body)
+
+
+def delta(
+    index: int, text: str, tokens: list[int], logprobs: list[TokenLogprobs]
+) -> pb.GenerateResponse:
+    encoded = [codec.encode_logprobs(one) for one in logprobs]
+    body = pb.Delta(text=text, token_ids=tokens, logprobs=encoded)
+    return pb.GenerateResponse(sample_index=index, delta=body)
+
+
+def finished(
+    index: int, end: Completed, placements: int, same_numerics: bool
+) -> pb.GenerateResponse:
+    body = pb.Finished(
+        reason=codec.encode_finish_reason(end.finish),
+        usage=codec.encode_usage(end.usage),
+        placements=placements,
+        same_numerics=same_numerics,
+    )
+    return pb.GenerateResponse(sample_index=index, finished=body)

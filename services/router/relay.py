@@ -1,0 +1,119 @@
+"""One sample's output on its way to the client, whichever verifiers produce it."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass, field
+
+from treecast.errors import InvalidFrame
+from treecast.sampling.logprobs import TokenLogprobs
+from treecast.v1 import router_pb2 as pb
+from treecast.wire.frames import Completed, Progress
+
+from . import messages
+from .detok import DetokStream
+from .metrics import RouterMetrics
+from .seat import Seat, SeatEnd
+
+Write = Callable[[pb.GenerateResponse], Awaitable[None]]
+
+
+@dataclass(slots=True)
+class Piece:
+    """Tokens that are new to the client."""
+
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+
+
+class Output:
+    """The output so far; takes each token once, in order, from any number of verifiers."""
+
+    def __init__(self, committed: Iterable[int] = ()) -> None:
+        self.tokens = list(committed)
+
+    def take(self, progress: Progress, piece: Piece) -> None:
+        """Add what is new to the output and to `piece`.
+
+        Raises:
+            InvalidFrame: tokens are missing before these, or differ from those relayed.
+        """
+        known = len(self.tokens) - progress.from_index
+        if known < 0:
+            raise InvalidFrame(
+                f"progress begins at token {progress.from_index}; "
+                f"{len(self.tokens)} tokens came before"
+            )
+        overlap = self.tokens[progress.from_index : progress.from_index + len(progress.tokens)]
+        if tuple(overlap) != progress.tokens[:known]:
+            raise InvalidFrame(
+                f"progress repeats tokens from {progress.from_index} on, and changes them"
+            )
+        self.tokens += progress.tokens[known:]
+        piece.tokens += progress.tokens[known:]
+        piece.logprobs += progress.logprobs[known:]
+
+
+class Relay:
+    """Turns a sample's frames into the client's events."""
+
+    def __init__(
+        self,
+        index: int,
+        committed: tuple[int, ...],
+        text: DetokStream,
+        write: Write,
+        metrics: RouterMetrics,
+        clock: Callable[[], float],
+        arrived_s: float,
+    ) -> None:
+        """`committed` output is the client's already: it is not written again, nor its text."""
+        self.output = Output(committed)
+        text.push(committed)
+        self._index = index
+        self._text = text
+        self._write = write
+        self._metrics = metrics
+        self._clock = clock
+        self._arrived_s = arrived_s
+        self._last_s: float | None = None
+
+    async def follow(self, seat: Seat) -> SeatEnd:
+        """Write what comes from one placement until it ends, one way or another.
+
+        Raises:
+            InvalidFrame: the verifier's tokens do not fit what it, or an earlier one, sent.
+        """
+        while True:
+            piece = Piece()
+            end: SeatEnd | None = None
+            for frame in await seat.take():
+                if isinstance(frame, Progress):
+                    self.output.take(frame, piece)
+                else:
+                    end = frame
+            if piece.tokens:
+                await self._pass_on(piece)
+            if end is not None:
+                return end
+
+    async def _pass_on(self, piece: Piece) -> None:
+        self._measure(len(piece.tokens))
+        text = self._text.push(piece.tokens)
+        await self._write(messages.delta(self._index, text, piece.tokens, piece.logprobs))
+
+    def _measure(self, num_tokens: int) -> None:
+        now_s = self._clock()
+        self._metrics.tokens.inc(num_tokens)
+        if self._last_s is None:
+            self._metrics.first_token.observe(now_s - self._arrived_s)
+        else:
+            self._metrics.inter_token.observe((now_s - self._last_s) / num_tokens)
+        self._last_s = now_s
+
+    async def finish(self, end: Completed, placements: int, same_numerics: bool) -> None:
+        """Write the text that was held back, then the last event."""
+        rest = self._text.finish(end.stop_characters)
+        if rest:
+            await self._write(messages.delta(self._index, rest, [], []))
+        await self._write(messages.finished(self._index, end, placements, same_numerics))

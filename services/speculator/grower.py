@@ -1,0 +1,257 @@
+"""The thread that drafts: it alone touches the drafter, and never the event loop."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import structlog
+
+from treecast.drafting.base import DraftRequest
+from treecast.drafting.merge import MergedDrafter
+from treecast.errors import TreecastError
+from treecast.tree import TokenTree
+
+from .metrics import SpeculatorMetrics
+
+log = structlog.get_logger()
+
+_SMOOTHING = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Open:
+    """Begin a session; the first tree may have `max_nodes` nodes, with 0 none is grown."""
+
+    session: int
+    request: DraftRequest
+    max_nodes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Advance:
+    """The verifier committed tokens; the next tree may have `max_nodes` nodes."""
+
+    session: int
+    tokens: Sequence[int]
+    max_nodes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Close:
+    """End a session; unknown ones are ignored."""
+
+    session: int
+
+
+@dataclass(frozen=True, slots=True)
+class Grown:
+    """A tree below the session's first `base_len` tokens; empty where there is no guess."""
+
+    session: int
+    base_len: int
+    tree: TokenTree
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """The drafter will do no more for this session, and has forgotten it."""
+
+    session: int
+    error: TreecastError
+
+
+Order = Open | Advance | Close
+Result = Grown | Lost
+
+
+@dataclass(slots=True)
+class _Growing:
+    """A session as the thread sees it.
+
+    Attributes:
+        owes_tree: a tree for this length was asked for and is not, or not fully, delivered.
+        may_run_ahead: there may be more to compute beyond the tree delivered.
+    """
+
+    length: int
+    max_nodes: int
+    owes_tree: bool = True
+    may_run_ahead: bool = False
+
+
+class Grower:
+    """Drafts for all sessions that have work, as one batch, over and over.
+
+    Orders that arrive during a draft are applied before the next. The tree of that draft is
+    delivered all the same, though its base is superseded: the verifier re-roots it along what it
+    committed since, and what survives is there a whole draft earlier than its successor.
+    """
+
+    def __init__(
+        self,
+        drafter: MergedDrafter,
+        deliver: Callable[[Sequence[Result]], None],
+        metrics: SpeculatorMetrics,
+        run_ahead_nodes: int = 0,
+    ) -> None:
+        """Prepare to draft.
+
+        Args:
+            deliver: called on the drafting thread with each batch of results; must not block.
+            run_ahead_nodes: size to which trees go on growing while there is nothing else to do; 0
+                leaves the thread asleep between orders.
+        """
+        self._drafter = drafter
+        self._deliver = deliver
+        self._metrics = metrics
+        self._run_ahead_nodes = run_ahead_nodes
+        self._growing: dict[int, _Growing] = {}
+        self._orders: list[Order] = []
+        self._stopping = False
+        self._changed = threading.Condition()
+        self._working = False
+        self._thread = threading.Thread(target=self._run, name="drafting", daemon=True)
+        self.num_drafts = 0
+        self.usual_draft_s = 0.0
+        self._began: float | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether the thread has anything left to do."""
+        with self._changed:
+            return self._working or bool(self._orders) or self._has_work()
+
+    @property
+    def draft_age_s(self) -> float:
+        """For how long the draft under way has run; 0 when idle."""
+        began = self._began
+        return 0.0 if began is None else time.monotonic() - began
+
+    def start(self) -> None:
+        """Start the thread. Once."""
+        self._thread.start()
+
+    def submit(self, orders: Sequence[Order]) -> None:
+        """Hand over orders; any thread, never blocks for longer than a list append."""
+        with self._changed:
+            self._orders.extend(orders)
+            self._changed.notify()
+
+    def close(self) -> None:
+        """Stop after the draft under way, and wait for that."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while (orders := self._next_orders()) is not None:
+            lost = [result for order in orders if (result := self._apply(order))]
+            self._send(lost + self._draft())
+            if not any(growing.owes_tree for growing in self._growing.values()):
+                self._run_ahead()
+
+    def _next_orders(self) -> list[Order] | None:
+        """Wait until there is something to do; None to stop."""
+        with self._changed:
+            self._working = False
+            self._changed.wait_for(lambda: self._stopping or self._orders or self._has_work())
+            self._working = True
+            orders, self._orders = self._orders, []
+            return None if self._stopping else orders
+
+    def _has_work(self) -> bool:
+        return any(each.owes_tree or each.may_run_ahead for each in self._growing.values())
+
+    def _send(self, results: Sequence[Result]) -> None:
+        if results:
+            self._deliver(results)
+
+    def _apply(self, order: Order) -> Lost | None:
+        try:
+            match order:
+                case Open():
+                    self._drafter.open(order.session, order.request)
+                    length = len(order.request.tokens)
+                    self._growing[order.session] = _Growing(length, order.max_nodes)
+                case Advance():
+                    self._advance(order)
+                case Close():
+                    self._forget(order.session)
+        except Exception as error:
+            return self._lose(order.session, error)
+        return None
+
+    def _advance(self, order: Advance) -> None:
+        growing = self._growing.get(order.session)
+        if growing is None:
+            return
+        self._drafter.commit(order.session, order.tokens)
+        growing.length += len(order.tokens)
+        growing.max_nodes = order.max_nodes
+        growing.owes_tree = True
+        if self._run_ahead_nodes:
+            outcome = "hit" if self._drafter.foresaw(order.session) else "miss"
+            self._metrics.run_ahead.labels(outcome).inc()
+
+    def _forget(self, session: int) -> None:
+        self._growing.pop(session, None)
+        self._drafter.close(session)
+
+    def _lose(self, session: int, error: Exception) -> Lost:
+        """Give a session up, whatever went wrong; the others go on."""
+        self._forget(session)
+        if isinstance(error, TreecastError):
+            return Lost(session, error)
+        log.error("draft.failed", session=session, exc_info=error)
+        return Lost(session, TreecastError("drafting failed"))
+
+    def _draft(self) -> list[Result]:
+        """One tree for each session that is owed one; long prompts take several rounds."""
+        for growing in self._growing.values():
+            growing.owes_tree = growing.owes_tree and growing.max_nodes > 0
+        budgets = {
+            session: growing.max_nodes
+            for session, growing in self._growing.items()
+            if growing.owes_tree
+        }
+        if not budgets:
+            return []
+        try:
+            trees = self._timed(lambda: self._drafter.draft(budgets))
+        except Exception as error:
+            return [self._lose(session, error) for session in budgets]
+        return [self._grown(session, tree) for session, tree in trees.items()]
+
+    def _grown(self, session: int, tree: TokenTree) -> Grown:
+        growing = self._growing[session]
+        growing.owes_tree = self._drafter.is_behind(session)
+        growing.may_run_ahead = self._run_ahead_nodes > 0
+        return Grown(session, growing.length, tree)
+
+    def _run_ahead(self) -> None:
+        """A little more, so that orders never wait for long."""
+        budgets = {
+            session: max(growing.max_nodes, self._run_ahead_nodes)
+            for session, growing in self._growing.items()
+            if growing.may_run_ahead and growing.max_nodes > 0
+        }
+        try:
+            unfinished = self._drafter.run_ahead(budgets) if budgets else set()
+        except Exception as error:
+            self._send([self._lose(session, error) for session in budgets])
+            return
+        for session, growing in self._growing.items():
+            growing.may_run_ahead = session in unfinished
+
+    def _timed(self, draft: Callable[[], dict[int, TokenTree]]) -> dict[int, TokenTree]:
+        self._began = began = time.monotonic()
+        try:
+            return draft()
+        finally:
+            self._began = None
+            self.num_drafts += 1
+            self.usual_draft_s += _SMOOTHING * (time.monotonic() - began - self.usual_draft_s)

@@ -1,0 +1,137 @@
+"""The speculator's RPC and life-cycle."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
+from typing import Any
+
+import grpc
+
+from treecast.engine.base import Engine
+from treecast.v1 import speculator_pb2 as pb
+from treecast.v1 import speculator_pb2_grpc
+from treecast.wire.frames import Heartbeat, Hello, Role
+from treecast.wire.guarded_redis import GuardedRedis
+from treecast.wire.lifecycle import begin, serve_until_stopped
+from treecast.wire.pair import SPECULATE, Acceptor
+from treecast.wire.server import Server
+
+from .grower import Grower, Result
+from .loading import load_engine, make_drafter
+from .metrics import SpeculatorMetrics
+from .sessions import Sessions
+from .settings import SpeculatorSettings
+
+
+class Speculator(speculator_pb2_grpc.SpeculatorServiceServicer):
+    """One speculator process: drafters, the thread that drafts, streams to verifiers."""
+
+    def __init__(
+        self, settings: SpeculatorSettings, engine: Engine | None, instance_id: str
+    ) -> None:
+        self._settings = settings
+        self._engine = engine
+        self._instance_id = instance_id
+        self.metrics = SpeculatorMetrics()
+        self._drafter = make_drafter(settings, engine, self.metrics)
+        self.grower = Grower(self._drafter, self._deliver, self.metrics, settings.run_ahead_nodes)
+        self.sessions = Sessions(
+            self.grower.submit, settings.capacity, settings.max_sessions, self.metrics
+        )
+        self._verifiers = Acceptor(SPECULATE, self._hello, self._heartbeat, self.sessions)
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def start(self) -> None:
+        """Begin drafting; on the event loop that serves."""
+        self._loop = asyncio.get_running_loop()
+        self.grower.start()
+
+    async def drain(self) -> None:
+        """Take no new sessions, wait for those attached to end, then close the streams."""
+        self.sessions.draining = True
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._settings.drain_s):
+                await self.sessions.finished()
+        self.close()
+
+    def close(self) -> None:
+        """Stop at once; verifiers decode plainly, or with others' trees."""
+        self._verifiers.close("the speculator is stopping")
+        self.grower.close()
+
+    def _deliver(self, results: Sequence[Result]) -> None:
+        """From the drafting thread to the event loop."""
+        assert self._loop is not None, "results come after start"
+        self._loop.call_soon_threadsafe(self.sessions.deliver, results)
+
+    def _hello(self) -> Hello:
+        """A lookup has no vocabulary of its own: size 0 and no tokenizer fit every verifier."""
+        info = self._engine.info if self._engine else None
+        return Hello(
+            instance_id=self._instance_id,
+            role=Role.SPECULATOR,
+            vocab_size=info.vocab_size if info else 0,
+            tokenizer_hash=info.tokenizer_hash if info else "",
+            capacity=self._settings.capacity,
+            proposers=self._drafter.names,
+            model=info.name if info else "",
+            model_revision=info.revision if info else "",
+            context_tokens=info.context_tokens if info else 0,
+            shares_cores=self._settings.shares_cores,
+        )
+
+    def _heartbeat(self) -> Heartbeat:
+        attached = len(self.sessions)
+        usage = self._engine.usage if self._engine else None
+        return Heartbeat(
+            steps=self.grower.num_drafts,
+            step_age_ms=round(1000 * self.grower.draft_age_s),
+            step_predicted_ms=round(1000 * self.grower.usual_draft_s),
+            free_capacity=max(0, self._settings.max_sessions - attached),
+            running=attached,
+            kv_pages_free=usage.free if usage else 0,
+            kv_pages_total=usage.total if usage else 0,
+            draining=self.sessions.draining,
+        )
+
+    async def Speculate(  # noqa: N802
+        self,
+        request_iterator: AsyncIterator[pb.SpeculateRequest],
+        context: grpc.aio.ServicerContext[Any, Any],
+    ) -> AsyncIterator[pb.SpeculateResponse]:
+        """One verifier's stream."""
+        async for message in self._verifiers.accept(request_iterator, context):
+            yield message
+
+
+async def serve(settings: SpeculatorSettings) -> None:
+    """Load the drafters and serve until a signal.
+
+    Raises:
+        ModelError: the draft model cannot be loaded.
+        SettingsError: an address cannot be bound.
+    """
+    instance_id = begin(settings, Role.SPECULATOR)
+    speculator = Speculator(settings, load_engine(settings), instance_id)
+    server = Server()
+    server.add(
+        speculator_pb2_grpc.add_SpeculatorServiceServicer_to_server,
+        speculator,
+        "treecast.v1.SpeculatorService",
+    )
+    speculator.start()
+    try:
+        await serve_until_stopped(
+            settings,
+            Role.SPECULATOR,
+            instance_id,
+            server,
+            GuardedRedis(settings.redis_url),
+            speculator.metrics.registry,
+            speculator.drain,
+            "+".join(settings.drafters),
+        )
+    finally:
+        speculator.close()

@@ -1,0 +1,198 @@
+"""Verifiers' streams and their sessions: which frame is acted on, and who gets which tree."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import structlog
+
+from treecast.drafting.base import DraftRequest
+from treecast.errors import NotServed, Overloaded, TreecastError
+from treecast.sampling.params import Law
+from treecast.wire.frames import (
+    Attach,
+    Commit,
+    Detach,
+    Draft,
+    Heartbeat,
+    NeedSync,
+    Refused,
+    SpeculatorFrame,
+    VerifierFrame,
+)
+from treecast.wire.pair import BadFrame, Link
+
+from .grower import Advance, Close, Grown, Open, Order, Result
+from .metrics import SpeculatorMetrics
+
+VerifierLink = Link[SpeculatorFrame, VerifierFrame]
+
+log = structlog.get_logger()
+
+
+@dataclass(slots=True)
+class Session:
+    """One attached session.
+
+    Attributes:
+        number: the drafter's handle; another one after each attach, so that a tree which was
+            grown before it is told from those grown after.
+        length: tokens committed as far as this speculator was told.
+        in_sync: false from a gap in the commits until the verifier attaches anew.
+    """
+
+    number: int
+    length: int
+    in_sync: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where trees of a session go."""
+
+    link: VerifierLink
+    handle: int
+
+
+@dataclass(slots=True)
+class Sessions:
+    """All verifiers' sessions. A `PairHandler`; lives on the event loop.
+
+    Attributes:
+        submit: takes orders for the drafting thread. They are handed over once per turn of the
+            loop, so that a message's frames are drafted for as one batch.
+        capacity: sessions that one stream may attach.
+        max_sessions: sessions of all streams together.
+    """
+
+    submit: Callable[[Sequence[Order]], None]
+    capacity: int
+    max_sessions: int
+    metrics: SpeculatorMetrics
+    draining: bool = False
+    _streams: dict[VerifierLink, dict[int, Session]] = field(default_factory=dict)
+    _places: dict[int, Place] = field(default_factory=dict)
+    _numbers: itertools.count[int] = field(default_factory=itertools.count)
+    _orders: list[Order] = field(default_factory=list)
+    _none_left: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    async def finished(self) -> None:
+        """Wait until no session is attached."""
+        while self._places:
+            self._none_left.clear()
+            await self._none_left.wait()
+
+    # --- PairHandler ------------------------------------------------------------------------
+
+    def opened(self, link: VerifierLink) -> None:
+        self._streams[link] = {}
+
+    def closed(self, link: VerifierLink) -> None:
+        """The verifier is gone, or dials again: its sessions end."""
+        for handle in list(self._streams[link]):
+            self._end(link, handle)
+        del self._streams[link]
+
+    def beat(self, link: VerifierLink, heartbeat: Heartbeat) -> None:
+        """Liveness is the stream's concern; nothing to do."""
+
+    def failed_frame(self, link: VerifierLink, error: BadFrame) -> None:
+        """What was meant is unknown, so the session cannot go on here."""
+        self._refuse(link, error.handle, error.cause)
+
+    def received(self, link: VerifierLink, frame: VerifierFrame) -> None:
+        match frame:
+            case Attach():
+                self._attach(link, frame)
+            case Commit():
+                self._commit(link, frame)
+            case Detach():
+                if not self._end(link, frame.handle):
+                    self.metrics.unknown_frames.inc()
+
+    # --- frames -------------------------------------------------------------------------------
+
+    def _attach(self, link: VerifierLink, attach: Attach) -> None:
+        self._end(link, attach.handle)
+        self._check_admission(link, attach)
+        session = Session(next(self._numbers), len(attach.tokens))
+        self._streams[link][attach.handle] = session
+        self._places[session.number] = Place(link, attach.handle)
+        self.metrics.sessions.set(len(self._places))
+        request = DraftRequest(attach.tokens, attach.prompt_len, attach.sampling, attach.noise_key)
+        self._order(Open(session.number, request, attach.node_budget))
+
+    def _check_admission(self, link: VerifierLink, attach: Attach) -> None:
+        """Raise what the attach is refused for; it comes back as a failed frame."""
+        if self.draining:
+            raise Overloaded("speculator is draining")
+        if attach.law is not Law.REPLAY:
+            raise NotServed(f"law {attach.law.name.lower()} is not served here; replay is")
+        mine = len(self._streams[link])
+        if mine >= self.capacity:
+            raise Overloaded(f"stream has {mine} sessions; the limit is {self.capacity}")
+        if len(self._places) >= self.max_sessions:
+            raise Overloaded(
+                f"speculator has {len(self._places)} sessions; the limit is {self.max_sessions}"
+            )
+
+    def _commit(self, link: VerifierLink, commit: Commit) -> None:
+        session = self._streams[link].get(commit.handle)
+        if session is None:
+            self.metrics.unknown_frames.inc()
+        elif session.in_sync and commit.from_len == session.length:
+            session.length += len(commit.tokens)
+            self._order(Advance(session.number, commit.tokens, commit.node_budget))
+        elif session.in_sync:
+            session.in_sync = False
+            self.metrics.resyncs.inc()
+            self._order(Close(session.number))
+            link.send(NeedSync(commit.handle))
+
+    def _end(self, link: VerifierLink, handle: int) -> bool:
+        """Forget a session, if there is one; tells whether there was."""
+        session = self._streams[link].pop(handle, None)
+        if session is None:
+            return False
+        del self._places[session.number]
+        self.metrics.sessions.set(len(self._places))
+        self._order(Close(session.number))
+        if not self._places:
+            self._none_left.set()
+        return True
+
+    def _refuse(self, link: VerifierLink, handle: int, error: TreecastError) -> None:
+        self._end(link, handle)
+        self.metrics.refused.labels(error.reason).inc()
+        log.info("session.refused", peer=link.peer.instance_id, why=error.message)
+        link.send(Refused(handle, error.message))
+
+    def _order(self, order: Order) -> None:
+        if not self._orders:
+            asyncio.get_running_loop().call_soon(self._hand_over)
+        self._orders.append(order)
+
+    def _hand_over(self) -> None:
+        orders, self._orders = self._orders, []
+        self.submit(orders)
+
+    # --- results --------------------------------------------------------------------------------
+
+    def deliver(self, results: Sequence[Result]) -> None:
+        """Send what was grown to whom it belongs, unless the session has ended meanwhile."""
+        for result in results:
+            place = self._places.get(result.session)
+            if place is None:
+                continue
+            if isinstance(result, Grown):
+                self.metrics.trees.inc()
+                self.metrics.nodes.inc(len(result.tree))
+                place.link.send(Draft(place.handle, result.base_len, result.tree))
+            else:
+                self._refuse(place.link, place.handle, result.error)

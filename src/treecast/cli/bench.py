@@ -1,0 +1,186 @@
+"""`treecast bench`: transformers and treecast, side by side on the same prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from treecast.errors import InvalidRequest
+
+from . import options
+from .output import stderr, stdout, write_json
+from .up import (
+    Dtype,
+    Numerics,
+    Speculators,
+    parse_speculators,
+    running_mesh,
+    termination_as_interrupt,
+)
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from treecast.bench.compare import Spread
+    from treecast.bench.peer import TransformersPeer
+    from treecast.bench.prompts import BenchPrompt
+    from treecast.bench.report import Report
+    from treecast.bench.run import Contender, Run
+    from treecast.client import Client
+    from treecast.services.local import MeshSettings
+
+CONTENDERS = ("transformers", "transformers-assisted", "treecast-plain", "treecast")
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(bench)
+
+
+def bench(
+    prompts: Annotated[
+        Path | None, typer.Option(help="Spec-Bench file. Default: eight prompts that ship.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use only this many of them.")] = None,
+    max_tokens: options.MaxTokens = 96,
+    rounds: Annotated[int, typer.Option(min=1, help="Timed answers per prompt.")] = 3,
+    contenders: Annotated[
+        str, typer.Option(metavar="A,B", help=f"Some of: {', '.join(CONTENDERS)}.")
+    ] = ",".join(CONTENDERS),
+    model: options.Model = "default",
+    draft: options.Draft = "default",
+    speculators: Speculators = "ssm,ngram",
+    numerics: Numerics = "exact",
+    dtype: Dtype = "bfloat16",
+    threads: options.Threads = 2,
+    out: Annotated[
+        Path | None, typer.Option(help="Save all runs as JSON: a file, or a folder for one.")
+    ] = None,
+    as_json: options.Json = False,
+) -> None:
+    """Measure transformers and treecast on the same prompts, data type and threads.
+
+    Four contenders, greedy, one at a time and interleaved: transformers' generate, its assisted
+    generation with the same draft, treecast without trees, and treecast with them, through a real
+    mesh. Times are what a caller sees, prefill and drafting included; medians, with quartiles.
+
+    For example:
+
+        treecast bench
+
+        treecast bench --prompts specbench.jsonl --limit 26 --max-tokens 80 --out results/
+
+        treecast bench --contenders treecast-plain,treecast --numerics fast
+    """
+    from treecast.bench.prompts import DEFAULT_PROMPTS, read_prompts
+    from treecast.checkpoints import ensure_default_draft, ensure_default_target
+    from treecast.services.local import MeshSettings
+
+    names = _check_names(contenders)
+    chosen = read_prompts(prompts or DEFAULT_PROMPTS, limit)
+    settings = MeshSettings(
+        model=str(ensure_default_target()) if model == "default" else model,
+        draft=str(ensure_default_draft()) if draft == "default" else draft,
+        speculators=parse_speculators(speculators),
+        numerics=numerics,
+        dtype=dtype,
+        torch_threads=threads,
+    )
+    with termination_as_interrupt():
+        report = _measure(settings, names, chosen, max_tokens, rounds)
+    if out is not None:
+        stderr().print(f"saved to {report.save(out)}", soft_wrap=True)
+    if as_json:
+        write_json(report)
+    else:
+        stdout().print(render(report))
+
+
+def _measure(
+    settings: MeshSettings,
+    names: Sequence[str],
+    prompts: Sequence[BenchPrompt],
+    max_tokens: int,
+    rounds: int,
+) -> Report:
+    """Start the mesh and the transformers process, and let the contenders answer."""
+    from treecast.bench.compare import interleave
+    from treecast.bench.peer import TransformersPeer
+    from treecast.bench.report import Report
+    from treecast.client import Client
+
+    peer = TransformersPeer(settings)
+    with peer, running_mesh(settings) as mesh, Client(mesh.router_address) as client:
+        prompt_ids = {prompt.id: peer.encode(prompt.text) for prompt in prompts}
+        field = _contenders(names, client, peer)
+        with _progress(len(prompts) * len(field) * rounds) as show:
+            runs = interleave(field, prompt_ids, max_tokens, rounds, show)
+        return Report.of(settings, max_tokens, rounds, names, runs, peer.versions)
+
+
+def _check_names(text: str) -> list[str]:
+    names = [part.strip() for part in text.split(",") if part.strip()]
+    unknown = [name for name in names if name not in CONTENDERS]
+    if unknown or not names:
+        raise InvalidRequest(f"--contenders is {text!r}; known: {', '.join(CONTENDERS)}")
+    return names
+
+
+def _contenders(names: Sequence[str], client: Client, peer: TransformersPeer) -> list[Contender]:
+    from treecast.bench.peer import PeerContender
+    from treecast.bench.run import MeshContender
+
+    make: dict[str, Callable[[str], Contender]] = {
+        "transformers": lambda name: PeerContender(name, peer, "generate"),
+        "transformers-assisted": lambda name: PeerContender(name, peer, "assisted"),
+        "treecast-plain": lambda name: MeshContender(name, client, 0),
+        "treecast": lambda name: MeshContender(name, client),
+    }
+    return [make[name](name) for name in names]
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Callable[[Run], None]]:
+    from rich.progress import Progress
+
+    with Progress(console=stderr(), transient=True) as progress:
+        task = progress.add_task("running", total=total)
+
+        def show(run: Run) -> None:
+            said = f"{run.prompt_id}: {run.contender} {run.tokens_per_s:.0f} tokens/s"
+            progress.update(task, advance=1, description=said)
+
+        yield show
+
+
+def render(report: Report) -> Table:
+    """One row per contender."""
+    from rich.table import Table
+
+    settings = report.settings
+    title = (
+        f"{settings['model']}, {settings['dtype']}, treecast numerics {settings['numerics']}, "
+        f"{settings['threads']} threads; median (quartiles)"
+    )
+    first = report.summaries[0].contender
+    table = Table(title=title)
+    table.add_column("contender")
+    for name in ("tokens/s", "overall", "step ms", "tokens per step", f"same as {first}"):
+        table.add_column(name, justify="right")
+    for summary in report.summaries:
+        table.add_row(
+            summary.contender,
+            _spread(summary.tokens_per_s, 1),
+            f"{summary.overall_tokens_per_s:.1f}",
+            _spread(summary.step_ms, 1) if summary.step_ms else "",
+            _spread(summary.tokens_per_step, 2),
+            f"{summary.same_as_first} of {summary.num_prompts}",
+        )
+    return table
+
+
+def _spread(spread: Spread, digits: int) -> str:
+    return f"{spread.median:.{digits}f} ({spread.lower:.{digits}f}-{spread.upper:.{digits}f})"

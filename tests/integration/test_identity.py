@@ -1,0 +1,142 @@
+"""The same text, whatever drafts it, whoever is beside it and whoever dies: the real model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import pytest
+
+from treecast import Client, SamplingParams
+from treecast.client import Result
+from treecast.services.local import LocalMesh, MeshSettings
+
+from .prompts import SOME, spec_bench
+
+GREEDY = SamplingParams(temperature=0, max_tokens=32)
+SAMPLED = SamplingParams(temperature=0.8, top_p=0.95, seed=20, max_tokens=32)
+NUM_TOKENS = 48
+
+pytestmark = [pytest.mark.model, pytest.mark.timeout(1800)]
+
+
+@pytest.fixture(scope="module")
+def mesh() -> Iterator[LocalMesh]:
+    with LocalMesh(MeshSettings(num_verifiers=2, numerics="exact")) as mesh:
+        yield mesh
+
+
+@pytest.fixture
+def client(mesh: LocalMesh) -> Iterator[Client]:
+    for name in mesh.processes:
+        if not mesh.processes[name].running:
+            mesh.restart(name)
+    mesh.wait_whole(60)
+    with Client(mesh.router_address) as client:
+        yield client
+
+
+def ask(client: Client, prompt: str, sampling: SamplingParams, **options: int) -> Result:
+    messages = [{"role": "user", "content": prompt}]
+    return client.generate(messages, sampling, **options).result()  # type: ignore[arg-type]
+
+
+def tokens(results: Sequence[Result]) -> list[tuple[int, ...]]:
+    return [result.token_ids for result in results]
+
+
+def plainly(client: Client, prompts: Sequence[str], sampling: SamplingParams) -> list[Result]:
+    return [ask(client, prompt, sampling, max_nodes=0) for prompt in prompts]
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_text_is_the_same_with_speculators_and_beside_other_streams(
+    client: Client, sampling: SamplingParams
+) -> None:
+    expected = tokens(plainly(client, SOME, sampling))
+    alone = [ask(client, prompt, sampling) for prompt in SOME]
+    assert tokens(alone) == expected
+    assert sum(result.usage.accepted for result in alone) > 0
+    with ThreadPoolExecutor(8) as pool:
+        beside = list(pool.map(lambda prompt: ask(client, prompt, sampling), SOME * 2))
+    assert tokens(beside) == expected * 2
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_text_is_the_same_when_speculators_are_killed_mid_stream(
+    mesh: LocalMesh, client: Client, sampling: SamplingParams
+) -> None:
+    longer = replace(sampling, max_tokens=64)
+    (expected,) = plainly(client, SOME[1:2], longer)
+    stream = client.generate([{"role": "user", "content": SOME[1]}], longer)
+    for victim in ("ssm", "ngram"):
+        next(stream)
+        mesh.processes[victim].kill()
+    assert stream.result().token_ids == expected.token_ids
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_text_is_the_same_when_its_verifier_is_killed_mid_stream(
+    mesh: LocalMesh, client: Client, sampling: SamplingParams
+) -> None:
+    longer = replace(sampling, max_tokens=64)
+    (expected,) = plainly(client, SOME[1:2], longer)
+    stream = client.generate([{"role": "user", "content": SOME[1]}], longer)
+    next(stream)
+    serving = [v.address for v in client.status().verifiers if v.running]
+    assert len(serving) == 1
+    (victim,) = [p for p in mesh.processes.values() if p.address == serving[0]]
+    victim.kill()
+    result = stream.result()
+    assert result.token_ids == expected.token_ids
+    assert result.text == expected.text
+    assert result.samples[0].placements == 2
+    assert result.samples[0].same_numerics
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_text_of_many_prompts_is_the_same_in_every_way_of_serving(
+    mesh: LocalMesh, client: Client, sampling: SamplingParams
+) -> None:
+    prompts, sampling = spec_bench(60), replace(sampling, max_tokens=NUM_TOKENS)
+    expected = tokens(plainly(client, prompts, sampling))
+    assert tokens([ask(client, p, sampling) for p in prompts]) == expected
+    with ThreadPoolExecutor(8) as pool:
+        assert tokens(list(pool.map(lambda p: ask(client, p, sampling), prompts))) == expected
+    mesh.processes["ssm"].kill()
+    assert tokens([ask(client, p, sampling) for p in prompts]) == expected
+
+
+def generate_by_transformers(prompts: Sequence[Sequence[int]], num_tokens: int) -> list[list[int]]:
+    """The peer: Hugging Face's own greedy decoding in float32."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from treecast.checkpoints import ensure_default_target
+
+    torch.set_num_threads(2)
+    model = AutoModelForCausalLM.from_pretrained(ensure_default_target(), dtype=torch.float32)
+    outputs = []
+    for prompt in prompts:
+        ids = torch.tensor([list(prompt)])
+        done = model.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=num_tokens
+        )
+        outputs.append(done[0, len(prompt) :].tolist())
+    return outputs
+
+
+@pytest.mark.parametrize(
+    "count", [2, pytest.param(60, marks=pytest.mark.slow)], ids=["handful", "many"]
+)
+def test_float32_text_is_that_of_transformers(count: int) -> None:
+    sampling = SamplingParams(temperature=0, max_tokens=NUM_TOKENS)
+    with (
+        LocalMesh(MeshSettings(dtype="float32")) as mesh,
+        Client(mesh.router_address) as client,
+    ):
+        results = [ask(client, prompt, sampling) for prompt in spec_bench(count)]
+    expected = generate_by_transformers([r.prompt_ids for r in results], NUM_TOKENS)
+    assert [list(result.token_ids) for result in results] == expected

@@ -1,0 +1,160 @@
+"""The whole mesh as processes, with the toy engine: whole, used, hurt and stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from treecast import Client, SamplingParams
+from treecast.client import FinishReason
+from treecast.services.local import LocalMesh, MeshError, MeshSettings
+
+TREECAST = [sys.executable, "-m", "treecast.cli"]
+GREEDY = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+PROMPT = [5, 6, 7]
+
+
+@pytest.fixture(autouse=True)
+def _own_folders(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TREECAST_HOME", str(tmp_path_factory.mktemp("home")))
+    monkeypatch.delenv("TREECAST_REDIS_URL", raising=False)
+
+
+def toy(log_dir: Path, **changes: object) -> MeshSettings:
+    return MeshSettings(engine="toy", torch_threads=1, log_dir=log_dir, **changes)
+
+
+@pytest.fixture(scope="module")
+def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalMesh]:
+    with LocalMesh(toy(tmp_path_factory.mktemp("logs"))) as mesh:
+        yield mesh
+
+
+def test_the_mesh_answers_in_fewer_steps_when_it_speculates(mesh):
+    with Client(mesh.router_address) as client:
+        plain = client.generate(PROMPT, GREEDY, max_nodes=0).result()
+        trees = client.generate(PROMPT, GREEDY).result()
+    assert len(plain.token_ids) == 40
+    assert plain.finish_reason is FinishReason.LENGTH
+    assert plain.usage.steps == 40
+    assert trees.token_ids == plain.token_ids
+    assert trees.usage.steps < 40
+    assert trees.usage.accepted == 40 - trees.usage.steps
+
+
+def test_every_process_serves_metrics_when_the_mesh_is_whole(mesh):
+    for name in ("router", "verifier-0", "ssm", "ngram"):
+        url = f"http://{mesh.processes[name].metrics_address}/metrics"
+        with urllib.request.urlopen(url, timeout=5) as reply:
+            assert b"treecast_" in reply.read()
+
+
+def test_the_router_sees_all_of_it_when_the_mesh_is_whole(mesh):
+    with Client(mesh.router_address) as client:
+        status = client.status()
+    assert status.redis_ok
+    (verifier,) = status.verifiers
+    assert verifier.healthy
+    assert verifier.address == mesh.processes["verifier-0"].address
+    assert len(verifier.speculators) == 2
+
+
+def test_nothing_is_left_when_the_mesh_is_stopped(tmp_path):
+    settings = toy(tmp_path, speculators=("ngram",))
+    with LocalMesh(settings) as mesh:
+        processes = dict(mesh.processes)
+    assert set(processes) == {"valkey", "ngram", "verifier-0", "router"}
+    assert {name: process.exit_message() for name, process in processes.items()} == dict.fromkeys(
+        processes, "exited with status 0"
+    )
+
+
+def test_the_mesh_tells_why_when_a_process_cannot_start(tmp_path):
+    settings = toy(tmp_path, speculators=(), verifier_flags={"pool_tokens": 1})
+    mesh = LocalMesh(settings)
+    with pytest.raises(MeshError, match=r"verifier-0 exited with status 2 before it was ready"):
+        mesh.start()
+    assert not any(process.running for process in mesh.processes.values())
+    assert "pool_tokens" in (tmp_path / "verifier-0.log").read_text().replace("-", "_")
+
+
+def test_the_text_goes_on_when_the_router_is_killed_and_comes_back(tmp_path):
+    settings = toy(tmp_path, speculators=(), verifier_flags={"toy_step_s": 0.01})
+    sampling = SamplingParams(temperature=0.8, seed=3, max_tokens=60, ignore_eos=True)
+    with LocalMesh(settings) as mesh, Client(mesh.router_address) as client:
+        undisturbed = client.generate(PROMPT, sampling).result()
+        stream = client.generate(PROMPT, sampling)
+        next(stream)
+        mesh.processes["router"].kill()
+        mesh.restart("router")
+        result = stream.result()
+    assert result.token_ids == undisturbed.token_ids
+    assert result.resumes >= 1
+
+
+@pytest.fixture
+def up(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """`treecast up` with the toy engine, as a user starts it."""
+    process = subprocess.Popen(
+        [*TREECAST, "up", "--engine", "toy", "--threads", "1", "--listen", "127.0.0.1:0", "--json"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=os.environ | {"TREECAST_HOME": str(tmp_path)},
+    )
+    yield process
+    process.kill()
+    process.communicate()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_up_stops_everything_when_it_is_interrupted(up, number):
+    document = announced(up)
+    children = [os.pidfd_open(pid) for pid in document["pids"].values()]
+    generate = ["generate", "--token-ids", "5,6", "-n", "4", "--json", "-r", document["router"]]
+    generated = subprocess.run([*TREECAST, *generate], capture_output=True, check=True)
+    assert (
+        json.loads(generated.stdout.splitlines()[-1])["samples"][0]["usage"]["output_tokens"] == 4
+    )
+    up.send_signal(number)
+    _, errors = up.communicate(timeout=60)
+    assert up.returncode == 130
+    assert errors.endswith(b"treecast: interrupted\n")
+    assert all(has_ended(child, 0) for child in children)
+
+
+def test_no_process_is_left_when_up_is_killed(up):
+    children = [os.pidfd_open(pid) for pid in announced(up)["pids"].values()]
+    up.kill()
+    assert all(has_ended(child, 10) for child in children)
+
+
+def test_up_ends_with_the_log_when_its_router_dies(up):
+    document = announced(up)
+    os.kill(document["pids"]["router"], signal.SIGKILL)
+    _, errors = up.communicate(timeout=60)
+    assert up.returncode == 1
+    assert b"treecast: router was ended by SIGKILL; the end of " in errors
+
+
+def announced(up: subprocess.Popen[bytes]) -> dict:
+    assert up.stdout is not None
+    line = up.stdout.readline()
+    assert line, up.communicate()[1].decode()
+    return json.loads(line)
+
+
+def has_ended(pidfd: int, timeout_s: float) -> bool:
+    """Whether the process behind a pidfd ends in time; closes it."""
+    try:
+        return bool(select.select([pidfd], [], [], timeout_s)[0])
+    finally:
+        os.close(pidfd)

@@ -1,0 +1,161 @@
+"""The comparison's arithmetic, worked out by hand, and the demo against a scripted router."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+import pytest
+from typer.testing import CliRunner
+
+from tests.scripted_router import ScriptedRouter, delta, finished, play, started
+from treecast.bench.compare import Spread, interleave, summarize
+from treecast.bench.demonstrate import acceptance_by_depth
+from treecast.bench.prompts import DEFAULT_PROMPTS, read_prompts
+from treecast.bench.report import Report
+from treecast.bench.run import Run
+from treecast.cli.app import app
+from treecast.cli.bench import render
+from treecast.client import Usage
+from treecast.errors import CorpusError
+from treecast.services.local import MeshSettings
+
+
+class Echo:
+    """Answers with the prompt's own ids, and notes when it was asked."""
+
+    def __init__(self, name: str, asked: list[tuple[str, str]]) -> None:
+        self.name = name
+        self._asked = asked
+
+    def answer(self, prompt_id: str, prompt_ids: Sequence[int], max_tokens: int) -> Run:
+        self._asked.append((self.name, prompt_id))
+        return Run(self.name, prompt_id, tuple(prompt_ids), 1, 1.0, 1.0)
+
+
+def run_of(contender: str, prompt: str, tokens: int, steps: int, seconds: float) -> Run:
+    return Run(contender, prompt, tuple(range(tokens)), steps, seconds, first_s=1.0)
+
+
+def test_a_run_knows_its_rates():
+    run = run_of("a", "p", tokens=12, steps=5, seconds=3.0)
+    assert (run.tokens_per_s, run.tokens_per_step, run.step_ms) == (4.0, 2.4, 500.0)
+    assert run_of("a", "p", tokens=1, steps=1, seconds=1.0).step_ms is None
+
+
+def test_the_spread_is_median_and_quartiles():
+    assert Spread.of([1.0, 2.0, 3.0, 4.0, 5.0]) == Spread(3.0, 2.0, 4.0)
+    assert Spread.of([1.0, 2.0]) == Spread(1.5, 1.25, 1.75)
+    assert Spread.of([7.0]) == Spread(7.0, 7.0, 7.0)
+
+
+def test_contenders_take_turns_when_they_are_interleaved():
+    asked: list[tuple[str, str]] = []
+    field = [Echo("a", asked), Echo("b", asked)]
+    runs = interleave(field, {"p": [1], "q": [2]}, max_tokens=4, rounds=2)
+    warm_up, timed = asked[:2], asked[2:]
+    assert warm_up == [("a", "p"), ("b", "p")]
+    assert timed == [
+        *(("a", "p"), ("b", "p"), ("b", "q"), ("a", "q")),
+        *(("b", "p"), ("a", "p"), ("a", "q"), ("b", "q")),
+    ]
+    assert [(run.contender, run.prompt_id) for run in runs] == timed
+
+
+def test_summaries_compare_with_the_first_contender():
+    runs = [
+        run_of("a", "p", tokens=10, steps=10, seconds=5.0),
+        run_of("a", "q", tokens=4, steps=4, seconds=1.0),
+        run_of("b", "p", tokens=10, steps=5, seconds=2.0),
+        run_of("b", "q", tokens=6, steps=3, seconds=2.0),
+    ]
+    plain, trees = summarize(runs, ["a", "b"])
+    assert (plain.same_as_first, trees.same_as_first, trees.num_prompts) == (2, 1, 2)
+    assert plain.overall_tokens_per_s == pytest.approx(14 / 6)
+    assert trees.overall_tokens_per_s == pytest.approx(16 / 4)
+    assert trees.tokens_per_step == Spread(2.0, 2.0, 2.0)
+    assert trees.tokens_per_s == Spread(4.0, 3.5, 4.5)
+    assert trees.step_ms == Spread(375.0, 312.5, 437.5)
+
+
+def test_the_report_can_be_read_back_when_it_was_saved(tmp_path):
+    runs = [run_of("a", "p", tokens=10, steps=10, seconds=5.0)]
+    mesh = MeshSettings(model="/models/llm", draft="/models/draft")
+    report = Report.of(mesh, 10, 1, ["a"], runs, {"torch": "2"})
+    saved = report.save(tmp_path / "results")
+    assert saved.parent == tmp_path / "results"
+    read = json.loads(saved.read_text())
+    assert read["settings"]["model"] == "llm"
+    assert read["versions"]["torch"] == "2"
+    assert read["runs"][0]["token_ids"] == list(range(10))
+    assert read["machine"]["cores"] >= 1
+    assert render(report).row_count == 1
+
+
+def test_acceptance_by_depth_counts_only_trees_that_reached_it():
+    usages = [
+        Usage(offered_by_depth=(4, 2), accepted_by_depth=(3, 1)),
+        Usage(offered_by_depth=(6,), accepted_by_depth=(2,)),
+    ]
+    assert acceptance_by_depth(usages) == [0.5, 0.5]
+    assert acceptance_by_depth([Usage()]) == []
+
+
+def test_the_prompts_that_ship_are_whole():
+    prompts = read_prompts(DEFAULT_PROMPTS)
+    assert len(prompts) == len({prompt.id for prompt in prompts}) >= 5
+    assert len({prompt.category for prompt in prompts}) >= 5
+
+
+def test_a_limit_takes_prompts_from_all_over_the_file(tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    lines = [json.dumps({"id": n, "category": "c", "turns": [f"t{n}", "x"]}) for n in range(10)]
+    file.write_text("\n".join([*lines, ""]))
+    assert [prompt.id for prompt in read_prompts(file, 4)] == ["0", "2", "5", "7"]
+    assert [prompt.text for prompt in read_prompts(file, 99)] == [f"t{n}" for n in range(10)]
+
+
+@pytest.mark.parametrize("line", ["{}", "[1]", "not json", '{"id": 1, "category": 2, "turns": []}'])
+def test_a_prompt_file_is_refused_when_a_line_is_no_prompt(tmp_path, line):
+    (tmp_path / "p.jsonl").write_text(f'{{"id": 1, "category": "c", "turns": ["t"]}}\n{line}\n')
+    with pytest.raises(CorpusError, match=r"line 2 is no object with id, category and turns"):
+        read_prompts(tmp_path / "p.jsonl")
+
+
+def test_a_prompt_file_is_refused_when_it_is_empty(tmp_path):
+    (tmp_path / "p.jsonl").write_text("\n")
+    with pytest.raises(CorpusError, match="holds no prompt"):
+        read_prompts(tmp_path / "p.jsonl")
+
+
+def demo(router: ScriptedRouter, *arguments: str) -> tuple[int, str]:
+    prompts = ("--limit", "2", "--router", router.address)
+    result = CliRunner().invoke(app, ["demo", *prompts, *arguments])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code, result.stdout
+
+
+def test_the_demo_shows_both_ways_when_texts_agree():
+    with ScriptedRouter(play(started(), delta("Hello", 1, 2, 3), finished(3))) as router:
+        code, shown = demo(router, "--max-tokens", "3")
+    assert code == 0
+    assert "3 tokens in 2 steps" in shown
+    assert "identical: yes" in shown
+    rows = [line.split() for line in shown.splitlines() if "all" in line.split()]
+    assert rows[0][1:8:2] == ["all", "6", "4", "4"]
+    warm_up, asked = router.requests[:2], router.requests[2:]
+    assert {request.sampling.max_tokens for request in warm_up} == {16}
+    assert [request.HasField("max_nodes") for request in asked] == [False, True, False, True]
+    assert {request.sampling.temperature for request in asked} == {0}
+
+
+def test_the_demo_fails_when_texts_differ():
+    same = play(started(), delta("a", 1), finished(1))
+    other = play(started(), delta("b", 2), finished(1))
+    with ScriptedRouter(same, same, same, other, same) as router:
+        code, shown = demo(router, "--json")
+    document = json.loads(shown)
+    assert code == 1
+    assert [row["identical"] for row in document["prompts"]] == [False, True]
+    assert not document["all"]["identical"]
+    assert document["all"]["speculative"]["tokens"] == 2

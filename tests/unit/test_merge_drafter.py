@@ -1,0 +1,102 @@
+"""Several drafters as one: a lookup beside the toy model, both real."""
+
+from __future__ import annotations
+
+import pytest
+
+from treecast.drafting.base import Drafter, DraftRequest
+from treecast.drafting.growth import ExpansionVector
+from treecast.drafting.merge import MergedDrafter
+from treecast.drafting.ngram import NgramDrafter
+from treecast.drafting.ssm import PREFILL_ROWS, SSMDrafter
+from treecast.engine.toy import ToyEngine
+from treecast.errors import InvalidRequest, Overloaded
+from treecast.sampling.params import SamplingParams
+
+# After 1 2 8 1 2 the lookup says 8 1 2 ..; the toy model says 3*2+1+1 = 8, then 27.
+TEXT = [1, 2, 8, 1, 2]
+
+
+def request(tokens: list[int]) -> DraftRequest:
+    return DraftRequest(tokens, len(tokens), SamplingParams(temperature=0), noise_key=0)
+
+
+def model(context_tokens: int = 1024, capacity: int = 8) -> SSMDrafter:
+    engine = ToyEngine(context_tokens=context_tokens)
+    return SSMDrafter(engine, ExpansionVector((1, 1)), capacity)
+
+
+def merged(*drafters: Drafter) -> MergedDrafter:
+    drafter = MergedDrafter(drafters)
+    drafter.open(1, request(TEXT))
+    return drafter
+
+
+def test_union_names_its_proposers_when_trees_overlap() -> None:
+    drafter = merged(model(), NgramDrafter())
+    assert drafter.names == ("ssm", "ngram")
+    assert (drafter.name, drafter.vocab_size) == ("ssm+ngram", 97)
+    tree = drafter.draft({1: 4})[1]
+    proposers = {tuple(tree.sequence(node)): bits for node, bits in enumerate(tree.proposers)}
+    assert proposers[(8,)] == 0b11
+    assert proposers[(8, 27)] == 0b01
+    assert proposers[(8, 1)] == 0b10
+
+
+def test_union_keeps_to_the_budget_when_trees_differ() -> None:
+    drafter = merged(model(), NgramDrafter())
+    assert [len(drafter.draft({1: budget})[1]) for budget in (1, 3, 9)] == [1, 3, 9]
+
+
+def test_union_equals_the_one_tree_when_there_is_one_drafter() -> None:
+    alone = NgramDrafter()
+    alone.open(1, request(TEXT))
+    assert merged(NgramDrafter()).draft({1: 6})[1] == alone.draft({1: 6})[1]
+
+
+def test_others_draft_on_when_one_has_no_room() -> None:
+    full = model(capacity=1)
+    full.open(99, request([1]))
+    drafter = merged(full, NgramDrafter())
+    assert set(drafter.draft({1: 4})[1].proposers) == {0b10}
+    drafter.commit(1, [8])
+    assert drafter.draft({1: 1})[1].tokens == [1]
+    drafter.close(1)
+
+
+def test_session_is_refused_when_no_drafter_takes_it() -> None:
+    drafter = MergedDrafter([model(context_tokens=2), NgramDrafter(capacity=0)])
+    with pytest.raises(InvalidRequest, match="text has 5 tokens; the draft's limit is 2"):
+        drafter.open(1, request(TEXT))
+    with pytest.raises(Overloaded):
+        MergedDrafter([NgramDrafter(capacity=0)]).open(1, request(TEXT))
+
+
+def test_lookup_answers_at_once_when_the_model_is_behind() -> None:
+    drafter = MergedDrafter([model(), NgramDrafter()])
+    drafter.open(1, request([*TEXT, *[9] * PREFILL_ROWS]))
+    assert set(drafter.draft({1: 4})[1].proposers) == {0b10}
+    assert drafter.is_behind(1)
+    assert any(bits & 0b01 for bits in drafter.draft({1: 64})[1].proposers)
+    assert not drafter.is_behind(1)
+
+
+def test_each_drafters_time_is_reported_when_drafting() -> None:
+    seen: list[tuple[str, float]] = []
+    drafter = MergedDrafter(
+        [model(), NgramDrafter()], observe=lambda name, seconds: seen.append((name, seconds))
+    )
+    drafter.open(1, request(TEXT))
+    drafter.draft({1: 4})
+    assert [name for name, _ in seen] == ["ssm", "ngram"]
+    assert all(0 < seconds < 10 for _, seconds in seen)
+
+
+def test_sessions_are_closed_everywhere_when_closed() -> None:
+    engine = ToyEngine()
+    drafter = merged(SSMDrafter(engine, ExpansionVector((1,))), NgramDrafter(capacity=1))
+    drafter.draft({1: 4})
+    drafter.close(1)
+    drafter.close(1)
+    assert engine.usage.free == engine.usage.total
+    drafter.open(2, request(TEXT))

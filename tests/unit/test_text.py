@@ -1,0 +1,322 @@
+"""Text to tokens and back."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from treecast.errors import InvalidRequest, Unavailable
+from treecast.services.router.detok import DetokStream
+from treecast.services.router.text import ChatMessage, ModelText, TextCache, TokenizerFiles
+
+from ..byte_tokenizer import (
+    BOS,
+    EOS,
+    SPECIAL_TOKENS,
+    TEMPLATE,
+    byte_tokenizer,
+    sentencepiece_like,
+)
+
+BYTES = byte_tokenizer()
+PIECES = sentencepiece_like()
+FILES = TokenizerFiles(BYTES.to_str().encode(), TEMPLATE, SPECIAL_TOKENS)
+TEXT = ModelText("m", FILES)
+NO_TOKENIZER = ModelText("toy", TokenizerFiles(b"", "", {}))
+
+
+def decode(ids: Sequence[int]) -> str:
+    return BYTES.decode(ids)
+
+
+def stream(*stop: str) -> DetokStream:
+    return DetokStream(decode, stop)
+
+
+# --- prompts ----------------------------------------------------------------------------------
+
+
+def test_text_gets_the_tokenizers_special_tokens() -> None:
+    assert TEXT.encode_text("hé") == (BOS, 0x68, 0xC3, 0xA9)
+
+
+def test_chat_is_written_by_the_template_and_gets_no_further_tokens() -> None:
+    chat = [ChatMessage("system", "x"), ChatMessage("user", "y")]
+    assert TEXT.encode_chat(chat) == (BOS, *b"s:x;u:y;a:")
+
+
+def test_truncation_of_the_training_is_off_when_a_prompt_is_long() -> None:
+    trained = byte_tokenizer()
+    trained.enable_truncation(4)
+    trained.enable_padding(length=8)
+    text = ModelText("m", replace(FILES, tokenizer_json=trained.to_str().encode()))
+    assert text.encode_text("abcdef") == (BOS, *b"abcdef")
+    assert text.encode_text("ab") == (BOS, *b"ab")
+
+
+@pytest.mark.parametrize(
+    ("ask", "message"),
+    [
+        (lambda: TEXT.encode_text(""), "prompt is empty"),
+        (lambda: TEXT.encode_chat([]), "prompt is empty"),
+        (
+            lambda: TEXT.encode_chat([ChatMessage("robot", "x")]),
+            "role is 'robot'; allowed: system, user, assistant",
+        ),
+        (
+            lambda: NO_TOKENIZER.encode_text("x"),
+            "model 'toy' has no tokenizer; send the prompt as token ids",
+        ),
+        (
+            lambda: NO_TOKENIZER.encode_chat([ChatMessage("user", "x")]),
+            "model 'toy' has no chat template; send text or token ids",
+        ),
+        (
+            lambda: NO_TOKENIZER.detokenizer(["x"]),
+            "model 'toy' has no tokenizer; stop strings need one",
+        ),
+    ],
+)
+def test_prompt_is_refused_by_name_when_it_cannot_be_encoded(ask, message) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(InvalidRequest) as refusal:
+        ask()
+    assert refusal.value.message == message
+
+
+def chat_with(template: str) -> str:
+    text = ModelText("m", replace(FILES, chat_template=template))
+    ids = text.encode_chat([ChatMessage("user", "<é>")])
+    return BYTES.decode(ids, skip_special_tokens=False)
+
+
+@pytest.mark.parametrize(
+    ("template", "written"),
+    [
+        ("{{ messages | tojson }}", '[{"role": "user", "content": "<é>"}]'),
+        ("{% for m in messages %}a{% break %}b{% endfor %}c", "ac"),
+        ("x{% generation %}{{ eos_token }}y{% endgeneration %}z", "x</s>yz"),
+        ("a\n{% if true %}\n  b\n  {% endif %}\nc", "a\n  b\nc"),
+        ("{{ tools is none }}{{ strftime_now('%%') }}", "True%"),
+    ],
+    ids=["tojson", "loop controls", "generation", "white space", "names"],
+)
+def test_template_can_use_what_models_expect(template: str, written: str) -> None:
+    assert chat_with(template) == written
+
+
+@pytest.mark.parametrize(
+    ("template", "why"),
+    [
+        ("{{ raise_exception('no system') }}", "no system"),
+        ("{{ messages.append(1) }}", "is unsafe"),
+        ("{{ ''.__class__.__mro__ }}", "is unsafe"),
+        ("{{ missing.name }}", "'missing' is undefined"),
+    ],
+)
+def test_request_is_refused_when_its_template_fails(template: str, why: str) -> None:
+    with pytest.raises(InvalidRequest, match=r"^chat template refuses the messages: ") as refusal:
+        chat_with(template)
+    assert why in refusal.value.message
+
+
+# --- output -----------------------------------------------------------------------------------
+
+
+def test_character_comes_out_whole_when_its_bytes_come_apart() -> None:
+    out = stream()
+    assert [out.push([byte]) for byte in "a€b".encode()] == ["a", "", "", "€", "b"]
+    assert out.finish() == ""
+
+
+def test_mark_stands_for_a_character_that_never_got_its_bytes() -> None:
+    out = stream()
+    assert out.push([*b"a", 0xE2, 0x82]) == "a"
+    assert out.finish() == "\N{REPLACEMENT CHARACTER}"
+
+
+def test_text_goes_on_when_the_output_is_nothing_but_broken_bytes() -> None:
+    out = stream()
+    given_out = out.push([0x80] * 100)
+    assert given_out == "\N{REPLACEMENT CHARACTER}" * 97
+    assert given_out + out.finish() == decode([0x80] * 100)
+
+
+def test_special_tokens_are_left_out() -> None:
+    out = stream()
+    assert out.push([*b"a", EOS, *b"b", BOS]) == "ab"
+
+
+def test_stop_string_is_held_back_until_it_is_not_one() -> None:
+    out = stream("END", "EXIT")
+    assert [out.push([byte]) for byte in b"xENxEXyE"] == ["x", "", "", "ENx", "", "", "EXy", ""]
+    assert out.finish() == "E"
+
+
+def test_stop_string_and_what_follows_it_in_the_last_token_are_cut() -> None:
+    out = stream("END")
+    assert out.push(b"abEND!") == "ab"
+    assert out.finish(stop_characters=4) == ""
+
+
+def test_text_before_the_stop_string_comes_out_at_the_end_when_it_was_held() -> None:
+    out = stream("aab")
+    assert out.push(b"xaaab") == "xa"
+    assert out.finish(stop_characters=3) == ""
+    out = stream("aab", "b")
+    assert out.push(b"xaaab") == "xa"
+    assert out.finish(stop_characters=1) == "aa"
+
+
+def test_first_space_is_the_decoders_own_when_words_carry_theirs() -> None:
+    def ids(*pieces: str) -> list[int]:
+        return [PIECES.token_to_id(piece) for piece in pieces]
+
+    out = DetokStream(PIECES.decode)
+    tokens = ids("▁to", "▁be", "▁", "or", "<0xE2>", "<0x82>", "<0xAC>", "▁to")
+    deltas = [out.push([token]) for token in tokens]
+    assert deltas == ["to", " be", " ", "or", "", "", "€", " to"]
+
+
+def test_output_has_no_text_when_the_model_has_no_tokenizer() -> None:
+    out = NO_TOKENIZER.detokenizer([])
+    assert out.push([1, 2, 3]) == ""
+    assert out.finish() == ""
+
+
+outputs = st.lists(
+    st.one_of(
+        st.integers(0, EOS),
+        st.sampled_from([0x80, 0xC3, 0xE2, 0x82, 0xAC, 0xF0, 0x9F, BOS, EOS, *b"ab"]),
+    ),
+    max_size=40,
+)
+
+
+@given(outputs, st.lists(st.integers(0, 40), max_size=5))
+def test_deltas_add_up_to_the_whole_text_however_tokens_are_grouped(
+    tokens: list[int], cuts: list[int]
+) -> None:
+    out, bounds = stream(), sorted({0, len(tokens), *(cut % (len(tokens) + 1) for cut in cuts)})
+    groups = [tokens[a:b] for a, b in pairwise(bounds)]
+    assert "".join([*map(out.push, groups), out.finish()]) == decode(tokens)
+
+
+@given(st.text(max_size=12).filter(lambda text: not text.startswith(" ")))
+def test_deltas_add_up_to_the_text_when_bytes_stand_for_unknown_characters(text: str) -> None:
+    tokens = [PIECES.token_to_id(f"<0x{byte:02X}>") for byte in text.encode()]
+    out = DetokStream(PIECES.decode)
+    assert "".join([*(out.push([token]) for token in tokens), out.finish()]) == text
+
+
+@given(outputs, st.integers(0, 40), st.sampled_from([(), ("ab",), ("aba", "b")]))
+def test_text_goes_on_seamlessly_when_another_router_takes_over(
+    tokens: list[int], cut: int, stop: tuple[str, ...]
+) -> None:
+    first, second = stream(*stop), stream(*stop)
+    delivered = first.push(tokens[:cut])
+    assert second.push(tokens[:cut]) == delivered
+    rest = second.push(tokens[cut:]) + second.finish()
+    whole = stream(*stop)
+    assert delivered + rest == whole.push(tokens) + whole.finish() == decode(tokens)
+
+
+@given(st.text("abc", max_size=12), st.lists(st.text("abc", min_size=1, max_size=4), max_size=3))
+def test_no_more_is_held_back_than_could_belong_to_a_stop_string(
+    text: str, stop: list[str]
+) -> None:
+    out = stream(*stop)
+
+    def may_stop_from(start: int) -> bool:
+        return any(text.startswith(one, start) or one.startswith(text[start:]) for one in stop)
+
+    held_from = next((at for at in range(len(text)) if may_stop_from(at)), len(text))
+    assert out.push(text.encode()) == text[:held_from]
+
+
+# --- cache ------------------------------------------------------------------------------------
+
+
+async def test_files_are_fetched_once_when_requests_come_together() -> None:
+    fetches = 0
+
+    async def fetch() -> TokenizerFiles:
+        nonlocal fetches
+        fetches += 1
+        await asyncio.sleep(0)
+        return FILES
+
+    cache = TextCache()
+    texts = await asyncio.gather(*(cache.get("m", "r1", fetch) for _ in range(3)))
+    assert fetches == 1
+    assert texts[0] is texts[1] is texts[2]
+    assert await cache.get("m", "r2", fetch) is not texts[0]
+    assert fetches == 2
+
+
+async def test_files_are_fetched_again_when_the_first_fetch_failed() -> None:
+    async def fail() -> TokenizerFiles:
+        raise Unavailable("gone")
+
+    async def fetch() -> TokenizerFiles:
+        return FILES
+
+    cache = TextCache()
+    with pytest.raises(Unavailable, match="gone"):
+        await cache.get("m", "r1", fail)
+    assert (await cache.get("m", "r1", fetch)).encode_text("a") == (BOS, 0x61)
+
+
+async def test_others_get_their_files_when_the_first_to_ask_goes_away() -> None:
+    asked, answer = asyncio.Event(), asyncio.Event()
+
+    async def fetch() -> TokenizerFiles:
+        asked.set()
+        await answer.wait()
+        return FILES
+
+    cache = TextCache()
+    first = asyncio.create_task(cache.get("m", "r1", fetch))
+    await asked.wait()
+    second = asyncio.create_task(cache.get("m", "r1", fetch))
+    first.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await first
+    answer.set()
+    assert (await second).encode_text("a") == (BOS, 0x61)
+
+
+# --- the default model ------------------------------------------------------------------------
+
+
+@pytest.mark.model
+def test_prompts_are_tokenised_as_transformers_does_when_the_model_is_smollm2() -> None:
+    import transformers
+
+    from treecast.checkpoints import ensure_default_target
+    from treecast.services.verifier.tokenizer import TokenizerFiles as VerifierFiles
+
+    folder = ensure_default_target()
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    files = VerifierFiles.read(folder)
+    ours = ModelText(
+        "smollm2", TokenizerFiles(files.definition, files.chat_template, files.special_tokens)
+    )
+    chats = [
+        [ChatMessage("user", "Hi! How are you? 日本 🙂")],
+        [ChatMessage("system", "Be <brief>."), ChatMessage("user", "  x\n")],
+        [ChatMessage("user", "a"), ChatMessage("assistant", "b"), ChatMessage("user", "c")],
+    ]
+    for chat in chats:
+        messages = [{"role": one.role, "content": one.content} for one in chat]
+        expected = theirs.apply_chat_template(
+            messages, add_generation_prompt=True, return_dict=False
+        )
+        assert list(ours.encode_chat(chat)) == expected
+    for text in ("Once upon a time", "def f(x):\n    return x\n", "naïve façade 🙂"):
+        assert list(ours.encode_text(text)) == theirs(text)["input_ids"]
