@@ -39,6 +39,7 @@ lint: setup  ## Style, types, import floors, wire compatibility
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports --no-cache
+	$(PY) protos/compatibility.py
 
 format: setup  ## Rewrite the code in the house style
 	$(VENV)/bin/ruff format .
@@ -46,6 +47,9 @@ format: setup  ## Rewrite the code in the house style
 
 protos: setup  ## Generate treecast.v1 anew from protos/
 	$(PY) protos/build_hook.py
+
+release-protos: setup  ## Make today's wire the one that `lint` compares with
+	$(PY) protos/compatibility.py release
 
 gpu: setup  ## With an accelerator at hand: the tests that need one
 	$(PY) -m pytest -m gpu tests/gpu

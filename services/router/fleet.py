@@ -111,7 +111,7 @@ class Fleet:
                 return verifier
         return None
 
-    async def until(self, look: Callable[[], T | None], timeout_s: float) -> T | None:
+    async def until(self, look: Callable[[], T | None], timeout_s: float | None) -> T | None:
         """What `look` returns, as soon as that is not None; None after the timeout."""
         try:
             async with asyncio.timeout(timeout_s):

@@ -18,7 +18,7 @@ from .metrics import SpeculatorMetrics
 
 log = structlog.get_logger()
 
-_SMOOTHING = 0.1
+_FORGETTING = 0.99
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +115,7 @@ class Grower:
         self._working = False
         self._thread = threading.Thread(target=self._run, name="drafting", daemon=True)
         self.num_drafts = 0
-        self.usual_draft_s = 0.0
+        self.slowest_draft_s = 0.0
         self._began: float | None = None
 
     @property
@@ -254,4 +254,5 @@ class Grower:
         finally:
             self._began = None
             self.num_drafts += 1
-            self.usual_draft_s += _SMOOTHING * (time.monotonic() - began - self.usual_draft_s)
+            taken_s = time.monotonic() - began
+            self.slowest_draft_s = max(taken_s, _FORGETTING * self.slowest_draft_s)

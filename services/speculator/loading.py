@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import structlog
 
-from treecast.drafting.base import Drafter
+from treecast.drafting.base import Drafter, DraftRequest
 from treecast.drafting.growth import BestFirst, parse_growth
 from treecast.drafting.merge import MergedDrafter
 from treecast.drafting.ngram import NgramDrafter
-from treecast.drafting.ssm import SSMDrafter
+from treecast.drafting.ssm import PREFILL_ROWS, SSMDrafter
 from treecast.engine.base import Engine
+from treecast.sampling.params import SamplingParams
 
 from .metrics import SpeculatorMetrics
 from .settings import SpeculatorSettings
@@ -20,6 +22,7 @@ log = structlog.get_logger()
 
 _AHEAD_CONFIDENCE = 0.01
 """Run-ahead looks for the tokens that are not in the tree offered, so it goes where few go."""
+_WARM_UP = -1
 
 
 def load_engine(settings: SpeculatorSettings) -> Engine | None:
@@ -64,6 +67,18 @@ def make_drafter(
     return MergedDrafter(
         drafters, observe=lambda name, seconds: metrics.draft.labels(name).observe(seconds)
     )
+
+
+def warm_up(drafter: MergedDrafter, engine: Engine | None) -> float:
+    """Draft for a text as long as one draft reads at most; returns the seconds it took."""
+    longest = engine.info.context_tokens if engine else PREFILL_ROWS
+    text = [0] * min(PREFILL_ROWS, longest)
+    sampling = SamplingParams(temperature=0, max_tokens=1)
+    began = time.perf_counter()
+    drafter.open(_WARM_UP, DraftRequest(text, len(text), sampling, noise_key=0))
+    drafter.draft({_WARM_UP: 16})
+    drafter.close(_WARM_UP)
+    return time.perf_counter() - began
 
 
 def _ssm(settings: SpeculatorSettings, engine: Engine) -> SSMDrafter:

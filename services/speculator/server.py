@@ -19,7 +19,7 @@ from treecast.wire.pair import SPECULATE, Acceptor
 from treecast.wire.server import Server
 
 from .grower import Grower, Result
-from .loading import load_engine, make_drafter
+from .loading import load_engine, make_drafter, warm_up
 from .metrics import SpeculatorMetrics
 from .sessions import Sessions
 from .settings import SpeculatorSettings
@@ -42,6 +42,10 @@ class Speculator(speculator_pb2_grpc.SpeculatorServiceServicer):
         )
         self._verifiers = Acceptor(SPECULATE, self._hello, self._heartbeat, self.sessions)
         self._loop: asyncio.AbstractEventLoop | None = None
+
+    def warm_up(self) -> None:
+        """Draft once before the first session does; blocks. The first passes are the slowest."""
+        self.grower.slowest_draft_s = warm_up(self._drafter, self._engine)
 
     def start(self) -> None:
         """Begin drafting; on the event loop that serves."""
@@ -88,7 +92,7 @@ class Speculator(speculator_pb2_grpc.SpeculatorServiceServicer):
         return Heartbeat(
             steps=self.grower.num_drafts,
             step_age_ms=round(1000 * self.grower.draft_age_s),
-            step_predicted_ms=round(1000 * self.grower.usual_draft_s),
+            step_predicted_ms=round(1000 * self.grower.slowest_draft_s),
             free_capacity=max(0, self._settings.max_sessions - attached),
             running=attached,
             kv_pages_free=usage.free if usage else 0,
@@ -121,6 +125,7 @@ async def serve(settings: SpeculatorSettings) -> None:
         speculator,
         "treecast.v1.SpeculatorService",
     )
+    speculator.warm_up()
     speculator.start()
     try:
         await serve_until_stopped(

@@ -100,6 +100,12 @@ class SessionStore:
         tokens = request.tokens[: sequence.length]
         self._idle[_key(session)] = Retained(sequence, tokens, time.monotonic())
 
+    def discard(self, request: Request) -> None:
+        """Free a request's sequence and retain nothing."""
+        sequence, request.sequence = request.sequence, None
+        if sequence is not None:
+            self._engine.free(sequence)
+
     def forget(self, session: SessionKey) -> None:
         """Free what a session retains, if anything."""
         self._drop(self._idle.pop(_key(session), None))

@@ -98,7 +98,8 @@ class Attachment:
         shift: first bit of its proposers in the request's merged tree.
         tree: its newest tree, re-rooted to the committed text; empty when it missed.
         offered: that tree as it was when the running step was planned.
-        asked_at: when the commit that it has not answered yet was sent; None once answered.
+        answered: whether it was grown for the text as it was then, not re-rooted from an older one.
+        asked_at: by committed length, when a tree for that text was asked for and has not come.
         base_len: committed length that the newest tree hung off when it came.
     """
 
@@ -106,7 +107,8 @@ class Attachment:
     shift: int
     tree: TokenTree = field(default_factory=TokenTree)
     offered: TokenTree = field(default_factory=TokenTree)
-    asked_at: float | None = None
+    answered: bool = False
+    asked_at: dict[int, float] = field(default_factory=dict)
     base_len: int = -1
     calibration: Calibration = field(default_factory=Calibration)
 
@@ -124,8 +126,8 @@ class Owed:
     latency_s: float
 
     @classmethod
-    def of(cls, attachments: Sequence[Attachment]) -> Owed:
-        late = [a.speculator.pace for a in attachments if a.asked_at is not None]
+    def of(cls, attachments: Sequence[Attachment], length: int) -> Owed:
+        late = [a.speculator.pace for a in attachments if length in a.asked_at]
         added = sorted(pace.added_tokens for pace in late)
         gain = sum(added)
         if not any(attachment.tree.tokens for attachment in attachments):
@@ -182,7 +184,7 @@ class Speculation:
             self._sync(request, attachment)
 
     def _sync(self, request: Request, attachment: Attachment) -> None:
-        attachment.asked_at = time.monotonic()
+        attachment.asked_at = {len(request.tokens): time.monotonic()}
         attachment.speculator.link.send(
             Attach(
                 request.handle,
@@ -207,6 +209,7 @@ class Speculation:
         attachments = self._attachments.get(request.handle, ())
         for attachment in attachments:
             attachment.offered = attachment.tree
+            attachment.answered = len(request.tokens) not in attachment.asked_at
         trees = [_calibrated(attachment) for attachment in attachments if attachment.tree.tokens]
         if not trees or budget <= 0:
             return TokenTree()
@@ -215,7 +218,7 @@ class Speculation:
     def owed(self, requests: Iterable[Request]) -> list[Owed]:
         """For each decoding request, what its speculators owe for the text committed last."""
         return [
-            Owed.of(self._attachments.get(request.handle, ()))
+            Owed.of(self._attachments.get(request.handle, ()), len(request.tokens))
             for request in requests
             if request.decoding
         ]
@@ -226,7 +229,7 @@ class Speculation:
         _learn(attachments, tokens)
         for attachment in attachments:
             attachment.tree = attachment.tree.reroot(tokens) or TokenTree()
-            attachment.asked_at = time.monotonic()
+            attachment.asked_at[len(request.tokens)] = time.monotonic()
             attachment.speculator.link.send(
                 Commit(
                     request.handle,
@@ -287,6 +290,7 @@ class Speculation:
             self._drop(attachment.speculator.link, frame.handle)
             return
         self._metrics.nodes_offered.inc(len(frame.tree))
+        _note_answer(attachment, frame.base_len)
         behind = len(request.tokens) - frame.base_len
         late = request.tokens[frame.base_len :] if 0 <= behind <= MAX_DEPTH else None
         tree = None if late is None else frame.tree.reroot(late)
@@ -294,12 +298,9 @@ class Speculation:
             self._metrics.stale_frames.inc()
             return
         attachment.base_len, attachment.tree = frame.base_len, tree
-        if behind == 0 and attachment.asked_at is not None:
-            attachment.speculator.pace.saw_latency(time.monotonic() - attachment.asked_at)
-            attachment.asked_at = None
-            self.on_tree()
-        elif behind > 0 and len(tree):
+        if behind > 0 and len(tree):
             self._metrics.run_ahead_hits.inc()
+        self.on_tree()
 
     def _find(self, link: SpeculatorLink, handle: int) -> Attachment | None:
         for attachment in self._attachments.get(handle, ()):
@@ -327,12 +328,20 @@ def _best_addition(
     return max(free, key=lambda s: (not kinds.issuperset(s.link.peer.proposers), s.free_capacity))
 
 
+def _note_answer(attachment: Attachment, base_len: int) -> None:
+    """Learn the speculator's latency; what was asked before is not to be expected any more."""
+    asked_at = attachment.asked_at.get(base_len)
+    if asked_at is not None:
+        attachment.speculator.pace.saw_latency(time.monotonic() - asked_at)
+    attachment.asked_at = {n: when for n, when in attachment.asked_at.items() if n > base_len}
+
+
 def _learn(attachments: Sequence[Attachment], tokens: Sequence[int]) -> None:
     """Compare what was offered with what the target picked."""
     hits = [_score(attachment, tokens) for attachment in attachments]
     for index, attachment in enumerate(attachments):
         others = max(hits[:index] + hits[index + 1 :], default=0)
-        if attachment.offered.tokens:
+        if attachment.answered:
             attachment.speculator.pace.saw_gain(hits[index], others)
 
 

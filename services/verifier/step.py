@@ -29,7 +29,8 @@ from .sessions import SessionStore
 from .settings import VerifierSettings
 from .speculation import Speculation
 
-_SMOOTHING = 0.1
+_PROBE_EVERY = 16
+"""Steps between waits that only keep the speculators' worth known."""
 
 log = structlog.get_logger()
 
@@ -61,7 +62,6 @@ class StepLoop:
         self._wake = asyncio.Event()
         self._rest = asyncio.Event()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
-        self._tokens_per_request_step = 1.0
         self._steps = 0
         self._step_began: float | None = None
         self._predicted_s = 0.0
@@ -173,10 +173,11 @@ class StepLoop:
         gain = sum(item.gain_tokens for item in owed)
         expected_s = max(item.latency_s for item in owed)
         cap_s = self.curve(len(self._running))
-        rate = len(self._running) * self._tokens_per_request_step / cap_s
-        if not worth_waiting(gain, rate, waited_s, expected_s, cap_s):
-            return 0.0
-        return min(cap_s - waited_s, max(expected_s - waited_s, 0.25 * expected_s))
+        plain_rate = len(self._running) / cap_s
+        probing = self._steps % _PROBE_EVERY == 0 and waited_s < cap_s
+        if probing or worth_waiting(gain, plain_rate, waited_s, expected_s, cap_s):
+            return cap_s - waited_s
+        return 0.0
 
     def _plan(self) -> list[Work]:
         """Admit, drop what has ended, and divide the step's rows."""
@@ -235,29 +236,29 @@ class StepLoop:
             self._step_began = None
             self._steps += 1
 
-    async def _walk(self, batch: Sequence[Work], logits: Sequence[LogitRows]) -> list[Walk | None]:
+    async def _walk(
+        self, batch: Sequence[Work], logits: Sequence[LogitRows]
+    ) -> list[Walk | TreecastError | None]:
         """Replay plain decoding along each tree, on the engine's thread: picks can be costly."""
 
-        def walk_all() -> list[Walk | None]:
-            return [
-                walk(work.tree, rows, work.request.picker, work.request.stops.check)
-                if work.samples
-                else None
-                for work, rows in zip(batch, logits, strict=True)
-            ]
+        def walk_all() -> list[Walk | TreecastError | None]:
+            return [_walk_one(work, rows) for work, rows in zip(batch, logits, strict=True)]
 
         return await asyncio.get_running_loop().run_in_executor(self._thread, walk_all)
 
-    def _commit(self, batch: Sequence[Work], walks: Sequence[Walk | None]) -> None:
+    def _commit(self, batch: Sequence[Work], walks: Sequence[Walk | TreecastError | None]) -> None:
         """Keep the accepted paths' KV; tell speculators and routers; end what has finished."""
         for work, walked in zip(batch, walks, strict=True):
             request = work.request
+            if isinstance(walked, TreecastError):
+                self._abandon(request, walked)
+                continue
             assert request.sequence is not None
             accepted = () if walked is None else walked.accepted
             self._engine.commit(request.sequence, work.path(accepted))
+            self._metrics.prefill_tokens.inc(work.num_pending - (walked is not None))
             if walked is not None:
                 self._emit(work, walked)
-            self._metrics.prefill_tokens.inc(work.num_pending - (walked is not None))
 
     def _emit(self, work: Work, walked: Walk) -> None:
         request = work.request
@@ -277,7 +278,6 @@ class StepLoop:
         depth = max(work.tree.depths, default=0)
         self._metrics.tree_verified(len(work.tree), depth, len(walked.accepted))
         self._metrics.tokens.inc(count)
-        self._tokens_per_request_step += _SMOOTHING * (count - self._tokens_per_request_step)
         now = time.monotonic()
         if request.last_commit_at is None:
             self._metrics.first_token.observe(now - request.arrived_at)
@@ -306,13 +306,14 @@ class StepLoop:
         """The forward broke: the requests in it end with an error, everyone else goes on."""
         log.error("step.failed", exc_info=error, requests=len(batch))
         for work in batch:
-            request = work.request
-            self._running.remove(request)
-            self._speculation.release(request)
-            if request.sequence is not None:
-                self._engine.free(request.sequence)
-                request.sequence = None
-            self._refuse(request, TreecastError("the step failed; see the verifier's log"))
+            self._abandon(work.request, TreecastError("the step failed; see the verifier's log"))
+
+    def _abandon(self, request: Request, error: TreecastError) -> None:
+        """End a running request with an error; its KV is not to be trusted."""
+        self._running.remove(request)
+        self._speculation.release(request)
+        self.sessions.discard(request)
+        self._refuse(request, error)
 
     def _observe(self) -> None:
         usage = self._engine.usage
@@ -330,3 +331,13 @@ class StepLoop:
     def close(self) -> None:
         """Stop the engine's thread once its work is done. Blocks."""
         self._thread.shutdown(wait=True)
+
+
+def _walk_one(work: Work, rows: LogitRows) -> Walk | TreecastError | None:
+    """One request's walk; a row that the model broke down on is that request's error alone."""
+    if not work.samples:
+        return None
+    try:
+        return walk(work.tree, rows, work.request.picker, work.request.stops.check)
+    except TreecastError as error:
+        return error

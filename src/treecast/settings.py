@@ -57,7 +57,8 @@ class ServiceSettings(BaseSettings):
         """
         config = SettingsConfigDict(cli_prog_name=prog, cli_exit_on_error=False)
         try:
-            reader = type(cls.__name__, (cls,), {"model_config": config, "__doc__": cls.__doc__})
+            body = {"model_config": config, "__doc__": cls.__doc__}
+            reader: type[Self] = type(cls.__name__, (cls,), body)
             return reader(_cli_parse_args=list(argv))
         except ValidationError as error:
             raise SettingsError(_first_fault(error)) from error

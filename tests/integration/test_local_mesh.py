@@ -35,7 +35,8 @@ def toy(log_dir: Path, **changes: object) -> MeshSettings:
 
 @pytest.fixture(scope="module")
 def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalMesh]:
-    with LocalMesh(toy(tmp_path_factory.mktemp("logs"))) as mesh:
+    slow = {"toy_step_s": 0.02}  # so that waiting for trees is worth it
+    with LocalMesh(toy(tmp_path_factory.mktemp("logs"), verifier_flags=slow)) as mesh:
         yield mesh
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog
 
 from treecast.errors import (
     DuplicateRequest,
@@ -26,7 +27,7 @@ from treecast.tree import TokenTree
 from treecast.v1 import speculator_pb2 as pb
 from treecast.wire.channel import MAX_MESSAGE_BYTES
 from treecast.wire.dialer import retry_pause_s
-from treecast.wire.frames import Attach, Draft, Heartbeat, NeedSync, Refused, Role
+from treecast.wire.frames import Attach, Draft, Heartbeat, Hello, NeedSync, Refused, Role
 from treecast.wire.pair import SPECULATE, Dialer, is_hung
 
 from .pair_rig import (
@@ -447,6 +448,35 @@ async def test_dialer_goes_on_when_its_own_hello_cannot_be_encoded() -> None:
         dialer.start()
         await here.heard("opened")
         await dialer.close()
+
+
+async def test_dialer_goes_on_when_its_call_is_cancelled_under_it() -> None:
+    """gRPC ends a call that it cancels itself with the exception that also ends a task."""
+    cancelled = iter([True, False])
+
+    def check(peer: Hello) -> None:
+        if next(cancelled):
+            raise asyncio.CancelledError
+
+    async with speculator() as served:
+        here = Recorder()
+        dialer = Dialer(served.address, SPECULATE, lambda: VERIFIER, Heartbeat, here, check=check)
+        dialer.start()
+        await here.heard("opened")
+        await dialer.close()
+
+
+async def test_log_stays_short_when_a_peer_sends_nothing_but_bad_frames() -> None:
+    message = pb.SpeculateRequest()
+    for handle in range(1000):
+        message.frames.add().attach.handle = handle
+    with structlog.testing.capture_logs() as logs:
+        async with speculator() as served, raw_verifier(served.address) as raw:
+            await raw.say(VERIFIER)
+            await raw.write(message)
+            await served.recorder.until(lambda: len(served.recorder.failures) == 1000)
+    counts = [entry["count"] for entry in logs if entry["event"] == "bad frame"]
+    assert counts == [1, 2, 4, 8, 16, 32, 64, 128, 256, 512]
 
 
 async def test_stream_fails_and_peer_hears_of_it_when_opened_raises() -> None:

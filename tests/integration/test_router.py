@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import socket
 import sys
@@ -33,6 +34,9 @@ from treecast.errors import (
 )
 from treecast.sampling.noise import noise_key
 from treecast.services.router.__main__ import main
+from treecast.services.router.dispatch import Dispatcher
+from treecast.services.router.metrics import RouterMetrics
+from treecast.services.router.placement import Wanted
 from treecast.services.router.router import Router
 from treecast.services.router.settings import RouterSettings
 from treecast.v1 import router_pb2 as pb
@@ -54,6 +58,7 @@ from ..byte_tokenizer import BOS
 from .scripted_verifier import ScriptedVerifier, output_of, text_of
 
 HELLO = (BOS, *b"hello")
+ROUTERS = itertools.count(1)
 LAW_MSS = sampling_pb2.LAW_MSS
 
 
@@ -151,7 +156,7 @@ async def routing(
         "metrics_listen": None,
     } | settings
     async with (
-        Router(RouterSettings(**settings)) as router,
+        Router(RouterSettings(**settings), f"router-{next(ROUTERS)}") as router,
         open_channel(router.address) as channel,
     ):
         client = RouterClient(router, channel)
@@ -550,6 +555,25 @@ async def test_requests_wait_and_go_by_priority_when_verifiers_are_full(
         assert client.metric("queue_wait_seconds_count") == 4
 
 
+async def test_place_is_given_back_when_its_request_is_cancelled_as_it_comes(
+    start: Callable[..., Any],
+) -> None:
+    verifier = await start(capacity=1)
+    async with routing([verifier]) as client:
+        fleet = client.router.fleet
+        dispatcher = Dispatcher(fleet, 10, 10.0, RouterMetrics())
+        wanted = Wanted("bytes", "r1", "r")
+        [seat] = await dispatcher.admit(wanted, 0, None)
+        waiting = asyncio.create_task(dispatcher.admit(wanted, 0, None))
+        await asyncio.sleep(0)
+        assert dispatcher.num_waiting == 1
+        seat.leave()
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        assert [candidate.free for candidate in fleet.candidates()] == [1]
+
+
 async def test_request_is_refused_when_the_queue_is_full(start: Callable[..., Any]) -> None:
     verifier = await start(capacity=1, budget=1)
     async with routing([verifier], queue_limit=2) as client:
@@ -643,6 +667,23 @@ async def test_request_waits_for_a_new_verifier_when_the_only_one_is_lost(
         two = await start("v2")
         client.router.fleet.follow(entries(two))
         assert (await reply.read_all()).tokens() == output_of(HELLO, 5)
+
+
+async def test_request_goes_first_and_is_not_refused_when_it_lost_its_verifier(
+    start: Callable[..., Any],
+) -> None:
+    one = await start("v1", capacity=1, budget=2)
+    async with routing([one], queue_limit=1) as client:
+        lost = await client.generate(request_id="lost").read_tokens(2)
+        waiting = client.generate(request_id="waiting", priority=10)
+        await client.queued(1)
+        await one.kill()
+        await client.queued(2)
+        two = await start("v2", capacity=1)
+        client.router.fleet.follow(entries(two))
+        assert (await lost.read_all()).tokens() == output_of(HELLO, 5)
+        await waiting.read_all()
+        assert [start.request_id for start in two.started] == ["lost", "waiting"]
 
 
 async def test_every_request_ends_unavailable_when_all_verifiers_are_lost(
@@ -1025,16 +1066,20 @@ async def test_status_names_every_verifier(start: Callable[..., Any]) -> None:
         assert (status.queued, status.running) == (0, 0)
 
 
-async def test_router_is_ready_while_it_has_a_verifier(start: Callable[..., Any]) -> None:
-    verifier = await start()
-    async with routing([verifier]) as client, asyncio.timeout(10):
+async def test_router_is_ready_from_its_first_verifier_until_it_drains(
+    start: Callable[..., Any],
+) -> None:
+    one = await start()
+    async with routing() as client, asyncio.timeout(10):
         watch = client.health.Watch(
             health_pb2.HealthCheckRequest(service="treecast.v1.RouterService")
         )
-        serving = health_pb2.HealthCheckResponse.SERVING
-        while (await watch.read()).status != serving:
-            pass
-        await verifier.kill()
+        assert (await watch.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        client.router.fleet.follow(entries(one))
+        assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
+        await one.kill()
+        await client.streams(0)
+        await client.router.drain()
         assert (await watch.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
         watch.cancel()
 
@@ -1082,7 +1127,7 @@ async def test_process_announces_itself_serves_and_stops_when_told(
     assert process.stdout is not None
     async with asyncio.timeout(30):
         line = json.loads(await process.stdout.readline())
-        assert line.keys() == {"role", "address", "metrics"}
+        assert line.keys() == {"role", "address", "metrics", "instance_id", "pid"}
         assert line["role"] == "router"
         async with open_channel(line["address"]) as channel:
             stub: Any = router_pb2_grpc.RouterServiceStub(channel)
@@ -1093,7 +1138,7 @@ async def test_process_announces_itself_serves_and_stops_when_told(
         process.terminate()
         _, log = await process.communicate()
     assert process.returncode == 0
-    assert b"router.draining" in log
+    assert b"service.draining" in log
 
 
 def fetch(url: str) -> str:

@@ -217,7 +217,8 @@ async def test_trees_are_merged_when_there_are_two_drafters() -> None:
         v.send(attach(1, 1, 2, 50, 1, 2))
         tree = await v.draft(1, base_len=5)
         assert v.link.peer.proposers == ("ssm", "ngram")
-        by_token = {t: b for t, b, d in zip(tree.tokens, tree.proposers, tree.depths) if d == 1}
+        top = [node for node, depth in enumerate(tree.depths) if depth == 1]
+        by_token = {tree.tokens[node]: tree.proposers[node] for node in top}
         assert by_token == {8: 0b01, 9: 0b01, 50: 0b10}
 
 
@@ -276,16 +277,16 @@ async def test_attach_is_refused_when_over_capacity_and_taken_when_one_detaches(
 
 
 async def test_each_verifier_has_its_own_capacity_when_there_are_two() -> None:
-    async with speculator_rig(capacity=1, max_sessions=2) as rig:
-        async with rig.verifier("a") as a, rig.verifier("b") as b:
-            a.send(attach(1, 1, 2))
-            b.send(attach(1, 5, 6))
-            assert (await a.draft(1, base_len=2)).tokens[0] == 8
-            assert (await b.draft(1, base_len=2)).tokens[0] == 24
-            async with rig.verifier("c") as c:
-                c.send(attach(1, 1, 2))
-                refusal = await c.hear(Refused, 1)
-                assert refusal.why == "speculator has 2 sessions; the limit is 2"
+    rig_of_two = speculator_rig(capacity=1, max_sessions=2)
+    async with rig_of_two as rig, rig.verifier("a") as a, rig.verifier("b") as b:
+        a.send(attach(1, 1, 2))
+        b.send(attach(1, 5, 6))
+        assert (await a.draft(1, base_len=2)).tokens[0] == 8
+        assert (await b.draft(1, base_len=2)).tokens[0] == 24
+        async with rig.verifier("c") as c:
+            c.send(attach(1, 1, 2))
+            refusal = await c.hear(Refused, 1)
+            assert refusal.why == "speculator has 2 sessions; the limit is 2"
 
 
 async def test_attach_is_refused_when_the_pool_is_full() -> None:

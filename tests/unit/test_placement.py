@@ -51,10 +51,12 @@ def test_requests_since_the_heartbeat_count_when_load_is_compared() -> None:
     assert chosen([a, b]).instance_id == "b"
 
 
-def test_freer_kv_pool_is_chosen_when_loads_are_equal() -> None:
-    a = Candidate(hello("a"), Heartbeat(kv_pages_free=10, kv_pages_total=100))
-    b = Candidate(hello("b"), Heartbeat(kv_pages_free=20, kv_pages_total=100))
-    assert chosen([a, b]).instance_id == "b"
+@pytest.mark.parametrize(("tight", "roomy"), [("a", "b"), ("b", "a")])
+def test_freer_kv_pool_is_chosen_when_loads_are_equal(tight: str, roomy: str) -> None:
+    # 10 free of 20 is a smaller part in use than 20 free of 100.
+    one = Candidate(hello(tight), Heartbeat(kv_pages_free=20, kv_pages_total=100))
+    two = Candidate(hello(roomy), Heartbeat(kv_pages_free=10, kv_pages_total=20))
+    assert chosen([one, two]).instance_id == roomy
 
 
 def test_requests_spread_when_verifiers_are_alike() -> None:
@@ -192,12 +194,12 @@ def test_model_is_waited_for_when_nothing_is_served() -> None:
 def test_commonest_revision_is_meant_when_a_roll_out_is_under_way() -> None:
     old, new = "r1", "r2"
     served = [
-        hello("a", model_revision=new),
-        hello("b", model_revision=old),
+        hello("a", model_revision=old),
+        hello("b", model_revision=new),
         hello("c", model_revision=new),
     ]
-    assert choose_model("m", None, served, ()) == served[0]
-    assert choose_model("m", old, served, ()) == served[1]
+    assert choose_model("m", None, served, ()) == served[1]
+    assert choose_model("m", old, served, ()) == served[0]
 
 
 def test_resume_is_refused_when_its_revision_is_gone() -> None:

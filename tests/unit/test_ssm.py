@@ -108,7 +108,7 @@ def test_sessions_share_passes_when_drafted_together() -> None:
     assert (trees[1].tokens, trees[2].tokens) == ([8, 27], [24, 79])
 
 
-# --- against the oracle -----------------------------------------------------------------------------
+# --- against the oracle ---------------------------------------------------------------------------
 
 
 def next_commit(rng: random.Random, tree: TokenTree) -> list[int]:
