@@ -32,7 +32,7 @@ class Summary:
 
     Attributes:
         overall_tokens_per_s: all tokens by all seconds, so that long answers weigh more.
-        same_as_first: prompts answered with the very tokens of the first contender.
+        same_tokens_as: by each other contender, prompts answered with the very same tokens.
     """
 
     contender: str
@@ -40,7 +40,7 @@ class Summary:
     overall_tokens_per_s: float
     step_ms: Spread | None
     tokens_per_step: Spread
-    same_as_first: int
+    same_tokens_as: Mapping[str, int]
     num_prompts: int
 
 
@@ -71,17 +71,24 @@ def interleave(
 
 def summarize(runs: Sequence[Run], contenders: Sequence[str]) -> list[Summary]:
     """One summary per contender, in the order given."""
-    answers = {(run.contender, run.prompt_id): run.token_ids for run in runs}
-    prompt_ids = list(dict.fromkeys(run.prompt_id for run in runs))
-    summaries = []
-    for name in contenders:
-        same = sum(answers[name, at] == answers[contenders[0], at] for at in prompt_ids)
-        mine = [run for run in runs if run.contender == name]
-        summaries.append(_summarize(name, mine, same, len(prompt_ids)))
-    return summaries
+    answers: dict[str, dict[str, tuple[int, ...]]] = {name: {} for name in contenders}
+    for run in runs:
+        answers[run.contender][run.prompt_id] = run.token_ids
+    return [
+        _summarize(name, [run for run in runs if run.contender == name], answers)
+        for name in contenders
+    ]
 
 
-def _summarize(name: str, runs: Sequence[Run], same: int, num_prompts: int) -> Summary:
+def _summarize(
+    name: str, runs: Sequence[Run], answers: Mapping[str, Mapping[str, tuple[int, ...]]]
+) -> Summary:
+    mine = answers[name]
+    same = {
+        other: sum(theirs[prompt_id] == mine[prompt_id] for prompt_id in mine)
+        for other, theirs in answers.items()
+        if other != name
+    }
     step_ms = [run.step_ms for run in runs if run.step_ms is not None]
     return Summary(
         contender=name,
@@ -89,6 +96,6 @@ def _summarize(name: str, runs: Sequence[Run], same: int, num_prompts: int) -> S
         overall_tokens_per_s=sum(len(r.token_ids) for r in runs) / sum(r.seconds for r in runs),
         step_ms=Spread.of(step_ms) if step_ms else None,
         tokens_per_step=Spread.of([run.tokens_per_step for run in runs]),
-        same_as_first=same,
-        num_prompts=num_prompts,
+        same_tokens_as=same,
+        num_prompts=len(mine),
     )

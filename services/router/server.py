@@ -147,7 +147,6 @@ class RouterService(router_pb2_grpc.RouterServiceServicer):
         text = await self._texts.get(
             model.model, model.model_revision, lambda: self._fetch_tokenizer(model)
         )
-        text.detokenizer(ask.sampling.stop)  # refuses stop strings that cannot be found
         prompt = await asyncio.to_thread(encode, ask.prompt, text)
         check_tokens(ask, prompt, model)
         job = Job(

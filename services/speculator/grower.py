@@ -9,62 +9,16 @@ from dataclasses import dataclass
 
 import structlog
 
-from treecast.drafting.base import DraftRequest
 from treecast.drafting.merge import MergedDrafter
 from treecast.errors import TreecastError
 from treecast.tree import TokenTree
 
 from .metrics import SpeculatorMetrics
+from .orders import Advance, Close, Grown, Lost, Open, Order, Result
 
 log = structlog.get_logger()
 
 _FORGETTING = 0.99
-
-
-@dataclass(frozen=True, slots=True)
-class Open:
-    """Begin a session; the first tree may have `max_nodes` nodes, with 0 none is grown."""
-
-    session: int
-    request: DraftRequest
-    max_nodes: int
-
-
-@dataclass(frozen=True, slots=True)
-class Advance:
-    """The verifier committed tokens; the next tree may have `max_nodes` nodes."""
-
-    session: int
-    tokens: Sequence[int]
-    max_nodes: int
-
-
-@dataclass(frozen=True, slots=True)
-class Close:
-    """End a session; unknown ones are ignored."""
-
-    session: int
-
-
-@dataclass(frozen=True, slots=True)
-class Grown:
-    """A tree below the session's first `base_len` tokens; empty where there is no guess."""
-
-    session: int
-    base_len: int
-    tree: TokenTree
-
-
-@dataclass(frozen=True, slots=True)
-class Lost:
-    """The drafter will do no more for this session, and has forgotten it."""
-
-    session: int
-    error: TreecastError
-
-
-Order = Open | Advance | Close
-Result = Grown | Lost
 
 
 @dataclass(slots=True)

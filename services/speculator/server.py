@@ -18,9 +18,10 @@ from treecast.wire.lifecycle import begin, serve_until_stopped
 from treecast.wire.pair import SPECULATE, Acceptor
 from treecast.wire.server import Server
 
-from .grower import Grower, Result
+from .grower import Grower
 from .loading import load_engine, make_drafter, warm_up
 from .metrics import SpeculatorMetrics
+from .orders import Result
 from .sessions import Sessions
 from .settings import SpeculatorSettings
 
@@ -100,7 +101,7 @@ class Speculator(speculator_pb2_grpc.SpeculatorServiceServicer):
             draining=self.sessions.draining,
         )
 
-    async def Speculate(  # noqa: N802
+    async def Speculate(
         self,
         request_iterator: AsyncIterator[pb.SpeculateRequest],
         context: grpc.aio.ServicerContext[Any, Any],

@@ -25,8 +25,8 @@ from treecast.wire.frames import (
 )
 from treecast.wire.pair import BadFrame, Link
 
-from .grower import Advance, Close, Grown, Open, Order, Result
 from .metrics import SpeculatorMetrics
+from .orders import Advance, Close, Grown, Open, Order, Result
 
 VerifierLink = Link[SpeculatorFrame, VerifierFrame]
 

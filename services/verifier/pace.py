@@ -65,18 +65,14 @@ def _median_step(engine: Engine, sequence: KVSequence, rows: int, repeats: int) 
 
 
 def worth_waiting(
-    gain_tokens: float, rate_tokens_per_s: float, waited_s: float, expected_s: float, cap_s: float
+    gain_tokens: float, rate_tokens_per_s: float, expected_s: float, patience_s: float
 ) -> bool:
     """Whether to wait on for trees that are missing.
 
     Args:
         gain_tokens: accepted tokens expected from them in the next step.
-        rate_tokens_per_s: tokens that the batch commits per second.
-        waited_s: time waited already.
-        expected_s: time from commit to trees, as seen lately.
-        cap_s: never wait longer; one plain step.
+        rate_tokens_per_s: tokens that the batch would commit per second without them.
+        expected_s: time until they come, going by how long they took lately; negative if overdue.
+        patience_s: time after which the wait ends anyway.
     """
-    if waited_s >= cap_s:
-        return False
-    remaining_s = max(expected_s - waited_s, 0.1 * expected_s)
-    return gain_tokens > rate_tokens_per_s * min(remaining_s, cap_s - waited_s)
+    return gain_tokens > rate_tokens_per_s * min(abs(expected_s), patience_s)

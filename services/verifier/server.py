@@ -113,7 +113,7 @@ class Verifier(verifier_pb2_grpc.VerifierServiceServicer):
 
     # --- RPCs -----------------------------------------------------------------------------------
 
-    async def Serve(  # noqa: N802
+    async def Serve(
         self,
         request_iterator: AsyncIterator[pb.ServeRequest],
         context: grpc.aio.ServicerContext[Any, Any],
@@ -122,7 +122,7 @@ class Verifier(verifier_pb2_grpc.VerifierServiceServicer):
         async for message in self._routers.accept(request_iterator, context):
             yield message
 
-    async def GetTokenizer(  # noqa: N802
+    async def GetTokenizer(
         self, request: pb.GetTokenizerRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> pb.GetTokenizerResponse:
         """The tokenizer's files."""
@@ -139,7 +139,7 @@ class Verifier(verifier_pb2_grpc.VerifierServiceServicer):
             special_tokens=self._tokenizer.special_tokens,
         )
 
-    async def GetLoad(  # noqa: N802
+    async def GetLoad(
         self, request: pb.GetLoadRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> pb.GetLoadResponse:
         """What the verifier is doing now."""

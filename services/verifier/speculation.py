@@ -44,15 +44,17 @@ log = structlog.get_logger()
 class Pace:
     """What waiting for a speculator costs and gains, as running means.
 
+    It begins hopeful, so that the first waits show the truth.
+
     Attributes:
-        latency_s: from commit to tree.
+        latency_s: from commit to tree, of trees that were waited for.
         alone_tokens: accepted tokens per step that its trees hold.
         added_tokens: those that no other speculator's tree held.
     """
 
-    latency_s: float = 0.02
-    alone_tokens: float = 1.0
-    added_tokens: float = 0.5
+    latency_s: float = 0.0
+    alone_tokens: float = 2.0
+    added_tokens: float = 1.0
 
     def saw_latency(self, latency_s: float) -> None:
         self.latency_s += (1 - _DECAY) * (latency_s - self.latency_s)
@@ -99,7 +101,7 @@ class Attachment:
         tree: its newest tree, re-rooted to the committed text; empty when it missed.
         offered: that tree as it was when the running step was planned.
         answered: whether it was grown for the text as it was then, not re-rooted from an older one.
-        asked_at: by committed length, when a tree for that text was asked for and has not come.
+        asked_at: when the tree was asked for that has not come; None if nothing is owed.
         base_len: committed length that the newest tree hung off when it came.
     """
 
@@ -108,7 +110,7 @@ class Attachment:
     tree: TokenTree = field(default_factory=TokenTree)
     offered: TokenTree = field(default_factory=TokenTree)
     answered: bool = False
-    asked_at: dict[int, float] = field(default_factory=dict)
+    asked_at: float | None = None
     base_len: int = -1
     calibration: Calibration = field(default_factory=Calibration)
 
@@ -119,20 +121,22 @@ class Owed:
 
     Attributes:
         gain_tokens: accepted tokens per step that they would add to what is at hand.
-        latency_s: time from commit to the last of them, as seen lately; 0 if none is owed.
+        latency_s: time from commit to the last of them, as seen lately.
     """
 
     gain_tokens: float
     latency_s: float
 
     @classmethod
-    def of(cls, attachments: Sequence[Attachment], length: int) -> Owed:
-        late = [a.speculator.pace for a in attachments if length in a.asked_at]
+    def of(cls, attachments: Sequence[Attachment]) -> Owed | None:
+        late = [a.speculator.pace for a in attachments if a.asked_at is not None]
+        if not late:
+            return None
         added = sorted(pace.added_tokens for pace in late)
         gain = sum(added)
         if not any(attachment.tree.tokens for attachment in attachments):
-            gain = max((pace.alone_tokens for pace in late), default=0.0) + sum(added[:-1])
-        return cls(gain, max((pace.latency_s for pace in late), default=0.0))
+            gain = max(pace.alone_tokens for pace in late) + sum(added[:-1])
+        return cls(gain, max(pace.latency_s for pace in late))
 
 
 class Speculation:
@@ -184,7 +188,7 @@ class Speculation:
             self._sync(request, attachment)
 
     def _sync(self, request: Request, attachment: Attachment) -> None:
-        attachment.asked_at = {len(request.tokens): time.monotonic()}
+        attachment.asked_at = time.monotonic()
         attachment.speculator.link.send(
             Attach(
                 request.handle,
@@ -209,19 +213,27 @@ class Speculation:
         attachments = self._attachments.get(request.handle, ())
         for attachment in attachments:
             attachment.offered = attachment.tree
-            attachment.answered = len(request.tokens) not in attachment.asked_at
+            attachment.answered = attachment.asked_at is None
         trees = [_calibrated(attachment) for attachment in attachments if attachment.tree.tokens]
         if not trees or budget <= 0:
             return TokenTree()
         return merge(trees).prune(budget, min(MAX_DEPTH, request.tokens_left - 1))
 
     def owed(self, requests: Iterable[Request]) -> list[Owed]:
-        """For each decoding request, what its speculators owe for the text committed last."""
+        """What speculators owe decoding requests for the text committed last."""
         return [
-            Owed.of(self._attachments.get(request.handle, ()), len(request.tokens))
+            owed
             for request in requests
             if request.decoding
+            if (owed := Owed.of(self._attachments.get(request.handle, ()))) is not None
         ]
+
+    def waited_in_vain(self, requests: Iterable[Request], waited_s: float) -> None:
+        """Trees that were waited for did not come: their speculators are slower than that."""
+        for request in requests:
+            for attachment in self._attachments.get(request.handle, ()):
+                if attachment.asked_at is not None:
+                    attachment.speculator.pace.saw_latency(2 * waited_s)
 
     def committed(self, request: Request, tokens: Sequence[int]) -> None:
         """Tokens were committed: learn, re-root, tell the speculators."""
@@ -229,7 +241,7 @@ class Speculation:
         _learn(attachments, tokens)
         for attachment in attachments:
             attachment.tree = attachment.tree.reroot(tokens) or TokenTree()
-            attachment.asked_at[len(request.tokens)] = time.monotonic()
+            attachment.asked_at = time.monotonic()
             attachment.speculator.link.send(
                 Commit(
                     request.handle,
@@ -290,7 +302,6 @@ class Speculation:
             self._drop(attachment.speculator.link, frame.handle)
             return
         self._metrics.nodes_offered.inc(len(frame.tree))
-        _note_answer(attachment, frame.base_len)
         behind = len(request.tokens) - frame.base_len
         late = request.tokens[frame.base_len :] if 0 <= behind <= MAX_DEPTH else None
         tree = None if late is None else frame.tree.reroot(late)
@@ -298,9 +309,13 @@ class Speculation:
             self._metrics.stale_frames.inc()
             return
         attachment.base_len, attachment.tree = frame.base_len, tree
-        if behind > 0 and len(tree):
+        asked_at = attachment.asked_at
+        if behind == 0 and asked_at is not None:
+            attachment.speculator.pace.saw_latency(time.monotonic() - asked_at)
+            attachment.asked_at = None
+            self.on_tree()
+        elif len(tree):
             self._metrics.run_ahead_hits.inc()
-        self.on_tree()
 
     def _find(self, link: SpeculatorLink, handle: int) -> Attachment | None:
         for attachment in self._attachments.get(handle, ()):
@@ -326,14 +341,6 @@ def _best_addition(
     if not free:
         return None
     return max(free, key=lambda s: (not kinds.issuperset(s.link.peer.proposers), s.free_capacity))
-
-
-def _note_answer(attachment: Attachment, base_len: int) -> None:
-    """Learn the speculator's latency; what was asked before is not to be expected any more."""
-    asked_at = attachment.asked_at.get(base_len)
-    if asked_at is not None:
-        attachment.speculator.pace.saw_latency(time.monotonic() - asked_at)
-    attachment.asked_at = {n: when for n, when in attachment.asked_at.items() if n > base_len}
 
 
 def _learn(attachments: Sequence[Attachment], tokens: Sequence[int]) -> None:

@@ -29,7 +29,7 @@ from .sessions import SessionStore
 from .settings import VerifierSettings
 from .speculation import Speculation
 
-_PROBE_EVERY = 16
+_PROBE_EVERY = 8
 """Steps between waits that only keep the speculators' worth known."""
 
 log = structlog.get_logger()
@@ -156,28 +156,35 @@ class StepLoop:
             self._wake.clear()
             self.sessions.expire()
         await asyncio.sleep(0)  # let frames that have arrived be handled
+        await self._wait_for_trees()
+
+    async def _wait_for_trees(self) -> None:
+        """Trees of a running batch are waited for while they are worth it, but no newcomer is
+        made to wait for them.
+        """
         began = time.monotonic()
-        while not self._waiting:
-            patience_s = self._patience(time.monotonic() - began)
-            if patience_s <= 0:
-                return
+        patience_s = cap_s = self.curve(len(self._running))
+        while not self._waiting and self._worth_waiting(cap_s, cap_s - patience_s):
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), timeout=patience_s)
             self._wake.clear()
+            patience_s = cap_s - (time.monotonic() - began)
+            if patience_s <= 0:
+                self._speculation.waited_in_vain(self._running, cap_s)
+                return
 
-    def _patience(self, waited_s: float) -> float:
-        """Seconds to wait on for missing trees; 0 when the wait is not worth it."""
-        owed = [owed for owed in self._speculation.owed(self._running) if owed.latency_s]
+    def _worth_waiting(self, cap_s: float, waited_s: float) -> bool:
+        """Whether the trees owed are expected to add more tokens than the wait costs.
+
+        Now and then it waits anyway, so that what trees are worth stays known.
+        """
+        owed = self._speculation.owed(self._running)
         if not owed or any(request.cancelled for request in self._running):
-            return 0.0
+            return False
         gain = sum(item.gain_tokens for item in owed)
-        expected_s = max(item.latency_s for item in owed)
-        cap_s = self.curve(len(self._running))
-        plain_rate = len(self._running) / cap_s
-        probing = self._steps % _PROBE_EVERY == 0 and waited_s < cap_s
-        if probing or worth_waiting(gain, plain_rate, waited_s, expected_s, cap_s):
-            return cap_s - waited_s
-        return 0.0
+        left_s = max(item.latency_s for item in owed) - waited_s
+        probing = self._steps % _PROBE_EVERY == 0
+        return probing or worth_waiting(gain, len(self._running) / cap_s, left_s, cap_s - waited_s)
 
     def _plan(self) -> list[Work]:
         """Admit, drop what has ended, and divide the step's rows."""

@@ -87,7 +87,7 @@ class ScriptedVerifier(verifier_pb2_grpc.VerifierServiceServicer):
         self._changed = asyncio.Event()
         self._running: dict[int, asyncio.Task[None]] = {}
         self._streams = Acceptor(SERVE, lambda: self.hello, lambda: self.state, self)
-        self._server = Server()
+        self._server = Server(max_message_bytes=16 * 1024 * 1024)
 
     async def __aenter__(self) -> Self:
         self._server.add(

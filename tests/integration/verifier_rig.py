@@ -78,6 +78,7 @@ class RouterEnd:
 
     def __init__(self, address: str, instance_id: str = "test-router") -> None:
         self.outcomes: dict[int, Outcome] = {}
+        self.offsets: dict[int, int] = {}  # handle -> output tokens committed elsewhere
         self.open = asyncio.Event()
         self._handles = itertools.count(1)
         self.dialer = Dialer(
@@ -123,7 +124,7 @@ class RouterEnd:
         outcome = self.outcomes[frame.handle]
         match frame:
             case Progress():
-                assert frame.from_index == len(outcome.tokens) + self._offset(frame.handle)
+                assert frame.from_index == len(outcome.tokens) + self.offsets.get(frame.handle, 0)
                 outcome.tokens.extend(frame.tokens)
                 outcome.logprobs.extend(frame.logprobs)
             case Completed():
@@ -132,10 +133,6 @@ class RouterEnd:
                 outcome.error = frame.error
         outcome.changed.set()
 
-    offsets: dict[int, int] = {}
-
-    def _offset(self, handle: int) -> int:
-        return self.offsets.get(handle, 0)
 
 
 class ScriptedSpeculator(speculator_pb2_grpc.SpeculatorServiceServicer):
@@ -155,7 +152,7 @@ class ScriptedSpeculator(speculator_pb2_grpc.SpeculatorServiceServicer):
             SPECULATE, lambda: hello, Heartbeat, self
         )
 
-    async def Speculate(self, request_iterator: Any, context: Any) -> AsyncIterator[Any]:  # noqa: N802
+    async def Speculate(self, request_iterator: Any, context: Any) -> AsyncIterator[Any]:
         async for message in self.acceptor.accept(request_iterator, context):
             yield message
 

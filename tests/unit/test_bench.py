@@ -62,7 +62,7 @@ def test_contenders_take_turns_when_they_are_interleaved():
     assert [(run.contender, run.prompt_id) for run in runs] == timed
 
 
-def test_summaries_compare_with_the_first_contender():
+def test_summaries_compare_each_with_the_others():
     runs = [
         run_of("a", "p", tokens=10, steps=10, seconds=5.0),
         run_of("a", "q", tokens=4, steps=4, seconds=1.0),
@@ -70,7 +70,8 @@ def test_summaries_compare_with_the_first_contender():
         run_of("b", "q", tokens=6, steps=3, seconds=2.0),
     ]
     plain, trees = summarize(runs, ["a", "b"])
-    assert (plain.same_as_first, trees.same_as_first, trees.num_prompts) == (2, 1, 2)
+    assert (plain.same_tokens_as, trees.same_tokens_as) == ({"b": 1}, {"a": 1})
+    assert trees.num_prompts == 2
     assert plain.overall_tokens_per_s == pytest.approx(14 / 6)
     assert trees.overall_tokens_per_s == pytest.approx(16 / 4)
     assert trees.tokens_per_step == Spread(2.0, 2.0, 2.0)
@@ -79,9 +80,10 @@ def test_summaries_compare_with_the_first_contender():
 
 
 def test_the_report_can_be_read_back_when_it_was_saved(tmp_path):
-    runs = [run_of("a", "p", tokens=10, steps=10, seconds=5.0)]
+    names = ["transformers", "treecast"]
+    runs = [run_of(name, "p", tokens=10, steps=10, seconds=5.0) for name in names]
     mesh = MeshSettings(model="/models/llm", draft="/models/draft")
-    report = Report.of(mesh, 10, 1, ["a"], runs, {"torch": "2"})
+    report = Report.of(mesh, 10, 1, names, runs, {"torch": "2"})
     saved = report.save(tmp_path / "results")
     assert saved.parent == tmp_path / "results"
     read = json.loads(saved.read_text())
@@ -89,7 +91,7 @@ def test_the_report_can_be_read_back_when_it_was_saved(tmp_path):
     assert read["versions"]["torch"] == "2"
     assert read["runs"][0]["token_ids"] == list(range(10))
     assert read["machine"]["cores"] >= 1
-    assert render(report).row_count == 1
+    assert render(report).row_count == 2
 
 
 def test_acceptance_by_depth_counts_only_trees_that_reached_it():

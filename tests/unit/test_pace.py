@@ -24,10 +24,12 @@ def test_curve_follows_what_is_seen() -> None:
 
 
 def test_waiting_pays_while_it_gains_more_than_it_costs() -> None:
-    # 100 tokens/s; trees come in 5 ms and add one token: they cost half a token.
-    assert worth_waiting(1.0, 100, 0.0, 0.005, 0.020)
-    assert not worth_waiting(0.4, 100, 0.0, 0.005, 0.020)
+    # 100 tokens/s; trees come in 5 ms and so cost half a token.
+    assert worth_waiting(1.0, 100, 0.005, 0.020)
+    assert not worth_waiting(0.4, 100, 0.005, 0.020)
 
 
-def test_waiting_ends_when_a_plain_step_could_have_been_done() -> None:
-    assert not worth_waiting(5.0, 100, 0.020, 0.005, 0.020)
+def test_waiting_ends_when_trees_are_as_late_as_they_are_dear() -> None:
+    # They were expected 8 ms ago; another 8 ms would cost 0.8 tokens.
+    assert worth_waiting(1.0, 100, -0.008, 0.020)
+    assert not worth_waiting(0.7, 100, -0.008, 0.020)

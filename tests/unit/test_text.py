@@ -148,8 +148,19 @@ def test_text_goes_on_when_the_output_is_nothing_but_broken_bytes() -> None:
 
 
 def test_special_tokens_are_left_out() -> None:
-    out = stream()
-    assert out.push([*b"a", EOS, *b"b", BOS]) == "ab"
+    assert TEXT.detokenizer([]).push([*b"a", EOS, *b"b", BOS]) == "ab"
+
+
+def test_few_tokens_are_decoded_at_a_time_when_the_output_is_long() -> None:
+    longest = 0
+
+    def decode_and_measure(ids: Sequence[int]) -> str:
+        nonlocal longest
+        longest = max(longest, len(ids))
+        return decode(ids)
+
+    assert DetokStream(decode_and_measure).push("aé€".encode() * 100) == "aé€" * 100
+    assert longest <= 6
 
 
 def test_stop_string_is_held_back_until_it_is_not_one() -> None:

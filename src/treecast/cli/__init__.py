@@ -3,7 +3,6 @@
 A command's module imports what it needs inside the command, so that `--help` stays quick.
 """
 
-
 import os
 
 

@@ -25,13 +25,16 @@ from .up import (
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from treecast.bench.compare import Spread
+    from treecast.bench.compare import Spread, Summary
     from treecast.bench.peer import TransformersPeer
     from treecast.bench.prompts import BenchPrompt
     from treecast.bench.report import Report
     from treecast.bench.run import Contender, Run
     from treecast.client import Client
     from treecast.services.local import MeshSettings
+
+PLAIN = ("transformers", "treecast-plain")
+"""Decoding without speculation: what the others should agree with."""
 
 CONTENDERS = ("transformers", "transformers-assisted", "treecast-plain", "treecast")
 
@@ -165,10 +168,11 @@ def render(report: Report) -> Table:
         f"{settings['model']}, {settings['dtype']}, treecast numerics {settings['numerics']}, "
         f"{settings['threads']} threads; median (quartiles)"
     )
-    first = report.summaries[0].contender
+    references = [one.contender for one in report.summaries if one.contender in PLAIN]
     table = Table(title=title)
     table.add_column("contender")
-    for name in ("tokens/s", "overall", "step ms", "tokens per step", f"same as {first}"):
+    agreement = [f"same as {name}" for name in references]
+    for name in ("tokens/s", "overall", "step ms", "tokens per step", *agreement):
         table.add_column(name, justify="right")
     for summary in report.summaries:
         table.add_row(
@@ -177,9 +181,15 @@ def render(report: Report) -> Table:
             f"{summary.overall_tokens_per_s:.1f}",
             _spread(summary.step_ms, 1) if summary.step_ms else "",
             _spread(summary.tokens_per_step, 2),
-            f"{summary.same_as_first} of {summary.num_prompts}",
+            *(_same(summary, name) for name in references),
         )
     return table
+
+
+def _same(summary: Summary, reference: str) -> str:
+    if summary.contender == reference:
+        return ""
+    return f"{summary.same_tokens_as[reference]} of {summary.num_prompts}"
 
 
 def _spread(spread: Spread, digits: int) -> str:

@@ -10,7 +10,6 @@ from typing import Any
 
 from rich.console import Console
 
-
 _PIPED_WIDTH = 240
 
 

@@ -150,7 +150,8 @@ def check_free(listen: str) -> None:
             pass
     except OSError as error:
         # Not its strerror, to which create_server adds the address once more.
-        why = os.strerror(error.errno) if (error.errno or 0) > 0 else error.strerror
+        number = error.errno or 0
+        why = os.strerror(number) if number > 0 else error.strerror
         raise SettingsError(
             f"cannot listen on {listen}: {str(why).lower()}; "
             "choose another address with --listen HOST:PORT (port 0 picks one)"

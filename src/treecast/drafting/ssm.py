@@ -1,54 +1,19 @@
-"""Drafting with a small speculative model: one evergreen tree per session, with its own KV.
-
-A session's KV holds the committed text without its last token; that token, the root, and the nodes
-computed below it are the sequence's uncommitted rows, row i being expansion i. A commit makes the
-rows that it confirms permanent and keeps those below them, so only what was not foreseen is
-computed again.
-"""
+"""Drafting with a small speculative model: one evergreen tree per session, with its own KV."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 
 from treecast.drafting.base import DraftRequest
-from treecast.drafting.growth import Expansion, Growth, Selection
-from treecast.drafting.proposal import propose
-from treecast.engine.base import Engine, KVSequence, LogitRows, Segment
+from treecast.drafting.evergreen import Evergreen
+from treecast.drafting.growth import Growth, Selection
+from treecast.engine.base import Engine, Segment
 from treecast.errors import InvalidRequest, Overloaded, PromptTooLong
-from treecast.sampling.params import SamplingParams
 from treecast.sampling.transforms import Context
-from treecast.tree import MAX_DEPTH, MAX_NODES, TokenTree
+from treecast.tree import MAX_NODES, TokenTree
 
 PREFILL_ROWS = 256
 """Prompt rows that one draft computes, over all sessions: what a long prompt delays the others."""
-
-
-@dataclass(slots=True)
-class _Session:
-    """One session's text, KV and expansions.
-
-    Attributes:
-        last_position: rows at positions behind this are not computed (context, reservation).
-    """
-
-    sequence: KVSequence
-    tokens: list[int]
-    context: Context
-    sampling: SamplingParams
-    noise_key: int
-    last_position: int
-    expansions: list[Expansion] = field(default_factory=list)
-
-    @property
-    def max_depth(self) -> int:
-        """Depth of the deepest node that can be offered: one below the deepest computed."""
-        return min(MAX_DEPTH, self.last_position - len(self.tokens) + 2)
-
-    @property
-    def pending(self) -> Sequence[int]:
-        """Committed tokens that are not in the KV."""
-        return self.tokens[self.sequence.length :]
 
 
 class SSMDrafter:
@@ -77,7 +42,7 @@ class SSMDrafter:
         self._num_children = max(growth.num_children, self._ahead.num_children)
         self._capacity = capacity
         self._max_rows = max_rows
-        self._sessions: dict[int, _Session] = {}
+        self._sessions: dict[int, Evergreen] = {}
 
     @property
     def vocab_size(self) -> int:
@@ -103,11 +68,12 @@ class SSMDrafter:
         self._check_tokens(request.tokens)
         longest = min(limit, request.prompt_len + request.sampling.max_tokens)
         longest = max(longest, len(request.tokens))
-        prompt, output = _split(request.tokens, request.prompt_len)
-        self._sessions[handle] = _Session(
+        self._sessions[handle] = Evergreen(
             sequence=self._engine.allocate(longest + self._max_rows),
             tokens=list(request.tokens),
-            context=Context(prompt, output),
+            context=Context(
+                request.tokens[: request.prompt_len], request.tokens[request.prompt_len :]
+            ),
             sampling=request.sampling,
             noise_key=request.noise_key,
             last_position=longest - 1,
@@ -120,12 +86,7 @@ class SSMDrafter:
             InvalidRequest: a token that the draft does not have; nothing is changed.
         """
         self._check_tokens(tokens)
-        session = self._sessions[handle]
-        session.tokens.extend(tokens)
-        for token in tokens:
-            session.context.append(token)
-        if session.expansions:
-            self._reroot(session, tokens)
+        self._sessions[handle].commit(self._engine, tokens)
 
     def draft(self, budgets: dict[int, int]) -> dict[int, TokenTree]:
         """Grow until the policy is content or has used up its passes.
@@ -135,7 +96,7 @@ class SSMDrafter:
         """
         ready = self._compute_roots(budgets)
         selections = self._grow(self._growth, ready, self._growth.max_passes)
-        spent = {handle for handle in budgets if self._is_spent(self._sessions[handle])}
+        spent = {handle for handle in budgets if self._sessions[handle].is_spent}
         empty = {handle: TokenTree() for handle in spent}
         return empty | {handle: selected.tree for handle, selected in selections.items()}
 
@@ -155,8 +116,7 @@ class SSMDrafter:
 
     def is_behind(self, handle: int) -> bool:
         """Whether a part of the committed text is not computed yet."""
-        session = self._sessions[handle]
-        return not session.expansions and not self._is_spent(session)
+        return self._sessions[handle].is_behind
 
     def foresaw(self, handle: int) -> bool:
         """Whether the last commit left a computed root."""
@@ -175,55 +135,24 @@ class SSMDrafter:
                     f"token id is {token}; the draft's vocabulary has {self.vocab_size}"
                 )
 
-    def _is_spent(self, session: _Session) -> bool:
-        return len(session.tokens) > session.last_position + 1
-
-    def _reroot(self, session: _Session, tokens: Sequence[int]) -> None:
-        path, found = [0], 0
-        for token in tokens:
-            row = session.expansions[path[-1]].computed.get(token)
-            if row is None:
-                break
-            path.append(row)
-            found += 1
-        if found < len(tokens):
-            self._engine.commit(session.sequence, path)
-            session.expansions = []
-            return
-        kept = _below(session.expansions, path[-1])
-        self._engine.commit(session.sequence, path[:-1], keep=kept)
-        session.expansions = _renumber(session.expansions, kept)
-
     def _compute_roots(self, budgets: dict[int, int]) -> dict[int, int]:
-        """Compute committed text where the root is not; returns the budgets of rooted sessions."""
-        segments: dict[int, Segment] = {}
+        """Compute committed text where some is left; returns the budgets of rooted sessions."""
+        behind = [handle for handle in budgets if self._sessions[handle].is_behind]
+        chunks: dict[int, Segment] = {}
         allowance = PREFILL_ROWS
-        for handle in budgets:
-            session = self._sessions[handle]
-            if session.expansions or self._is_spent(session) or not allowance:
-                continue
-            chunk = session.pending[:allowance]
-            allowance -= len(chunk)
-            wanted = [len(chunk) - 1] if len(chunk) == len(session.pending) else []
-            segments[handle] = Segment.chain(session.sequence, chunk, wanted)
-        rows = self._engine.forward(list(segments.values())) if segments else []
-        for (handle, segment), logits in zip(segments.items(), rows, strict=True):
-            self._take_chunk(self._sessions[handle], segment, logits)
+        # Shortest first: who lacks a bonus token does not wait for somebody's long prompt.
+        for handle in sorted(behind, key=lambda handle: self._sessions[handle].num_pending):
+            if allowance:
+                chunks[handle] = self._sessions[handle].next_chunk(allowance)
+                allowance -= len(chunks[handle].tokens)
+        rows = self._engine.forward(list(chunks.values())) if chunks else []
+        for (handle, chunk), logits in zip(chunks.items(), rows, strict=True):
+            self._sessions[handle].take_chunk(self._engine, chunk, logits, self._num_children)
         return {
             handle: budget
             for handle, budget in budgets.items()
             if self._sessions[handle].expansions
         }
-
-    def _take_chunk(self, session: _Session, segment: Segment, logits: LogitRows) -> None:
-        """Make the chunk permanent; its last row becomes the root if it ends the text."""
-        count = len(segment.tokens)
-        if not segment.wanted:
-            self._engine.commit(session.sequence, range(count))
-            return
-        if count > 1:
-            self._engine.commit(session.sequence, range(count - 1), keep=[count - 1])
-        self._expand(session, logits, [0])
 
     def _grow(
         self, growth: Growth, budgets: dict[int, int], max_passes: int
@@ -248,7 +177,7 @@ class SSMDrafter:
         return selections
 
     def _frontier(
-        self, growth: Growth, session: _Session, selection: Selection, max_nodes: int
+        self, growth: Growth, session: Evergreen, selection: Selection, max_nodes: int
     ) -> list[int]:
         room = max(0, self._max_rows - len(session.expansions))
         return growth.frontier(selection, max_nodes, session.max_depth)[:room]
@@ -263,50 +192,8 @@ class SSMDrafter:
             sequence = self._sessions[handle].sequence
             segments.append(Segment(sequence, tokens, parents, range(len(frontier))))
         rows = self._engine.forward(segments)
-        for handle, segment, logits in zip(frontiers, segments, rows, strict=True):
-            session = self._sessions[handle]
-            children = zip(segment.tokens, segment.parents, strict=True)
-            for row, (token, parent) in enumerate(children, start=len(session.expansions)):
-                session.expansions[parent].computed[token] = row
-            depths = [selections[handle].tree.depths[node] for node in frontiers[handle]]
-            self._expand(session, logits, depths)
-
-    def _expand(self, session: _Session, logits: LogitRows, depths: Sequence[int]) -> None:
-        """Append an expansion for each computed row."""
-        for row, depth in enumerate(depths):
-            proposal = propose(
-                logits[row],
-                session.context,
-                len(session.tokens) + depth,
-                session.sampling,
-                session.noise_key,
-                self._num_children,
-            )
-            session.expansions.append(Expansion(proposal.tokens, proposal.confidence))
-
-
-def _split(tokens: Sequence[int], prompt_len: int) -> tuple[Sequence[int], Sequence[int]]:
-    return tokens[:prompt_len], tokens[prompt_len:]
-
-
-def _below(expansions: Sequence[Expansion], top: int) -> list[int]:
-    """An expansion and all below it, ascending: children come after their parents."""
-    kept: list[int] = []
-    waiting = [top]
-    while waiting:
-        index = waiting.pop()
-        kept.append(index)
-        waiting.extend(expansions[index].computed.values())
-    return sorted(kept)
-
-
-def _renumber(expansions: Sequence[Expansion], kept: Sequence[int]) -> list[Expansion]:
-    places = {index: place for place, index in enumerate(kept)}
-    return [
-        Expansion(
-            expansions[index].tokens,
-            expansions[index].confidence,
-            {token: places[below] for token, below in expansions[index].computed.items()},
-        )
-        for index in kept
-    ]
+        for (handle, frontier), segment, logits in zip(
+            frontiers.items(), segments, rows, strict=True
+        ):
+            depths = [selections[handle].tree.depths[node] for node in frontier]
+            self._sessions[handle].take_nodes(segment, logits, depths, self._num_children)

@@ -1,0 +1,137 @@
+"""One session of a draft model: its text, its KV, and what was computed below the text's end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from treecast.drafting.growth import Expansion
+from treecast.drafting.proposal import propose
+from treecast.engine.base import Engine, KVSequence, LogitRows, Segment
+from treecast.sampling.params import SamplingParams
+from treecast.sampling.transforms import Context
+from treecast.tree import MAX_DEPTH
+
+
+@dataclass(slots=True)
+class Evergreen:
+    """A tree that is grown on and re-rooted, never thrown away whole.
+
+    The KV holds the committed text without its last token; that token, the root, and the nodes
+    computed below it are the sequence's uncommitted rows, row i being expansion i. There are no
+    expansions while committed text is left to compute.
+
+    Attributes:
+        tokens: the committed text.
+        last_position: no row is computed behind it (end of the context, or of the reservation).
+    """
+
+    sequence: KVSequence
+    tokens: list[int]
+    context: Context
+    sampling: SamplingParams
+    noise_key: int
+    last_position: int
+    expansions: list[Expansion] = field(default_factory=list)
+
+    @property
+    def max_depth(self) -> int:
+        """Depth of the deepest node that can be offered: one below the deepest computed."""
+        return min(MAX_DEPTH, self.last_position - len(self.tokens) + 2)
+
+    @property
+    def is_spent(self) -> bool:
+        """Whether the text has outgrown what may be computed."""
+        return len(self.tokens) > self.last_position + 1
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether committed text is left to compute."""
+        return not self.expansions and not self.is_spent
+
+    @property
+    def num_pending(self) -> int:
+        """Committed tokens that are not in the KV."""
+        return len(self.tokens) - self.sequence.length
+
+    def next_chunk(self, max_rows: int) -> Segment:
+        """The next rows of committed text; its last one is wanted if that is the text's end."""
+        start = self.sequence.length
+        chunk = self.tokens[start : start + max_rows]
+        wanted = [len(chunk) - 1] if len(chunk) == self.num_pending else []
+        return Segment.chain(self.sequence, chunk, wanted)
+
+    def commit(self, engine: Engine, tokens: Sequence[int]) -> None:
+        """Append committed tokens; what was computed of them, and below them, is kept."""
+        self.tokens.extend(tokens)
+        for token in tokens:
+            self.context.append(token)
+        if not self.expansions:
+            return
+        path = [0]
+        for token in tokens:
+            row = self.expansions[path[-1]].computed.get(token)
+            if row is None:
+                engine.commit(self.sequence, path)
+                self.expansions = []
+                return
+            path.append(row)
+        kept = _below(self.expansions, path[-1])
+        engine.commit(self.sequence, path[:-1], keep=kept)
+        self.expansions = _renumber(self.expansions, kept)
+
+    def take_chunk(
+        self, engine: Engine, chunk: Segment, logits: LogitRows, num_children: int
+    ) -> None:
+        """Make computed text permanent; the text's last row stays, as the root."""
+        count = len(chunk.tokens)
+        if not chunk.wanted:
+            engine.commit(self.sequence, range(count))
+            return
+        if count > 1:
+            engine.commit(self.sequence, range(count - 1), keep=[count - 1])
+        self._expand(logits, [0], num_children)
+
+    def take_nodes(
+        self, nodes: Segment, logits: LogitRows, depths: Sequence[int], num_children: int
+    ) -> None:
+        """Take in nodes that were computed below others."""
+        children = zip(nodes.tokens, nodes.parents, strict=True)
+        for row, (token, parent) in enumerate(children, start=len(self.expansions)):
+            self.expansions[parent].computed[token] = row
+        self._expand(logits, depths, num_children)
+
+    def _expand(self, logits: LogitRows, depths: Sequence[int], num_children: int) -> None:
+        for row, depth in enumerate(depths):
+            proposal = propose(
+                logits[row],
+                self.context,
+                len(self.tokens) + depth,
+                self.sampling,
+                self.noise_key,
+                num_children,
+            )
+            self.expansions.append(Expansion(proposal.tokens, proposal.confidence))
+
+
+def _below(expansions: Sequence[Expansion], top: int) -> list[int]:
+    """An expansion and all below it, ascending: children come after their parents."""
+    kept: list[int] = []
+    waiting = [top]
+    while waiting:
+        index = waiting.pop()
+        kept.append(index)
+        waiting.extend(expansions[index].computed.values())
+    return sorted(kept)
+
+
+def _renumber(expansions: Sequence[Expansion], kept: Sequence[int]) -> list[Expansion]:
+    places = {index: place for place, index in enumerate(kept)}
+    return [
+        Expansion(
+            expansions[index].tokens,
+            expansions[index].confidence,
+            {token: places[below] for token, below in expansions[index].computed.items()},
+        )
+        for index in kept
+    ]
