@@ -22,10 +22,6 @@ REDIS_VARIABLE = "TREECAST_REDIS_URL"
 
 _POLL_S = 0.05
 
-# What an OpenMP thread does when it has nothing to do: give its core away at once. By default it
-# spins for a while, and whoever is next in the round waits for the core.
-_SHARED_CORES = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}
-
 ProgressFn = Callable[[str, str], None]
 """Called with the name of a process, and what it is doing now."""
 
@@ -160,8 +156,7 @@ class LocalMesh:
 
     def _spawn(self, name: str, command: Sequence[str]) -> None:
         self._report(name, "starting")
-        threads = {"OMP_NUM_THREADS": str(self.settings.torch_threads)}
-        environment = child_environment(_SHARED_CORES | threads)
+        environment = child_environment({})
         log = self.log_dir / f"{name}.log"
         self.processes[name] = ServiceProcess(name, command, environment, log, self._spawner)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import structlog
@@ -49,11 +50,13 @@ class Grower:
         drafter: MergedDrafter,
         deliver: Callable[[Sequence[Result]], None],
         metrics: SpeculatorMetrics,
+        thread: ThreadPoolExecutor,
         run_ahead_nodes: int = 0,
     ) -> None:
         """Prepare to draft.
 
         Args:
+            thread: the one that the drafter's engine was loaded on.
             deliver: called on the drafting thread with each batch of results; must not block.
             run_ahead_nodes: size to which trees go on growing while there is nothing else to do; 0
                 leaves the thread asleep between orders.
@@ -67,7 +70,8 @@ class Grower:
         self._stopping = False
         self._changed = threading.Condition()
         self._working = False
-        self._thread = threading.Thread(target=self._run, name="drafting", daemon=True)
+        self._thread = thread
+        self._run_ended: Future[None] | None = None
         self.num_drafts = 0
         self.slowest_draft_s = 0.0
         self._began: float | None = None
@@ -85,8 +89,8 @@ class Grower:
         return 0.0 if began is None else time.monotonic() - began
 
     def start(self) -> None:
-        """Start the thread. Once."""
-        self._thread.start()
+        """Begin drafting on the thread. Once."""
+        self._run_ended = self._thread.submit(self._run)
 
     def submit(self, orders: Sequence[Order]) -> None:
         """Hand over orders; any thread, never blocks for longer than a list append."""
@@ -99,7 +103,8 @@ class Grower:
         with self._changed:
             self._stopping = True
             self._changed.notify()
-        self._thread.join()
+        if self._run_ended is not None:
+            self._run_ended.result()
 
     def _run(self) -> None:
         while (orders := self._next_orders()) is not None:

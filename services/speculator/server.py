@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
 
 import grpc
 
 from treecast.engine.base import Engine
+from treecast.engine.openmp import load_on_thread
 from treecast.v1 import speculator_pb2 as pb
 from treecast.v1 import speculator_pb2_grpc
 from treecast.wire.frames import Heartbeat, Hello, Role
@@ -30,14 +32,20 @@ class Speculator(speculator_pb2_grpc.SpeculatorServiceServicer):
     """One speculator process: drafters, the thread that drafts, streams to verifiers."""
 
     def __init__(
-        self, settings: SpeculatorSettings, engine: Engine | None, instance_id: str
+        self,
+        settings: SpeculatorSettings,
+        engine: Engine | None,
+        instance_id: str,
+        thread: ThreadPoolExecutor,
     ) -> None:
         self._settings = settings
         self._engine = engine
         self._instance_id = instance_id
         self.metrics = SpeculatorMetrics()
         self._drafter = make_drafter(settings, engine, self.metrics)
-        self.grower = Grower(self._drafter, self._deliver, self.metrics, settings.run_ahead_nodes)
+        self.grower = Grower(
+            self._drafter, self._deliver, self.metrics, thread, settings.run_ahead_nodes
+        )
         self.sessions = Sessions(
             self.grower.submit, settings.capacity, settings.max_sessions, self.metrics
         )
@@ -119,14 +127,15 @@ async def serve(settings: SpeculatorSettings) -> None:
         SettingsError: an address cannot be bound.
     """
     instance_id = begin(settings, Role.SPECULATOR)
-    speculator = Speculator(settings, load_engine(settings), instance_id)
+    thread, engine = load_on_thread(lambda: load_engine(settings))
+    speculator = Speculator(settings, engine, instance_id, thread)
     server = Server()
     server.add(
         speculator_pb2_grpc.add_SpeculatorServiceServicer_to_server,
         speculator,
         "treecast.v1.SpeculatorService",
     )
-    speculator.warm_up()
+    thread.submit(speculator.warm_up).result()
     speculator.start()
     try:
         await serve_until_stopped(

@@ -7,6 +7,7 @@ import sys
 
 from treecast.errors import TreecastError
 
+from .server import serve
 from .settings import VerifierSettings
 
 
@@ -16,8 +17,6 @@ def main(argv: list[str] | None = None) -> int:
         settings = VerifierSettings.load(
             sys.argv[1:] if argv is None else argv, "treecast-verifier"
         )
-        from .server import serve
-
         asyncio.run(serve(settings))
     except TreecastError as error:
         print(f"treecast-verifier: {error.message}", file=sys.stderr)  # noqa: T201

@@ -3,41 +3,59 @@
 from __future__ import annotations
 
 import time
-from bisect import bisect_left
 from collections.abc import Mapping
 
 import numpy as np
 
 from treecast.engine.base import Engine, KVSequence, Segment
 
-_SMOOTHING = 0.1
+_MEMORY = 0.995
+_DISTURBED = 3.0
 
 
 class StepCurve:
-    """Step time by number of rows, measured at start and refined by what steps really took.
+    """Step time by number of rows: a line, fitted to what was measured at start and since.
 
-    Between measured points it is linear; it never falls with more rows.
+    Least squares that forget, so that it follows the machine; a step that took far longer than
+    foreseen was disturbed, and says nothing. A line, since the planner asks what one more row
+    costs, and differences of single measurements are noise.
+
+    Attributes:
+        measured: seconds by number of rows, as measured at start.
     """
 
     def __init__(self, seconds_by_rows: Mapping[int, float]) -> None:
-        rows = sorted(seconds_by_rows)
-        times = np.maximum.accumulate([seconds_by_rows[count] for count in rows])
-        self._rows = rows
-        self._seconds = [float(seconds) for seconds in times]
+        self.measured = dict(seconds_by_rows)
+        self._weight = self._rows = self._seconds = self._squares = self._products = 0.0
+        for rows, seconds in seconds_by_rows.items():
+            self._add(rows, seconds)
 
     def __call__(self, rows: int) -> float:
         """Predicted seconds of a step of `rows` rows."""
-        return float(np.interp(rows, self._rows, self._seconds))
+        return self._fixed_s + self._row_s * rows
 
     def saw(self, rows: int, seconds: float) -> None:
-        """Refine: the nearest measured point moves towards what was seen."""
-        index = min(bisect_left(self._rows, rows), len(self._rows) - 1)
-        error = seconds - self(rows)
-        self._seconds[index] = max(1e-6, self._seconds[index] + _SMOOTHING * error)
-        self._seconds = [float(s) for s in np.maximum.accumulate(self._seconds)]
+        """Take in what a step took."""
+        if seconds < _DISTURBED * self(rows):
+            self._add(rows, seconds)
 
-    def by_rows(self) -> dict[int, float]:
-        return dict(zip(self._rows, self._seconds, strict=True))
+    def _add(self, rows: int, seconds: float) -> None:
+        self._weight = _MEMORY * self._weight + 1
+        self._rows = _MEMORY * self._rows + rows
+        self._seconds = _MEMORY * self._seconds + seconds
+        self._squares = _MEMORY * self._squares + rows * rows
+        self._products = _MEMORY * self._products + rows * seconds
+
+    @property
+    def _row_s(self) -> float:
+        spread = self._weight * self._squares - self._rows**2
+        if spread <= 1e-6 * self._weight * self._squares:
+            return 0.0  # only one size was seen
+        return max(0.0, (self._weight * self._products - self._rows * self._seconds) / spread)
+
+    @property
+    def _fixed_s(self) -> float:
+        return max(1e-6, (self._seconds - self._row_s * self._rows) / self._weight)
 
 
 def measure_curve(engine: Engine, max_rows: int, repeats: int = 3) -> StepCurve:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
 
@@ -11,6 +12,7 @@ import grpc
 import structlog
 
 from treecast.engine.base import Engine
+from treecast.engine.openmp import load_on_thread
 from treecast.errors import NotServed
 from treecast.v1 import verifier_pb2 as pb
 from treecast.v1 import verifier_pb2_grpc
@@ -45,6 +47,7 @@ class Verifier(verifier_pb2_grpc.VerifierServiceServicer):
         tokenizer: TokenizerFiles,
         redis: GuardedRedis,
         instance_id: str,
+        thread: ThreadPoolExecutor,
     ) -> None:
         self._settings = settings
         self._engine = engine
@@ -58,8 +61,8 @@ class Verifier(verifier_pb2_grpc.VerifierServiceServicer):
             engine.info.vocab_size,
             self.metrics,
         )
-        curve = measure_curve(engine, settings.max_rows)
-        self.steps = StepLoop(engine, settings, self.speculation, curve, self.metrics)
+        curve = thread.submit(measure_curve, engine, settings.max_rows).result()
+        self.steps = StepLoop(engine, thread, settings, self.speculation, curve, self.metrics)
         admission = Admission(engine, self.steps, tokenizer.decoder())
         self._routers = Acceptor(SERVE, self._hello, self._heartbeat, admission)
         registry = Registry(redis, Role.SPECULATOR, settings.speculators)
@@ -143,7 +146,7 @@ class Verifier(verifier_pb2_grpc.VerifierServiceServicer):
         self, request: pb.GetLoadRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> pb.GetLoadResponse:
         """What the verifier is doing now."""
-        curve = self.steps.curve.by_rows()
+        curve = self.steps.curve.measured
         return pb.GetLoadResponse(
             identity=codec.encode_hello(self._hello()),
             load=codec.encode_heartbeat(self._heartbeat()),
@@ -161,9 +164,9 @@ async def serve(settings: VerifierSettings) -> None:
         SettingsError: an address cannot be bound.
     """
     instance_id = begin(settings, Role.VERIFIER)
-    model_dir, engine = load_engine(settings)
+    thread, (model_dir, engine) = load_on_thread(lambda: load_engine(settings))
     redis = GuardedRedis(settings.redis_url)
-    verifier = Verifier(settings, engine, read_tokenizer(model_dir), redis, instance_id)
+    verifier = Verifier(settings, engine, read_tokenizer(model_dir), redis, instance_id, thread)
     server = Server()
     server.add(
         verifier_pb2_grpc.add_VerifierServiceServicer_to_server,

@@ -24,6 +24,11 @@ class VerifierSettings(ServiceSettings):
 
     speculators: Addresses = Field((), description="addresses of speculators, or dns:///name:port")
     speculators_per_session: int = Field(2, ge=0, le=4, description="how many draft one session")
+    planner: Literal["goodput", "full"] = Field(
+        "goodput",
+        description="goodput: wait for trees and verify their nodes while that pays in tokens per "
+        "second; full: always, which saves most passes of the LLM",
+    )
     shares_cores: bool = Field(
         True, description="drafting and verifying take turns on the same cores"
     )

@@ -36,6 +36,7 @@ SpeculatorLink = Link[VerifierFrame, SpeculatorFrame]
 _PROPOSERS_PER_SPECULATOR = 8
 _HALF_LIFE_STEPS = 16
 _DECAY = 0.5 ** (1 / _HALF_LIFE_STEPS)
+_MEMORY = 0.998  # per child; a step tries several at each node that it visits
 
 log = structlog.get_logger()
 
@@ -68,12 +69,12 @@ class Pace:
 class Calibration:
     """Predicted against observed acceptance, forgetting slowly; a boastful draft gains nothing."""
 
-    predicted: float = 1.0
-    accepted: float = 1.0
+    predicted: float = 8.0
+    accepted: float = 8.0
 
     def saw(self, confidence: float, accepted: bool) -> None:
-        self.predicted = _DECAY * self.predicted + confidence
-        self.accepted = _DECAY * self.accepted + accepted
+        self.predicted = _MEMORY * self.predicted + confidence
+        self.accepted = _MEMORY * self.accepted + accepted
 
     def apply(self, confidence: float) -> float:
         return min(1.0, max(1e-3, confidence * self.accepted / self.predicted))

@@ -20,6 +20,7 @@ from treecast.errors import DeadlineExceeded, Overloaded, TreecastError
 from treecast.sampling.replay import Walk, walk
 from treecast.sampling.stops import FinishReason, Stop
 from treecast.wire.frames import Completed, Failed, Heartbeat, Progress, SessionKey
+from treecast.wire.link import SILENCE_S
 
 from .metrics import VerifierMetrics
 from .pace import StepCurve, worth_waiting
@@ -45,12 +46,14 @@ class StepLoop:
     def __init__(
         self,
         engine: Engine,
+        thread: ThreadPoolExecutor,
         settings: VerifierSettings,
         speculation: Speculation,
         curve: StepCurve,
         metrics: VerifierMetrics,
     ) -> None:
         self._engine = engine
+        self._thread = thread
         self._settings = settings
         self._speculation = speculation
         self._metrics = metrics
@@ -61,7 +64,6 @@ class StepLoop:
         self._forgotten: list[SessionKey] = []
         self._wake = asyncio.Event()
         self._rest = asyncio.Event()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
         self._steps = 0
         self._step_began: float | None = None
         self._predicted_s = 0.0
@@ -163,7 +165,7 @@ class StepLoop:
         made to wait for them.
         """
         began = time.monotonic()
-        patience_s = cap_s = self.curve(len(self._running))
+        patience_s = cap_s = self._longest_wait_s()
         while not self._waiting and self._worth_waiting(cap_s, cap_s - patience_s):
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), timeout=patience_s)
@@ -173,6 +175,9 @@ class StepLoop:
                 self._speculation.waited_in_vain(self._running, cap_s)
                 return
 
+    def _longest_wait_s(self) -> float:
+        return SILENCE_S if self._settings.planner == "full" else self.curve(len(self._running))
+
     def _worth_waiting(self, cap_s: float, waited_s: float) -> bool:
         """Whether the trees owed are expected to add more tokens than the wait costs.
 
@@ -181,6 +186,8 @@ class StepLoop:
         owed = self._speculation.owed(self._running)
         if not owed or any(request.cancelled for request in self._running):
             return False
+        if self._settings.planner == "full":
+            return True
         gain = sum(item.gain_tokens for item in owed)
         left_s = max(item.latency_s for item in owed) - waited_s
         probing = self._steps % _PROBE_EVERY == 0
@@ -194,7 +201,8 @@ class StepLoop:
         self._reap()
         self._admit()
         trees = [self._speculation.tree(request) for request in self._running]
-        batch = plan(self._running, trees, self.curve, self._settings.max_rows)
+        step_s = _every_row_is_free if self._settings.planner == "full" else self.curve
+        batch = plan(self._running, trees, step_s, self._settings.max_rows)
         self._observe()
         return batch
 
@@ -338,6 +346,11 @@ class StepLoop:
     def close(self) -> None:
         """Stop the engine's thread once its work is done. Blocks."""
         self._thread.shutdown(wait=True)
+
+
+def _every_row_is_free(rows: int) -> float:
+    """The cost model of the planner `full`."""
+    return 1.0
 
 
 def _walk_one(work: Work, rows: LogitRows) -> Walk | TreecastError | None:

@@ -59,7 +59,7 @@ class ServiceSettings(BaseSettings):
         try:
             body = {"model_config": config, "__doc__": cls.__doc__}
             reader: type[Self] = type(cls.__name__, (cls,), body)
-            return reader(_cli_parse_args=list(argv))
+            return reader(_cli_parse_args=list(argv))  # type: ignore[call-arg]
         except ValidationError as error:
             raise SettingsError(_first_fault(error)) from error
         except ParserError as error:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import Any
 from urllib.request import urlopen
@@ -126,7 +127,9 @@ def value(registry: CollectorRegistry, name: str, **labels: str) -> float:
 async def speculator_rig(engine: ToyEngine | None = None, **fields: Any) -> AsyncIterator[Rig]:
     engine = engine or ToyEngine()
     settings = SpeculatorSettings(engine="toy", **({"growth": "<2,1>"} | fields))
-    speculator = Speculator(settings, engine if "ssm" in settings.drafters else None, "spec-1")
+    speculator = Speculator(
+        settings, engine if "ssm" in settings.drafters else None, "spec-1", ThreadPoolExecutor(1)
+    )
     server = Server()
     server.add(
         speculator_pb2_grpc.add_SpeculatorServiceServicer_to_server,
@@ -491,7 +494,7 @@ def test_torch_stays_unloaded_when_only_lookup_drafts() -> None:
     code = (
         "import sys; from treecast.services.speculator.server import Speculator; "
         "from treecast.services.speculator.settings import SpeculatorSettings; "
-        "Speculator(SpeculatorSettings(drafters='ngram'), None, 'x'); "
+        "Speculator(SpeculatorSettings(drafters='ngram'), None, 'x', None); "
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -134,7 +135,6 @@ class RouterEnd:
         outcome.changed.set()
 
 
-
 class ScriptedSpeculator(speculator_pb2_grpc.SpeculatorServiceServicer):
     """A speculator that answers each frame with what `script` returns. May be hostile."""
 
@@ -214,7 +214,7 @@ async def verifier_rig(engine: ToyEngine | None = None, **settings: Any) -> Asyn
     engine = engine or ToyEngine(vocab_size=VOCAB)
     configured = VerifierSettings(engine="toy", **settings)
     verifier = Verifier(
-        configured, engine, TokenizerFiles(), GuardedRedis(None), "verifier-under-test"
+        configured, engine, TokenizerFiles(), GuardedRedis(None), "test", ThreadPoolExecutor(1)
     )
     server = Server()
     server.add(

@@ -7,20 +7,30 @@ import pytest
 from treecast.services.verifier.pace import StepCurve, worth_waiting
 
 
-def test_curve_is_linear_between_points_and_never_falls() -> None:
-    curve = StepCurve({1: 0.010, 4: 0.016, 8: 0.014})
-    assert curve(1) == pytest.approx(0.010)
-    assert curve(2) == pytest.approx(0.012)
-    assert curve(8) == pytest.approx(0.016)
-    assert curve(100) == pytest.approx(0.016)
+def test_curve_is_the_line_through_what_was_measured() -> None:
+    curve = StepCurve({1: 0.011, 5: 0.015, 21: 0.031})
+    assert curve(1) == pytest.approx(0.011)
+    assert curve(11) == pytest.approx(0.021)
 
 
-def test_curve_follows_what_is_seen() -> None:
-    curve = StepCurve({1: 0.010, 8: 0.020})
-    for _ in range(200):
-        curve.saw(8, 0.040)
-    assert curve(8) == pytest.approx(0.040, rel=0.01)
-    assert curve(1) == pytest.approx(0.010)
+def test_curve_never_falls_when_measurements_do() -> None:
+    curve = StepCurve({1: 0.020, 8: 0.010})
+    assert curve(8) >= curve(1) > 0
+
+
+def test_curve_follows_the_machine_when_it_slows_down() -> None:
+    curve = StepCurve({1: 0.010, 11: 0.020})
+    for _ in range(1000):
+        curve.saw(1, 0.020)
+        curve.saw(11, 0.040)
+    assert curve(1) == pytest.approx(0.020, rel=0.02)
+    assert curve(11) == pytest.approx(0.040, rel=0.02)
+
+
+def test_curve_ignores_a_step_that_was_disturbed() -> None:
+    curve = StepCurve({1: 0.010, 11: 0.020})
+    curve.saw(11, 5.0)
+    assert curve(11) == pytest.approx(0.020)
 
 
 def test_waiting_pays_while_it_gains_more_than_it_costs() -> None:
