@@ -7,6 +7,7 @@ from pathlib import Path
 import structlog
 
 from treecast.engine.base import Engine
+from treecast.engine.exactness import differing_rows
 from treecast.engine.toy import ToyEngine
 
 from .settings import VerifierSettings
@@ -36,7 +37,16 @@ def load_engine(settings: VerifierSettings) -> tuple[Path | None, Engine]:
         threads=settings.torch_threads,
     )
     log.info("model.loaded", revision=engine.info.revision, fingerprint=engine.info.fingerprint)
+    if settings.numerics == "exact":
+        _check_exactness(engine)
     return folder, engine
+
+
+def _check_exactness(engine: Engine) -> None:
+    """Warn where this machine breaks the promise: texts may then differ in near-ties."""
+    differing = differing_rows(engine)
+    if differing:
+        log.warning("numerics.not_exact", differing_rows=differing)
 
 
 def read_tokenizer(model_dir: Path | None) -> TokenizerFiles:
