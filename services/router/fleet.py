@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, TypeVar
 
 import grpc
 
-from treecast.errors import DuplicateRequest
 from treecast.sampling.params import Law
 from treecast.v1.verifier_pb2_grpc import VerifierServiceStub
 from treecast.wire.channel import open_channel
@@ -19,12 +18,12 @@ from treecast.wire.frames import (
     Heartbeat,
     Hello,
     Role,
-    RouterFrame,
     ServingFrame,
     SessionKey,
 )
-from treecast.wire.pair import SERVE, Dialer
+from treecast.wire.pair import SERVE
 from treecast.wire.registry import Entry
+from treecast.wire.streams import Streams
 
 from .placement import Candidate, Placement
 from .seat import Lost, Seat, VerifierLink
@@ -39,12 +38,11 @@ MAX_ANSWER_BYTES = 64 * 1024 * 1024
 
 
 class Verifier:
-    """One address that is dialed, and the requests that sit on its stream."""
+    """One address that is dialed: its stream while open, and the requests that sit on it."""
 
-    def __init__(self, address: str, dialer: Dialer[RouterFrame, ServingFrame]) -> None:
+    def __init__(self, address: str, link: VerifierLink | None = None) -> None:
         self.address = address
-        self.dialer = dialer
-        self.link: VerifierLink | None = None
+        self.link = link
         self.seats: dict[int, Seat] = {}
         self.seated_at_beat = 0
         self._channel: grpc.aio.Channel | None = None
@@ -66,7 +64,6 @@ class Verifier:
         )
 
     async def close(self) -> None:
-        await self.dialer.close()
         if self._channel is not None:
             await self._channel.close()
 
@@ -75,10 +72,9 @@ class Fleet:
     """Dials what the registry lists and hands out seats. A `PairHandler`; event loop only."""
 
     def __init__(self, instance_id: str) -> None:
-        self._hello = Hello(instance_id, Role.ROUTER, laws=tuple(Law))
-        self._verifiers: dict[str, Verifier] = {}
-        self._listed: frozenset[str] = frozenset()
-        self._aliases: dict[str, str] = {}  # address -> instance that we know by another one
+        hello = Hello(instance_id, Role.ROUTER, laws=tuple(Law))
+        self._streams = Streams(SERVE, lambda: hello, Heartbeat, self)
+        self._open: dict[str, Verifier] = {}
         self._handles = itertools.count(1)
         self._closing: set[asyncio.Task[None]] = set()
         self._watchers: list[Callable[[], None]] = []
@@ -88,7 +84,8 @@ class Fleet:
     @property
     def verifiers(self) -> list[Verifier]:
         """All that are dialed, by address."""
-        return [self._verifiers[address] for address in sorted(self._verifiers)]
+        addresses = [dialer.address for dialer in self._streams.dialers]
+        return [self._open.get(address) or Verifier(address) for address in addresses]
 
     def watch(self, watcher: Callable[[], None]) -> None:
         """Call back whenever a stream opens or closes, a heartbeat comes or a seat gets free."""
@@ -105,7 +102,7 @@ class Fleet:
 
     def by_instance(self, instance_id: str) -> Verifier | None:
         """The verifier's process, if its stream is open."""
-        for verifier in self._verifiers.values():
+        for verifier in self._open.values():
             candidate = verifier.candidate
             if candidate is not None and candidate.instance_id == instance_id:
                 return verifier
@@ -125,29 +122,12 @@ class Fleet:
     # --- who is dialed ------------------------------------------------------------------------
 
     def follow(self, entries: tuple[Entry, ...]) -> None:
-        """Dial new addresses; give up those that are neither listed any more nor answer."""
-        self._listed = frozenset(entry.address for entry in entries)
-        for address in self._listed - self._verifiers.keys() - self._aliases.keys():
-            self._dial(address)
-        for verifier in self.verifiers:
-            if verifier.candidate is None and verifier.address not in self._listed:
-                self._drop(verifier)
+        """Dial what the registry lists."""
+        self._streams.follow(entries)
 
     async def close(self) -> None:
-        for verifier in self.verifiers:
-            self._drop(verifier)
+        await self._streams.close()
         await asyncio.gather(*self._closing)
-
-    def _dial(self, address: str) -> None:
-        dialer = Dialer(address, SERVE, lambda: self._hello, Heartbeat, self)
-        self._verifiers[address] = Verifier(address, dialer)
-        dialer.start()
-
-    def _drop(self, verifier: Verifier) -> None:
-        del self._verifiers[verifier.address]
-        task = asyncio.create_task(verifier.close())
-        self._closing.add(task)
-        task.add_done_callback(self._closing.discard)
 
     def forget(self, instance_id: str, session: SessionKey) -> None:
         """Have a verifier free what it retains of a session; nothing to do if it is gone."""
@@ -179,12 +159,7 @@ class Fleet:
     # --- PairHandler --------------------------------------------------------------------------
 
     def opened(self, link: VerifierLink) -> None:
-        verifier = self._verifiers.get(link.address)
-        if verifier is None:
-            link.close("no longer wanted")
-            return
-        verifier.link = link
-        verifier.seated_at_beat = 0
+        self._open[link.address] = Verifier(link.address, link)
         self.models_seen.add(link.peer.model)
         self._notify()
 
@@ -200,41 +175,19 @@ class Fleet:
             seat.fail(error.cause)
 
     def beat(self, link: VerifierLink, heartbeat: Heartbeat) -> None:
-        verifier = self._verifiers.get(link.address)
-        if verifier is not None:
-            verifier.seated_at_beat = len(verifier.seats)
-            self._notify()
+        verifier = self._open[link.address]
+        verifier.seated_at_beat = len(verifier.seats)
+        self._notify()
 
     def closed(self, link: VerifierLink) -> None:
-        verifier = self._verifiers.get(link.address)
-        if verifier is None or verifier.link is not link:
-            return
-        verifier.link = None
+        verifier = self._open.pop(link.address)
         seats, verifier.seats = list(verifier.seats.values()), {}
         for seat in seats:
             seat.put(Lost(link.why_closed))
-        self._redial(verifier, link)
+        task = asyncio.create_task(verifier.close())
+        self._closing.add(task)
+        task.add_done_callback(self._closing.discard)
         self._notify()
 
-    def _redial(self, verifier: Verifier, link: VerifierLink) -> None:
-        """Leave the dialer to it, unless the address is no longer wanted.
-
-        A verifier keeps one stream per router. So two addresses of one verifier would take its
-        stream from each other for ever: the one that lost it waits until that process is gone.
-        """
-        instance = link.peer.instance_id
-        if isinstance(link.error, DuplicateRequest):
-            self._aliases[verifier.address] = instance
-            self._drop(verifier)
-            return
-        if verifier.address not in self._listed:
-            self._drop(verifier)
-        freed = {address for address, of in self._aliases.items() if of == instance}
-        for address in freed:
-            del self._aliases[address]
-        for address in freed & self._listed:
-            self._dial(address)
-
     def _find(self, link: VerifierLink, handle: int) -> Seat | None:
-        verifier = self._verifiers.get(link.address)
-        return verifier.seats.get(handle) if verifier else None
+        return self._open[link.address].seats.get(handle)

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import os
-import signal
 from collections.abc import Callable
 from typing import Self
 
@@ -15,7 +12,7 @@ from treecast.telemetry.metrics import serve_metrics
 from treecast.v1 import router_pb2_grpc
 from treecast.wire.frames import Role
 from treecast.wire.guarded_redis import GuardedRedis
-from treecast.wire.lifecycle import begin
+from treecast.wire.lifecycle import announce, begin, stop_signal
 from treecast.wire.registry import Registration, Registry
 from treecast.wire.server import Server
 
@@ -134,26 +131,12 @@ async def serve(settings: RouterSettings) -> None:
     Raises:
         SettingsError: a value is malformed, or an address cannot be bound.
     """
-    stopped = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stopped.set)
+    stopped = stop_signal()
     async with Router(settings, begin(settings, Role.ROUTER)) as router:
         log.info("service.started", address=router.address, metrics=router.metrics_address)
         if settings.announce:
-            announce(router)
+            announce(Role.ROUTER, router.address, router.metrics_address, router.instance_id)
         await stopped.wait()
         log.info("service.draining")
         await router.drain()
     log.info("service.stopped")
-
-
-def announce(router: Router) -> None:
-    """One line of JSON on stdout, for whoever started this process."""
-    line = {
-        "role": "router",
-        "address": router.address,
-        "metrics": router.metrics_address,
-        "instance_id": router.instance_id,
-        "pid": os.getpid(),
-    }
-    print(json.dumps(line), flush=True)  # noqa: T201

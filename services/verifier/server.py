@@ -17,13 +17,13 @@ from treecast.errors import NotServed
 from treecast.v1 import verifier_pb2 as pb
 from treecast.v1 import verifier_pb2_grpc
 from treecast.wire import codec
-from treecast.wire.fleet import Fleet
 from treecast.wire.frames import Heartbeat, Hello, Role
 from treecast.wire.guarded_redis import GuardedRedis
 from treecast.wire.lifecycle import begin, serve_until_stopped
 from treecast.wire.pair import SERVE, SPECULATE, Acceptor
 from treecast.wire.registry import Registry
 from treecast.wire.server import Server
+from treecast.wire.streams import Streams
 
 from .admission import Admission
 from .loading import load_engine, read_tokenizer
@@ -65,10 +65,8 @@ class Verifier(verifier_pb2_grpc.VerifierServiceServicer):
         self.steps = StepLoop(engine, thread, settings, self.speculation, curve, self.metrics)
         admission = Admission(engine, self.steps, tokenizer.decoder())
         self._routers = Acceptor(SERVE, self._hello, self._heartbeat, admission)
-        registry = Registry(redis, Role.SPECULATOR, settings.speculators)
-        self._speculators = Fleet(
-            registry, SPECULATE, self._hello, self._heartbeat, self.speculation
-        )
+        self._registry = Registry(redis, Role.SPECULATOR, settings.speculators)
+        self._speculators = Streams(SPECULATE, self._hello, self._heartbeat, self.speculation)
         self._stepping: asyncio.Task[None] | None = None
 
     # --- life-cycle -----------------------------------------------------------------------------
@@ -77,7 +75,7 @@ class Verifier(verifier_pb2_grpc.VerifierServiceServicer):
         """Begin stepping and dialing speculators."""
         self._stepping = asyncio.create_task(self.steps.run())
         if self._settings.speculators_per_session:
-            await self._speculators.start()
+            await self._registry.start(self._speculators.follow)
 
     async def drain(self) -> None:
         """Take nothing new, let what runs finish, then close the streams."""
@@ -90,6 +88,7 @@ class Verifier(verifier_pb2_grpc.VerifierServiceServicer):
     async def close(self) -> None:
         """Stop at once; routers re-place what was running."""
         self._routers.close("the verifier is stopping")
+        await self._registry.close()
         await self._speculators.close()
         if self._stepping is not None:
             self._stepping.cancel()

@@ -73,7 +73,13 @@ def _first_fault(error: ValidationError) -> str:
     return f"{flag} is {fault['input']!r}: {fault['msg']}"
 
 
-def unknown_variables(known: Sequence[type[ServiceSettings]]) -> list[str]:
-    """Environment variables with our prefix that no service reads: typing errors, usually."""
-    names = {f"{ENV_PREFIX}{field}".upper() for cls in known for field in cls.model_fields}
-    return sorted(name for name in os.environ if name.startswith(ENV_PREFIX) and name not in names)
+_NOT_SETTINGS = {"TREECAST_HOME", "TREECAST_ROUTER"}
+
+
+def unknown_variables(settings: type[ServiceSettings]) -> list[str]:
+    """Environment variables with our prefix that a service does not read: typing errors, maybe.
+
+    Reported, not refused: several roles may share one environment.
+    """
+    known = {f"{ENV_PREFIX}{field}".upper() for field in settings.model_fields} | _NOT_SETTINGS
+    return sorted(name for name in os.environ if name.startswith(ENV_PREFIX) and name not in known)

@@ -29,6 +29,8 @@ def begin(settings: ServiceSettings, role: Role) -> str:
     name = role.name.lower()
     instance_id = f"{name}-{os.getpid()}-{secrets.token_hex(4)}"
     configure_logs(name, instance_id, settings.log_level, settings.log_json)
+    if unknown := unknown_variables(type(settings)):
+        log.warning("settings.unknown_variables", names=unknown)
     return instance_id
 
 
@@ -47,7 +49,7 @@ async def serve_until_stopped(
     Raises:
         SettingsError: an address cannot be bound.
     """
-    stopped = _on_signal()
+    stopped = stop_signal()
     address = await server.listen(settings.listen)
     advertised = settings.advertise or address
     metrics_address, stop_metrics = _serve_metrics(settings, metrics)
@@ -57,7 +59,7 @@ async def serve_until_stopped(
             await server.set_ready()
             log.info("service.ready", address=address, advertised=advertised)
             if settings.announce:
-                _announce(role, advertised, metrics_address, instance_id)
+                announce(role, advertised, metrics_address, instance_id)
             await stopped.wait()
             await server.set_not_ready()
         log.info("service.draining")
@@ -69,7 +71,8 @@ async def serve_until_stopped(
         log.info("service.stopped")
 
 
-def _on_signal() -> asyncio.Event:
+def stop_signal() -> asyncio.Event:
+    """Set at SIGTERM or SIGINT, from now on, on the running event loop."""
     stopped = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopped.set)
@@ -84,7 +87,8 @@ def _serve_metrics(
     return serve_metrics(metrics, settings.metrics_listen)
 
 
-def _announce(role: Role, address: str, metrics_address: str, instance_id: str) -> None:
+def announce(role: Role, address: str, metrics_address: str, instance_id: str) -> None:
+    """One line of JSON on stdout, for whoever started this process."""
     line = {
         "role": role.name.lower(),
         "address": address,
@@ -93,9 +97,3 @@ def _announce(role: Role, address: str, metrics_address: str, instance_id: str) 
         "pid": os.getpid(),
     }
     print(json.dumps(line), file=sys.stdout, flush=True)  # noqa: T201
-
-
-def warn_of_unknown_variables(*known: type[ServiceSettings]) -> None:
-    """Log environment variables of ours that no service reads."""
-    for name in unknown_variables(known):
-        log.warning("settings.unknown_variable", name=name)

@@ -1,4 +1,4 @@
-"""Streams to every process of a role that the registry knows."""
+"""Streams to every process of a role: the dialing side of a registry."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from treecast.wire.frames import BadFrame, Heartbeat, Hello
 from treecast.wire.hop import Hop
 from treecast.wire.link import Link, PairHandler
 from treecast.wire.pair import Dialer
-from treecast.wire.registry import Entry, Registry
+from treecast.wire.registry import Entry
 
 Out = TypeVar("Out")
 In = TypeVar("In")
 
 
-class Fleet(Generic[Out, In]):
-    """One dialer per address, from `start` to `close`; events go through to the handler.
+class Streams(Generic[Out, In]):
+    """One dialer per address that `follow` was told of; events go through to the handler.
 
     An entry that vanishes does not end a stream that lives, since the registry says where to dial,
     never who is healthy: its dialer goes once the stream is down.
@@ -29,13 +29,11 @@ class Fleet(Generic[Out, In]):
 
     def __init__(
         self,
-        registry: Registry,
         hop: Hop[Out, In],
         hello: Callable[[], Hello],
         heartbeat: Callable[[], Heartbeat],
         handler: PairHandler[Out, In],
     ) -> None:
-        self._registry = registry
         self._hop = hop
         self._hello = hello
         self._heartbeat = heartbeat
@@ -50,18 +48,8 @@ class Fleet(Generic[Out, In]):
         """In order of address."""
         return [self._dialers[address] for address in sorted(self._dialers)]
 
-    @property
-    def redis_ok(self) -> bool:
-        """False while Redis does not answer, and when none was given."""
-        return self._registry.redis_ok
-
-    async def start(self) -> None:
-        """Look once and dial what is there; then follow the registry."""
-        await self._registry.start(self.follow)
-
     async def close(self) -> None:
-        """Stop looking and close all streams. Safe to repeat."""
-        await self._registry.close()
+        """Close all streams. Safe to repeat."""
         for address in list(self._dialers):
             self._drop(address)
         await asyncio.gather(*self._closing)
@@ -101,7 +89,11 @@ class Fleet(Generic[Out, In]):
         self._handler.beat(link, heartbeat)
 
     def closed(self, link: Link[Out, In]) -> None:
+        self._redial(link)
         self._handler.closed(link)
+
+    def _redial(self, link: Link[Out, In]) -> None:
+        """Leave that to the dialer, unless the address is not wanted any more."""
         if link.address not in self._dialers:
             return
         if isinstance(link.error, DuplicateRequest):
