@@ -363,11 +363,10 @@ MACHINE_SETTINGS = settings(
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow],
 )
-PoolMachine.TestCase.settings = MACHINE_SETTINGS
 
 
-class TestPoolMachine(PoolMachine.TestCase):  # type: ignore[name-defined,misc]
-    """The pool agrees with the model after any order of calls."""
+def test_the_pool_agrees_with_the_model_when_calls_come_in_any_order() -> None:
+    run_state_machine_as_test(PoolMachine, settings=MACHINE_SETTINGS)
 
 
 class WrongBranchPool(KVPool):
