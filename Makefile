@@ -5,7 +5,7 @@ STAMP   := $(VENV)/.installed
 PYTHON  ?= python3
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up bench test check lint format protos release-protos chart gpu clean
+.PHONY: help setup demo up bench test check lint format protos release-protos gpu clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1|\2/' | \
@@ -28,10 +28,10 @@ up: setup  ## Run the whole mesh on this machine until Ctrl-C
 bench: setup  ## Side by side with transformers, plain and speculative
 	$(VENV)/bin/treecast bench
 
-test: setup  ## One case of each, at most 10 minutes on 2 cores
+test: setup  ## All but the slow tests, at most 10 minutes on 2 cores
 	$(PY) -m pytest -m 'not slow and not gpu'
 
-check: setup lint  ## Everything
+check: setup lint  ## Everything that needs no accelerator
 	$(PY) -m pytest -m 'not gpu'
 
 lint: setup  ## Style, types, import floors, wire compatibility

@@ -76,6 +76,12 @@ class VerifierMetrics:
             "Tree nodes accepted.",
             registry=registry,
         )
+        self.accepted_by_proposer = Counter(
+            "treecast_verifier_accepted_by_proposer_total",
+            "Tree nodes accepted, by the drafters that proposed them; a node counts for each.",
+            ["proposer"],
+            registry=registry,
+        )
         self.offered_depth = Counter(
             "treecast_verifier_offered_by_depth_total",
             "Verified trees that reached this depth; the last label holds all deeper ones.",
@@ -90,7 +96,7 @@ class VerifierMetrics:
         )
         self.run_ahead_hits = Counter(
             "treecast_verifier_run_ahead_hits_total",
-            "Trees grown from an older commit that still held the committed text.",
+            "Trees grown from an older commit that were of use after re-rooting.",
             registry=registry,
         )
         self.stale_frames = Counter(

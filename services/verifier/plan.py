@@ -74,7 +74,8 @@ def plan(
     planned = [(r, tree) for r, tree in zip(requests, trees, strict=True) if id(r) in counts]
     sampling = [tree if counts[id(r)] == len(r.pending) else TokenTree() for r, tree in planned]
     base_rows = sum(counts.values())
-    chosen = choose_nodes(sampling, base_rows, step_s, max_rows - base_rows)
+    num_sampling = sum(counts[id(r)] == len(r.pending) for r, _ in planned)
+    chosen = choose_nodes(sampling, num_sampling, base_rows, step_s, max_rows - base_rows)
     return [
         Work(request, counts[id(request)], tree)
         for (request, _), tree in zip(planned, chosen, strict=True)
@@ -93,6 +94,7 @@ def _prefill_chunks(requests: Sequence[Request], budget: int) -> dict[int, int]:
 
 def choose_nodes(
     trees: Sequence[TokenTree],
+    base_tokens: int,
     base_rows: int,
     step_s: Callable[[int], float],
     budget: int,
@@ -101,6 +103,11 @@ def choose_nodes(
 
     Nodes go by the probability that they are accepted, the product of confidences along their
     path; a node is looked at only after its parent was taken.
+
+    Args:
+        base_tokens: tokens that the step yields without any node.
+        base_rows: rows that it has without any.
+
     Source: the goodput rule of SmartSpec (arXiv 2406.14066), applied to trees.
     """
     paths = [tree.path_confidence() for tree in trees]
@@ -110,7 +117,7 @@ def choose_nodes(
     ]
     heapq.heapify(heap)
     taken: list[list[int]] = [[] for _ in trees]
-    expected, rows, now_s = float(len(trees)), base_rows, step_s(base_rows)
+    expected, rows, now_s = float(base_tokens), base_rows, step_s(base_rows)
     while heap and rows - base_rows < budget:
         negative, t, node = heapq.heappop(heap)
         next_s = step_s(rows + 1)

@@ -56,19 +56,19 @@ class Request:
         return self.sequence is not None and self.sequence.length == len(self.tokens) - 1
 
     @property
-    def output(self) -> list[int]:
-        return self.tokens[self.prompt_len :]
+    def num_output(self) -> int:
+        return len(self.tokens) - self.prompt_len
 
     @property
     def tokens_left(self) -> int:
-        return self.start.sampling.max_tokens - (len(self.tokens) - self.prompt_len)
+        return self.start.sampling.max_tokens - self.num_output
 
     @property
     def expired(self) -> bool:
         return self.deadline is not None and time.monotonic() >= self.deadline
 
     def usage(self) -> Usage:
-        return self.tally.usage(self.prompt_len, self.cached_tokens, len(self.output))
+        return self.tally.usage(self.prompt_len, self.cached_tokens, self.num_output)
 
 
 @dataclass(slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -13,7 +14,7 @@ import structlog
 
 from treecast.engine.base import Engine
 from treecast.engine.openmp import load_on_thread
-from treecast.errors import NotServed
+from treecast.errors import NotServed, Unavailable
 from treecast.v1 import verifier_pb2 as pb
 from treecast.v1 import verifier_pb2_grpc
 from treecast.wire import codec
@@ -74,6 +75,7 @@ class Verifier(verifier_pb2_grpc.VerifierServiceServicer):
     async def start(self) -> None:
         """Begin stepping and dialing speculators."""
         self._stepping = asyncio.create_task(self.steps.run())
+        self._stepping.add_done_callback(_stop_if_broken)
         if self._settings.speculators_per_session:
             await self._registry.start(self._speculators.follow)
 
@@ -102,15 +104,17 @@ class Verifier(verifier_pb2_grpc.VerifierServiceServicer):
             role=Role.VERIFIER,
             vocab_size=info.vocab_size,
             tokenizer_hash=info.tokenizer_hash,
-            capacity=self._settings.max_running + self._settings.max_waiting,
+            capacity=self._settings.max_running,
             model=info.name,
             model_revision=info.revision,
             fingerprint=info.fingerprint,
             context_tokens=info.context_tokens,
-            shares_cores=self._settings.shares_cores,
         )
 
     def _heartbeat(self) -> Heartbeat:
+        """Raises Unavailable, which ends the stream: a verifier that cannot step must not beat."""
+        if self._stepping is not None and self._stepping.done():
+            raise Unavailable("the verifier's step loop has ended")
         return self.steps.heartbeat(self._draining)
 
     # --- RPCs -----------------------------------------------------------------------------------
@@ -155,6 +159,13 @@ class Verifier(verifier_pb2_grpc.VerifierServiceServicer):
         )
 
 
+def _stop_if_broken(stepping: asyncio.Task[None]) -> None:
+    """Without its step loop a verifier is of no use: end the process, so that it is restarted."""
+    if not stepping.cancelled():
+        log.critical("steps.broken", exc_info=stepping.exception())
+        signal.raise_signal(signal.SIGTERM)
+
+
 async def serve(settings: VerifierSettings) -> None:
     """Load the model, measure the step, serve until a signal.
 
@@ -172,14 +183,17 @@ async def serve(settings: VerifierSettings) -> None:
         verifier,
         "treecast.v1.VerifierService",
     )
-    await verifier.start()
-    await serve_until_stopped(
-        settings,
-        Role.VERIFIER,
-        instance_id,
-        server,
-        redis,
-        verifier.metrics.registry,
-        verifier.drain,
-        engine.info.name,
-    )
+    try:
+        await verifier.start()
+        await serve_until_stopped(
+            settings,
+            Role.VERIFIER,
+            instance_id,
+            server,
+            redis,
+            verifier.metrics.registry,
+            verifier.drain,
+            engine.info.name,
+        )
+    finally:
+        await verifier.close()

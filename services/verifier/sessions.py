@@ -70,6 +70,7 @@ class SessionStore:
         best, shared = _longest_shared(request, siblings)
         if best is not None and not best.decoding and shared > _length(best):
             return False
+        self._require(request, capacity)
         retained = self._take(request.start.session)
         kept = 0 if retained is None else _common(retained.tokens, request.tokens[:-1])
         if best is not None and min(shared, _length(best)) > kept:
@@ -140,6 +141,19 @@ class SessionStore:
             self._engine.free(sequence)
             raise
         return sequence
+
+    def _require(self, request: Request, capacity: int) -> None:
+        """Evict nobody for a request that cannot be helped that way.
+
+        Raises:
+            Overloaded: not even with every idle session evicted.
+        """
+        usage = self._engine.usage
+        idle = sum(-(-kept.sequence.length // usage.page_tokens) for kept in self._idle.values())
+        needed = -(-capacity // usage.page_tokens)
+        shareable = len(request.tokens) // usage.page_tokens
+        if needed - shareable > usage.free + idle:
+            raise Overloaded(f"{needed} KV pages are needed; {usage.free + idle} can be had")
 
     def _with_eviction(self, reserve: Callable[[], T]) -> T:
         while True:

@@ -29,10 +29,6 @@ class VerifierSettings(ServiceSettings):
         description="goodput: wait for trees and verify their nodes while that pays in tokens per "
         "second; full: always, which saves most passes of the LLM",
     )
-    shares_cores: bool = Field(
-        True, description="drafting and verifying take turns on the same cores"
-    )
-
     max_running: int = Field(32, ge=1, description="requests in one step at most")
     max_waiting: int = Field(256, ge=0, description="requests waiting for KV pages at most")
     max_nodes: int = Field(24, ge=0, le=256, description="tree nodes of one request in one step")

@@ -14,6 +14,7 @@ import structlog
 
 from treecast.errors import InvalidTree
 from treecast.tree import MAX_DEPTH, ROOT, TokenTree, merge
+from treecast.wire.codec.bounds import MAX_PROPOSERS
 from treecast.wire.frames import (
     Attach,
     BadFrame,
@@ -33,7 +34,6 @@ from .requests import Request
 
 SpeculatorLink = Link[VerifierFrame, SpeculatorFrame]
 
-_PROPOSERS_PER_SPECULATOR = 8
 _HALF_LIFE_STEPS = 16
 _DECAY = 0.5 ** (1 / _HALF_LIFE_STEPS)
 _MEMORY = 0.998  # per child; a step tries several at each node that it visits
@@ -87,6 +87,12 @@ class Speculator:
     link: SpeculatorLink
     pace: Pace = field(default_factory=Pace)
     sessions: set[int] = field(default_factory=set)
+    refused: set[int] = field(default_factory=set)
+
+    @property
+    def has_room(self) -> bool:
+        """Whether another session may be attached, as far as is known here."""
+        return self.link.alive and not self.link.last_heartbeat.draining and self.free_capacity > 0
 
     @property
     def free_capacity(self) -> int:
@@ -98,7 +104,7 @@ class Attachment:
     """One speculator's work for one request.
 
     Attributes:
-        shift: first bit of its proposers in the request's merged tree.
+        place: which of the request's speculators it is; says where its proposers' bits lie.
         tree: its newest tree, re-rooted to the committed text; empty when it missed.
         offered: that tree as it was when the running step was planned.
         answered: whether it was grown for the text as it was then, not re-rooted from an older one.
@@ -107,7 +113,7 @@ class Attachment:
     """
 
     speculator: Speculator
-    shift: int
+    place: int
     tree: TokenTree = field(default_factory=TokenTree)
     offered: TokenTree = field(default_factory=TokenTree)
     answered: bool = False
@@ -165,8 +171,7 @@ class Speculation:
         """Attach a request to the speculators that have most room, unlike proposers first."""
         self._requests[request.handle] = request
         self._attachments[request.handle] = []
-        if request.start.max_nodes != 0:
-            self._attach_free(request)
+        self._attach_free(request)
 
     def release(self, request: Request) -> None:
         """Forget a request that has ended."""
@@ -174,16 +179,19 @@ class Speculation:
         for attachment in self._attachments.pop(request.handle, ()):
             attachment.speculator.sessions.discard(request.handle)
             attachment.speculator.link.send(Detach(request.handle))
+        for speculator in self._speculators.values():
+            speculator.refused.discard(request.handle)
 
     def _attach_free(self, request: Request) -> None:
         attached = self._attachments[request.handle]
-        while len(attached) < self._per_session:
+        while self._budget(request) > 0 and len(attached) < self._per_session:
             taken = [attachment.speculator for attachment in attached]
+            taken += [s for s in self._speculators.values() if request.handle in s.refused]
             speculator = _best_addition(self._speculators.values(), taken)
             if speculator is None:
                 return
-            free = set(range(self._per_session)) - {a.shift // 8 for a in attached}
-            attachment = Attachment(speculator, min(free) * _PROPOSERS_PER_SPECULATOR)
+            free = set(range(self._per_session)) - {a.place for a in attached}
+            attachment = Attachment(speculator, min(free))
             attached.append(attachment)
             speculator.sessions.add(request.handle)
             self._sync(request, attachment)
@@ -220,12 +228,21 @@ class Speculation:
             return TokenTree()
         return merge(trees).prune(budget, min(MAX_DEPTH, request.tokens_left - 1))
 
+    def proposers(self, request: Request, bits: int) -> set[str]:
+        """Names of those that proposed a node of the request's merged tree."""
+        return {
+            name
+            for attachment in self._attachments.get(request.handle, ())
+            for k, name in enumerate(attachment.speculator.link.peer.proposers)
+            if bits >> (attachment.place * MAX_PROPOSERS + k) & 1
+        }
+
     def owed(self, requests: Iterable[Request]) -> list[Owed]:
         """What speculators owe decoding requests for the text committed last."""
         return [
             owed
             for request in requests
-            if request.decoding
+            if request.decoding and request.tokens_left > 1
             if (owed := Owed.of(self._attachments.get(request.handle, ()))) is not None
         ]
 
@@ -258,8 +275,7 @@ class Speculation:
         self._speculators[id(link)] = Speculator(link)
         self._metrics.speculators.set(len(self._speculators))
         for request in self._requests.values():
-            if request.start.max_nodes != 0:
-                self._attach_free(request)
+            self._attach_free(request)
 
     def closed(self, link: SpeculatorLink) -> None:
         gone = self._speculators.pop(id(link), None)
@@ -277,7 +293,10 @@ class Speculation:
     def failed_frame(self, link: SpeculatorLink, error: BadFrame) -> None:
         """A bad frame ends its own session's speculation there, nothing else."""
         self._metrics.bad_frames.inc()
-        self._drop(link, error.handle)
+        attachment = self._find(link, error.handle)
+        if attachment is not None:
+            link.send(Detach(error.handle))
+            self._drop(attachment.speculator, self._requests[error.handle])
 
     def received(self, link: SpeculatorLink, frame: SpeculatorFrame) -> None:
         attachment = self._find(link, frame.handle)
@@ -292,7 +311,7 @@ class Speculation:
                 self._sync(request, attachment)
             case Refused():
                 log.info("speculator.refused", peer=link.peer.instance_id, why=frame.why)
-                self._drop(link, frame.handle)
+                self._drop(attachment.speculator, request)
 
     def _draft(self, request: Request, attachment: Attachment, frame: Draft) -> None:
         try:
@@ -300,7 +319,8 @@ class Speculation:
         except InvalidTree as error:
             log.warning("speculator.bad_tree", why=error.message)
             self._metrics.bad_frames.inc()
-            self._drop(attachment.speculator.link, frame.handle)
+            attachment.speculator.link.send(Detach(frame.handle))
+            self._drop(attachment.speculator, request)
             return
         self._metrics.nodes_offered.inc(len(frame.tree))
         behind = len(request.tokens) - frame.base_len
@@ -324,12 +344,13 @@ class Speculation:
                 return attachment
         return None
 
-    def _drop(self, link: SpeculatorLink, handle: int) -> None:
-        attachments = self._attachments.get(handle, [])
-        attachments[:] = [a for a in attachments if a.speculator.link is not link]
-        speculator = self._speculators.get(id(link))
-        if speculator is not None:
-            speculator.sessions.discard(handle)
+    def _drop(self, speculator: Speculator, request: Request) -> None:
+        """Let a speculator draft the request no more; perhaps another has room."""
+        attachments = self._attachments[request.handle]
+        attachments[:] = [a for a in attachments if a.speculator is not speculator]
+        speculator.sessions.discard(request.handle)
+        speculator.refused.add(request.handle)
+        self._attach_free(request)
         self.on_tree()
 
 
@@ -338,7 +359,7 @@ def _best_addition(
 ) -> Speculator | None:
     """Unlike drafters merge best, so a new kind of proposer goes before more room."""
     kinds = {name for speculator in taken for name in speculator.link.peer.proposers}
-    free = [s for s in speculators if s not in taken and s.link.alive and s.free_capacity > 0]
+    free = [s for s in speculators if s not in taken and s.has_room]
     if not free:
         return None
     return max(free, key=lambda s: (not kinds.issuperset(s.link.peer.proposers), s.free_capacity))
@@ -373,5 +394,5 @@ def _calibrated(attachment: Attachment) -> TokenTree:
         tree.tokens,
         tree.parents,
         [attachment.calibration.apply(confidence) for confidence in tree.confidence],
-        [bits << attachment.shift for bits in tree.proposers],
+        [bits << attachment.place * MAX_PROPOSERS for bits in tree.proposers],
     )

@@ -62,6 +62,7 @@ class StepLoop:
         self._waiting: deque[Request] = deque()
         self._running: list[Request] = []
         self._forgotten: list[SessionKey] = []
+        self._starved = False
         self._wake = asyncio.Event()
         self._rest = asyncio.Event()
         self._steps = 0
@@ -75,9 +76,16 @@ class StepLoop:
         """Queue a request for the next step.
 
         Raises:
-            Overloaded: too many are waiting.
+            Overloaded: too many are waiting, or the pool is too small for it.
             StaleLease: the session has moved on.
         """
+        needed = self._capacity(request)
+        usage = self._engine.usage
+        if needed > usage.total * usage.page_tokens:
+            raise Overloaded(
+                f"the request needs room for {needed} positions; the KV pool has "
+                f"{usage.total * usage.page_tokens}"
+            )
         if len(self._waiting) >= self._settings.max_waiting + self._free_slots():
             raise Overloaded(
                 f"{len(self._waiting)} requests are waiting; the limit is "
@@ -86,6 +94,7 @@ class StepLoop:
         if request.start.session is not None:
             self.sessions.check_epoch(request.start.session)
         self._waiting.append(request)
+        self._starved = False
         self._rest.clear()
         self._wake.set()
 
@@ -166,7 +175,7 @@ class StepLoop:
         """
         began = time.monotonic()
         patience_s = cap_s = self._longest_wait_s()
-        while not self._waiting and self._worth_waiting(cap_s, cap_s - patience_s):
+        while not self._may_admit and self._worth_waiting(cap_s, cap_s - patience_s):
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), timeout=patience_s)
             self._wake.clear()
@@ -174,6 +183,11 @@ class StepLoop:
             if patience_s <= 0:
                 self._speculation.waited_in_vain(self._running, cap_s)
                 return
+
+    @property
+    def _may_admit(self) -> bool:
+        """Whether somebody waits who was not found to lack room at the last step."""
+        return bool(self._waiting) and not self._starved
 
     def _longest_wait_s(self) -> float:
         return SILENCE_S if self._settings.planner == "full" else self.curve(len(self._running))
@@ -195,10 +209,11 @@ class StepLoop:
 
     def _plan(self) -> list[Work]:
         """Admit, drop what has ended, and divide the step's rows."""
+        self._reap()
         for session in self._forgotten:
             self.sessions.forget(session)
         self._forgotten.clear()
-        self._reap()
+        self.sessions.expire()
         self._admit()
         trees = [self._speculation.tree(request) for request in self._running]
         step_s = _every_row_is_free if self._settings.planner == "full" else self.curve
@@ -212,22 +227,25 @@ class StepLoop:
             self._finish(request, Stop(cut))
         for request in [r for r in self._waiting if r.cancelled or r.expired]:
             self._waiting.remove(request)
-            if not request.cancelled:
+            if request.cancelled:
+                self._complete(request, Stop(FinishReason.CANCELLED))
+            else:
                 self._refuse(request, DeadlineExceeded("the deadline passed before a KV page"))
 
     def _admit(self) -> None:
-        while self._waiting and len(self._running) < self._settings.max_running:
-            request = self._waiting[0]
+        """Take waiting requests in, oldest first; one that waits for a sibling holds nobody up."""
+        self._starved = False
+        for request in list(self._waiting):
+            if len(self._running) >= self._settings.max_running:
+                self._starved = True
+                return
             try:
                 if not self.sessions.open(request, self._running, self._capacity(request)):
-                    return
-            except Overloaded as error:
-                if self._running:
-                    return  # pages will come free
-                self._waiting.popleft()
-                self._refuse(request, error)
-                continue
-            self._waiting.popleft()
+                    continue
+            except Overloaded:
+                self._starved = True  # pages will come free
+                return
+            self._waiting.remove(request)
             self._running.append(request)
             self._speculation.admit(request)
             self._metrics.wait.observe(time.monotonic() - request.arrived_at)
@@ -277,7 +295,7 @@ class StepLoop:
 
     def _emit(self, work: Work, walked: Walk) -> None:
         request = work.request
-        begin = len(request.output)
+        begin = request.num_output
         request.tokens.extend(walked.tokens)
         self._account(work, walked)
         self._speculation.committed(request, walked.tokens)
@@ -290,6 +308,9 @@ class StepLoop:
     def _account(self, work: Work, walked: Walk) -> None:
         request, count = work.request, len(walked.tokens)
         request.tally.add(work.tree, len(walked.accepted))
+        for node in walked.accepted:
+            for name in self._speculation.proposers(request, work.tree.proposers[node]):
+                self._metrics.accepted_by_proposer.labels(name).inc()
         depth = max(work.tree.depths, default=0)
         self._metrics.tree_verified(len(work.tree), depth, len(walked.accepted))
         self._metrics.tokens.inc(count)
@@ -306,6 +327,9 @@ class StepLoop:
         self._running.remove(request)
         self._speculation.release(request)
         self.sessions.close(request, self._running)
+        self._complete(request, stop)
+
+    def _complete(self, request: Request, stop: Stop) -> None:
         self._metrics.requests.labels(stop.reason.name.lower()).inc()
         request.link.send(
             Completed(request.start.handle, stop.reason, request.usage(), stop.characters)

@@ -65,7 +65,7 @@ async def test_entry_is_kept_alive_when_it_would_end(redis: GuardedRedis) -> Non
         await redis.ask(lambda client: client.delete(f"{ENTRY}v1"))
         async with asyncio.timeout(5):
             # Nothing tells when Redis has been written to, so it is asked.
-            while not await redis.ask(lambda client: client.exists(f"{ENTRY}v1")):  # noqa: ASYNC110
+            while not await redis.ask(lambda client: client.exists(f"{ENTRY}v1")):
                 await asyncio.sleep(0)
 
 

@@ -135,7 +135,7 @@ class RouterClient:
     async def queued(self, count: int) -> None:
         async with asyncio.timeout(10):
             # Nothing tells who joins the queue, so it is looked at.
-            while self.router.service.num_waiting != count:  # noqa: ASYNC110
+            while self.router.service.num_waiting != count:
                 await asyncio.sleep(0.001)
 
     def metric(self, name: str, **labels: str) -> float:

@@ -115,7 +115,7 @@ class Rig:
     async def until(self, holds: Callable[[], bool]) -> None:
         """Wait for something that has no event of its own."""
         async with asyncio.timeout(TIMEOUT_S):
-            while not holds():  # noqa: ASYNC110
+            while not holds():
                 await asyncio.sleep(0.005)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import threading
 from collections.abc import Sequence
 
@@ -351,6 +352,19 @@ async def test_requests_fail_and_others_go_on_when_a_step_breaks() -> None:
         assert (await rig.router.run(PROMPT, GREEDY)).tokens == plain(PROMPT, GREEDY)
 
 
+async def test_streams_end_and_the_process_is_told_to_stop_when_the_step_loop_breaks() -> None:
+    told = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, told.set)
+    async with verifier_rig() as rig:
+        rig.verifier.steps.sessions.expire = None  # type: ignore[assignment, method-assign]
+        rig.router.start(PROMPT, GREEDY)
+        async with asyncio.timeout(10):
+            await told.wait()
+            while rig.router.open.is_set():
+                await asyncio.sleep(0.01)
+    asyncio.get_running_loop().remove_signal_handler(signal.SIGTERM)
+
+
 # --- sessions ---------------------------------------------------------------------------------
 
 SESSION = SessionKey("tenant", "s1", epoch=1)
@@ -405,6 +419,33 @@ async def test_only_one_copy_is_retained_when_samples_finish() -> None:
         await rig.router.run([1], GREEDY)
         await rig.idle()
         assert rig.engine.usage.used == 0
+
+
+async def test_nothing_is_retained_when_samples_are_cancelled_and_forgotten() -> None:
+    async with verifier_rig(ToyEngine(vocab_size=VOCAB, step_s=0.005)) as rig:
+        long = SamplingParams(max_tokens=500)
+        started = [rig.router.start(PROMPT, long, noise_key=k, session=SESSION) for k in (1, 2)]
+        await started[1][1].until(lambda o: len(o.tokens) > 1)
+        for handle, _ in started:
+            rig.router.cancel(handle)
+        rig.router.link.send(Forget(SESSION))
+        await asyncio.gather(*(outcome.end() for _, outcome in started))
+        await rig.router.run([1], GREEDY)
+        await rig.idle()
+        assert rig.engine.usage.used == 0
+
+
+async def test_idle_sessions_stay_when_evicting_them_would_not_help() -> None:
+    engine = ToyEngine(vocab_size=VOCAB, pool_tokens=512, step_s=0.005)
+    async with verifier_rig(engine) as rig:
+        await rig.router.run(PROMPT, GREEDY, session=SESSION)
+        _, running = rig.router.start([1], SamplingParams(temperature=0, max_tokens=200))
+        await running.until(lambda o: len(o.tokens) > 1)
+        _, big = rig.router.start([2], SamplingParams(temperature=0, max_tokens=400))
+        await running.until(lambda o: len(o.tokens) > 20)
+        assert len(rig.verifier.steps.sessions) == 1
+        await asyncio.gather(running.end(), big.end())
+    assert big.tokens == plain([2], SamplingParams(temperature=0, max_tokens=400))
 
 
 async def test_idle_sessions_are_evicted_when_pages_run_out() -> None:
@@ -495,6 +536,9 @@ async def test_long_prompt_is_cut_at_its_front_when_asked_to() -> None:
 async def test_request_is_refused_when_it_can_never_fit_the_pool() -> None:
     async with verifier_rig(ToyEngine(vocab_size=VOCAB, pool_tokens=256)) as rig:
         outcome = await rig.router.run([1] * 250, GREEDY)
+        assert str(outcome.error) == (
+            "the request needs room for 299 positions; the KV pool has 256"
+        )
         assert (await rig.router.run(PROMPT, GREEDY)).tokens == plain(PROMPT, GREEDY)
     assert isinstance(outcome.error, Overloaded)
 

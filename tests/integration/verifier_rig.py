@@ -204,7 +204,7 @@ class Rig:
     async def speculators(self, count: int) -> None:
         """Wait for open streams to so many speculators."""
         async with asyncio.timeout(10):
-            while len(self.verifier.speculation.instances) != count:  # noqa: ASYNC110
+            while len(self.verifier.speculation.instances) != count:
                 await asyncio.sleep(0.01)  # the service has no such event
 
 

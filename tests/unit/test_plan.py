@@ -51,7 +51,7 @@ def linear(rows: int) -> float:
 
 def test_all_nodes_are_taken_when_rows_are_free() -> None:
     tree = TokenTree.build([5, 6, 7], [-1, 0, -1], [0.5, 0.5, 0.01])
-    (chosen,) = choose_nodes([tree], 1, flat, 10)
+    (chosen,) = choose_nodes([tree], 1, 1, flat, 10)
     assert chosen.tokens == [5, 6, 7]
 
 
@@ -59,20 +59,20 @@ def test_nodes_stop_when_they_do_not_pay() -> None:
     # One row takes 1.1 s and yields 1 token. A node at 0.5 adds 0.1 s and pays (0.5/0.1 > 1/1.1);
     # its child at 0.5 * 0.1 = 0.05 does not (0.05/0.1 < 1.5/1.2).
     tree = TokenTree.build([5, 6], [-1, 0], [0.5, 0.1])
-    (chosen,) = choose_nodes([tree], 1, linear, 10)
+    (chosen,) = choose_nodes([tree], 1, 1, linear, 10)
     assert chosen.tokens == [5]
 
 
 def test_budget_goes_to_the_most_confident_nodes_of_all_trees() -> None:
     sure = TokenTree.build([5, 6], [-1, 0], [0.9, 0.9])  # paths .9, .81
     unsure = TokenTree.build([7, 8], [-1, -1], [0.85, 0.3])
-    chosen = choose_nodes([unsure, sure], 2, flat, 3)
+    chosen = choose_nodes([unsure, sure], 2, 2, flat, 3)
     assert [tree.tokens for tree in chosen] == [[7], [5, 6]]
 
 
 def test_a_child_waits_for_its_parent_when_it_is_the_surer_one() -> None:
     tree = TokenTree.build([5, 6, 9], [-1, 0, -1], [0.2, 1.0, 0.3])
-    (chosen,) = choose_nodes([tree], 1, flat, 2)
+    (chosen,) = choose_nodes([tree], 1, 1, flat, 2)
     assert sorted(chosen.tokens) == [5, 9]
 
 
