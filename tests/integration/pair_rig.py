@@ -148,7 +148,7 @@ async def verifier(
 async def problem_of(dialer: Dialer[Any, Any]) -> Exception:
     """Wait until a dialer has failed."""
     async with asyncio.timeout(TIMEOUT_S):
-        while dialer.problem is None: - it has no event for this
+        while dialer.problem is None:  # it has no event for this
             await asyncio.sleep(0.01)
     return dialer.problem
 

@@ -290,7 +290,7 @@ def test_bits_do_not_depend_on_chunks_trees_or_neighbours(
     dtype: Any, folders: dict[str, Path]
 ) -> None:
     engine = HFEngine.load(folders["llama"], dtype=dtype, numerics="exact", threads=2)
-    assert [differing_rows(engine, seed) for seed in range(3)] == [0, 0, 0]
+    assert [differing_rows(engine, seed) for seed in range(2)] == [0, 0]
     assert engine.usage.used == 0
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from treecast.kernels.grouping import BLOCK, KeyGroup, group_rows
+from treecast.kernels.grouping import BLOCK, MAX_TAIL, KeyGroup, group_rows
 from treecast.kernels.plan import SegmentLayout
 
 ROW_TILE = 16
@@ -126,7 +126,7 @@ class _ExactGroup:
             sums.append(product.view(count, kv_heads, rows, -1))
             norm = tail.view(-1, self._tail) @ self._ones[: self._tail]
             norms.append(norm.view(count, kv_heads, rows, ROW_TILE)[..., :1])
-        return torch.cat(sums).sum(0), torch.cat(norms).sum(0)
+        return _add_in_order(torch.cat(sums)), _add_in_order(torch.cat(norms))
 
     def _find_keys(self, layout: SegmentLayout, group: KeyGroup) -> slice | Tensor:
         """Places of the keys, filled up to whole tiles with keys that nobody sees."""
@@ -160,6 +160,18 @@ class _ExactGroup:
         last = int(block.max(initial=self._num_blocks))
         blocks = np.arange(self._num_blocks, last + 1)
         return torch.from_numpy((block == blocks[:, None]).astype(np.float32))[:, None, None]
+
+
+def _add_in_order(parts: Tensor) -> Tensor:
+    """Sum over the first dim, one after the other: as a product with ones, whose elements are one
+    chain each. `Tensor.sum` adds in an order that depends on where in the tensor a row lies.
+    """
+    total: Tensor | None = None
+    for some in parts.flatten(1).split(MAX_TAIL):
+        added = (torch.ones(ROW_TILE, len(some)) @ some)[0]
+        total = added if total is None else total + added
+    assert total is not None, "a row sees itself at least"
+    return total.view(parts.shape[1:])
 
 
 def _as_slice(rows: Sequence[int]) -> slice | Tensor:
