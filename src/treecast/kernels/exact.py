@@ -167,7 +167,7 @@ def _add_in_order(parts: Tensor) -> Tensor:
     chain each. `Tensor.sum` adds in an order that depends on where in the tensor a row lies.
     """
     total: Tensor | None = None
-    for some in parts.flatten(1).split(MAX_TAIL):
+    for some in torch.split(parts.flatten(1), MAX_TAIL):
         added = (torch.ones(ROW_TILE, len(some)) @ some)[0]
         total = added if total is None else total + added
     assert total is not None, "a row sees itself at least"

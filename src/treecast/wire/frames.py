@@ -1,4 +1,4 @@
-"""The frames of both pair streams in domain terms; `codec.py` translates them to protobuf."""
+"""The frames of both pair streams in domain terms; `codec` translates them to protobuf."""
 
 from __future__ import annotations
 
