@@ -57,6 +57,7 @@ class ScriptedVerifier(verifier_pb2_grpc.VerifierServiceServicer):
         hello, state: hello and heartbeat as sent to routers; both may be changed.
         budget: tokens that may still be emitted, over all requests.
         refusal: an error that every request gets instead of tokens.
+        answers: cleared, it holds back `GetTokenizer`, after setting `asked`.
         run: what becomes of a request; the rule, unless the test puts something else here.
         started, cancelled, forgotten: what came, in order.
     """
@@ -82,6 +83,8 @@ class ScriptedVerifier(verifier_pb2_grpc.VerifierServiceServicer):
         self.started: list[Start] = []
         self.cancelled: list[int] = []
         self.forgotten: list[Forget] = []
+        self.asked, self.answers = asyncio.Event(), asyncio.Event()
+        self.answers.set()
         self.address = ""
         self.run: Callable[[RouterLink, Start], Coroutine[Any, Any, None]] = self._follow_rule
         self._changed = asyncio.Event()
@@ -100,6 +103,10 @@ class ScriptedVerifier(verifier_pb2_grpc.VerifierServiceServicer):
 
     async def __aexit__(self, *exc: object) -> None:
         await self.kill()
+
+    def hang_up(self) -> None:
+        """Close the streams to routers, which dial again."""
+        self._streams.close("hung up")
 
     async def kill(self) -> None:
         """Vanish at once, with whatever was running."""
@@ -187,6 +194,8 @@ class ScriptedVerifier(verifier_pb2_grpc.VerifierServiceServicer):
     async def GetTokenizer(
         self, request: pb.GetTokenizerRequest, context: Any
     ) -> pb.GetTokenizerResponse:
+        self.asked.set()
+        await self.answers.wait()
         return self.files
 
     async def GetLoad(self, request: pb.GetLoadRequest, context: Any) -> pb.GetLoadResponse:

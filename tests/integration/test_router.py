@@ -284,6 +284,21 @@ async def test_tokenizer_is_fetched_when_it_is_larger_than_other_messages(
     assert verifier.started[0].prompt == (BOS, *b"u:hi;a:")
 
 
+async def test_tokenizer_comes_from_another_verifier_when_the_first_hangs_up(
+    start: Callable[..., Any],
+) -> None:
+    one = await start("v1")
+    one.answers.clear()
+    async with routing([one]) as client:
+        reply = client.generate()
+        await one.asked.wait()
+        two = await start("v2")
+        client.router.fleet.follow(entries(one, two))
+        await client.streams(2)
+        one.hang_up()
+        assert (await reply.read_all()).tokens() == output_of(HELLO, 5)
+
+
 async def test_stop_string_is_cut_and_text_before_it_kept(
     verifier: ScriptedVerifier, client: RouterClient
 ) -> None:
