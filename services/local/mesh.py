@@ -9,10 +9,11 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Self
 
-from treecast.checkpoints import default_cache_dir, ensure_default_draft, ensure_default_target
+from treecast.checkpoints import DEFAULT_TARGET, default_cache_dir
 from treecast.client import Client, RetryPolicy, Status
 from treecast.errors import Unavailable
 
+from .folders import default_folders
 from .logs import new_log_dir
 from .process import MeshError, ServiceProcess, Spawner, child_environment, service_command
 from .settings import Flags, MeshSettings, router_flags, speculator_flags, verifier_flags
@@ -36,6 +37,7 @@ class LocalMesh:
             print(client.generate("Once upon a time").result().text)
 
     Attributes:
+        settings: as given; once started, with the folders that "default" stood for.
         processes: by name: "valkey", "ssm", "ngram", "verifier-0" and so on, "router".
         log_dir: where each of them writes <name>.log.
     """
@@ -118,7 +120,7 @@ class LocalMesh:
         raise MeshError(f"the mesh was not whole within {timeout_s:g} s: {missing}")
 
     def _start(self) -> None:
-        settings = self._with_model_folders()
+        self.settings = settings = self._with_model_folders()
         if not self.redis_url:
             self._report("valkey", "starting")
             log = self.log_dir / "valkey.log"
@@ -139,17 +141,28 @@ class LocalMesh:
         self.wait_whole(settings.ready_timeout_s)
 
     def _with_model_folders(self) -> MeshSettings:
-        """Unpack the defaults here, once, rather than in every service that needs them."""
-        settings = self.settings
+        """Unpack the defaults once, rather than in every service that needs them."""
+        settings = self._with_fitting_draft()
         if settings.engine == "toy":
             return settings
-        if settings.model == "default":
-            folder = ensure_default_target(progress=lambda text: self._report("model", text))
-            settings = replace(settings, model=str(folder))
+        wanted = ["model"] if settings.model == "default" else []
         if settings.draft == "default" and "ssm" in settings.speculators:
-            folder = ensure_default_draft(progress=lambda text: self._report("draft", text))
-            settings = replace(settings, draft=str(folder))
-        return settings
+            wanted.append("draft")
+        made = default_folders(wanted, self.log_dir / "models.log", self._report) if wanted else {}
+        return replace(
+            settings,
+            model=str(made.get("model", settings.model)),
+            draft=str(made.get("draft", settings.draft)),
+        )
+
+    def _with_fitting_draft(self) -> MeshSettings:
+        """Without `ssm` where only the default draft is there, and the model is another."""
+        settings = self.settings
+        ours = ("default", str(default_cache_dir() / DEFAULT_TARGET))
+        if settings.engine == "toy" or settings.draft != "default" or settings.model in ours:
+            return settings
+        self._report("ssm", "left out, since the default draft does not fit another model")
+        return replace(settings, speculators=tuple(s for s in settings.speculators if s != "ssm"))
 
     def _launch(self, name: str, role: str, flags: Flags) -> None:
         self._spawn(name, service_command(role, flags))

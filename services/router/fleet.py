@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, TypeVar
 
 import grpc
 
+from treecast.errors import Unavailable
 from treecast.sampling.params import Law
 from treecast.v1.verifier_pb2_grpc import VerifierServiceStub
 from treecast.wire.channel import open_channel
@@ -23,6 +24,7 @@ from treecast.wire.frames import (
 )
 from treecast.wire.pair import SERVE
 from treecast.wire.registry import Entry
+from treecast.wire.status import from_rpc_error
 from treecast.wire.streams import Streams
 
 from .placement import Candidate, Placement
@@ -66,6 +68,24 @@ class Verifier:
     async def close(self) -> None:
         if self._channel is not None:
             await self._channel.close()
+
+
+async def answer(call: Awaitable[T]) -> T:
+    """Wait for a unary call to a verifier, whose channel goes with its stream.
+
+    Raises:
+        TreecastError: what the call failed with; Unavailable if its channel was closed.
+    """
+    try:
+        return await call
+    except grpc.RpcError as error:
+        raise from_rpc_error(error) from None
+    except asyncio.CancelledError:
+        # gRPC cancels the calls of a channel that closes; that is not a cancellation of ours.
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
+        raise Unavailable("verifier's stream closed") from None
 
 
 class Fleet:

@@ -9,29 +9,19 @@ from typing import Any
 import grpc
 import structlog
 
-from treecast.errors import (
-    Cancelled,
-    DeadlineExceeded,
-    DuplicateRequest,
-    InvalidRequest,
-    NotServed,
-    PromptTooLong,
-    TreecastError,
-    Unavailable,
-)
+from treecast.errors import Cancelled, DuplicateRequest, TreecastError, Unavailable
 from treecast.v1 import router_pb2 as pb
-from treecast.v1 import router_pb2_grpc, verifier_pb2
-from treecast.wire.frames import Hello, SessionKey
+from treecast.v1 import router_pb2_grpc
+from treecast.wire.frames import SessionKey
 from treecast.wire.guarded_redis import RedisLost
-from treecast.wire.status import from_rpc_error
 
+from .admission import Admission
 from .dispatch import Dispatcher
-from .fleet import Fleet, Verifier
+from .fleet import Fleet
 from .generation import Generation, Job
 from .leases import Leases, epoch_without_redis
-from .messages import Ask, ChatPrompt, Prompt, TextPrompt, check_id, parse_ask
+from .messages import Ask, check_id, parse_ask
 from .metrics import RouterMetrics
-from .placement import choose_model
 from .sessions import (
     TENANT,
     LeasedSession,
@@ -41,13 +31,10 @@ from .sessions import (
     lease_name,
 )
 from .settings import RouterSettings
-from .text import ModelText, TextCache, TokenizerFiles
+from .status import models_of, status_of
 
 DEADLINE_ROUNDING = 0.01
 """gRPC rounds a timeout up on the wire by as much as this share of it."""
-
-TOKENIZER_TIMEOUT_S = 10.0
-LOAD_TIMEOUT_S = 0.5
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -74,7 +61,7 @@ class RouterService(router_pb2_grpc.RouterServiceServicer):
         self._dispatcher = Dispatcher(
             fleet, settings.queue_limit, settings.verifier_grace_s, metrics
         )
-        self._texts = TextCache()
+        self._admission = Admission(fleet, settings.verifier_grace_s)
         self._running: dict[str, asyncio.Timeout] = {}
         self._idle = asyncio.Event()
         self._idle.set()
@@ -143,20 +130,15 @@ class RouterService(router_pb2_grpc.RouterServiceServicer):
     async def _serve(self, ask: Ask, context: Context) -> str:
         arrived_s = asyncio.get_running_loop().time()
         deadline_s = self._deadline(context, arrived_s)
-        model = await self._find_model(ask, deadline_s)
-        text = await self._texts.get(
-            model.model, model.model_revision, lambda: self._fetch_tokenizer(model)
-        )
-        prompt = await asyncio.to_thread(encode, ask.prompt, text)
-        check_tokens(ask, prompt, model)
+        checked = await self._admission.check(ask, deadline_s)
         job = Job(
             ask=ask,
-            prompt=prompt,
-            model=model,
+            prompt=checked.prompt,
+            model=checked.model,
             session=self._session(ask),
             deadline_s=deadline_s,
             arrived_s=arrived_s,
-            detokenizer=lambda: text.detokenizer(ask.sampling.stop),
+            detokenizer=lambda: checked.text.detokenizer(ask.sampling.stop),
             write=_writer(context),
         )
         limit = self._settings.max_placements
@@ -170,52 +152,6 @@ class RouterService(router_pb2_grpc.RouterServiceServicer):
             return None
         margin_s = self._settings.deadline_margin_s + DEADLINE_ROUNDING * left_s
         return now_s + max(left_s / 2, left_s - margin_s)
-
-    async def _find_model(self, ask: Ask, deadline_s: float | None) -> Hello:
-        """Raises Unavailable if no verifier is there for the grace period."""
-
-        def look() -> Hello | None:
-            hellos = self._fleet.open_hellos()
-            return choose_model(ask.model, ask.revision, hellos, self._fleet.models_seen)
-
-        loop = asyncio.get_running_loop()
-        grace_s = self._settings.verifier_grace_s
-        wait_s = grace_s if deadline_s is None else min(grace_s, deadline_s - loop.time())
-        model = await self._fleet.until(look, wait_s)
-        if model is None and wait_s < grace_s:
-            raise DeadlineExceeded("deadline passed while the request waited for a verifier")
-        if model is None:
-            raise Unavailable(f"no verifier is available; waited {grace_s:g} s")
-        self._check_law(ask, model)
-        return model
-
-    def _check_law(self, ask: Ask, model: Hello) -> None:
-        hellos = self._fleet.open_hellos()
-        served = {law for hello in hellos if same_model(hello, model) for law in hello.laws}
-        if ask.law not in served:
-            names = ", ".join(sorted(law.name.lower() for law in served))
-            raise NotServed(
-                f"law {ask.law.name.lower()} is not served by model {model.model!r}; "
-                f"served: {names}"
-            )
-
-    async def _fetch_tokenizer(self, model: Hello) -> TokenizerFiles:
-        """Ask the verifiers of this revision, one after the other, until one answers."""
-        request = verifier_pb2.GetTokenizerRequest(model_revision=model.model_revision)
-        problem: TreecastError = Unavailable("no verifier is available")
-        for verifier in self._fleet.verifiers:
-            candidate = verifier.candidate
-            if candidate is None or not same_model(candidate.hello, model):
-                continue
-            try:
-                files = await verifier.stub.GetTokenizer(request, timeout=TOKENIZER_TIMEOUT_S)
-            except grpc.RpcError as error:
-                problem = from_rpc_error(error)
-                continue
-            return TokenizerFiles(
-                files.tokenizer_json, files.chat_template, dict(files.special_tokens)
-            )
-        raise Unavailable(f"tokenizer of model {model.model!r} cannot be fetched: {problem}")
 
     def _session(self, ask: Ask) -> Session:
         if ask.session_id is not None:
@@ -259,25 +195,13 @@ class RouterService(router_pb2_grpc.RouterServiceServicer):
         self, request: pb.ListModelsRequest, context: Context
     ) -> pb.ListModelsResponse:
         """One entry for each revision that takes new requests."""
-        models: dict[tuple[str, str], pb.Model] = {}
-        for hello in self._fleet.open_hellos():
-            model = models.setdefault(
-                (hello.model, hello.model_revision),
-                pb.Model(
-                    name=hello.model,
-                    revision=hello.model_revision,
-                    vocab_size=hello.vocab_size,
-                    context_tokens=hello.context_tokens,
-                ),
-            )
-            model.verifiers += 1
-        return pb.ListModelsResponse(models=[models[key] for key in sorted(models)])
+        return pb.ListModelsResponse(models=models_of(self._fleet.open_hellos()))
 
     async def GetStatus(
         self, request: pb.GetStatusRequest, context: Context
     ) -> pb.GetStatusResponse:
         """All verifiers that are dialed, those that do not answer included."""
-        statuses = await asyncio.gather(*map(_status, self._fleet.verifiers))
+        statuses = await asyncio.gather(*map(status_of, self._fleet.verifiers))
         return pb.GetStatusResponse(
             verifiers=statuses,
             queued=self.num_waiting,
@@ -295,63 +219,3 @@ def _writer(context: Context) -> Callable[[pb.GenerateResponse], Awaitable[None]
             await context.write(response)
 
     return write
-
-
-def encode(prompt: Prompt, text: ModelText) -> tuple[int, ...]:
-    """A prompt's tokens. Long texts take milliseconds, so not for an event loop."""
-    match prompt:
-        case TextPrompt():
-            return text.encode_text(prompt.text)
-        case ChatPrompt():
-            return text.encode_chat(prompt.messages)
-    return prompt.ids
-
-
-def check_tokens(ask: Ask, prompt: tuple[int, ...], model: Hello) -> None:
-    """What can be checked once the model is known; the verifier has the last word.
-
-    Raises:
-        InvalidRequest: an unknown token id.
-        PromptTooLong: the prompt alone is longer than the context.
-    """
-    ask.sampling.check_vocabulary(model.vocab_size)
-    for token in (*prompt, *ask.committed):
-        if token >= model.vocab_size:
-            raise InvalidRequest(
-                f"token id {token} is unknown; the vocabulary has {model.vocab_size}"
-            )
-    if len(prompt) > model.context_tokens and not ask.truncate_prompt:
-        raise PromptTooLong(f"prompt has {len(prompt)} tokens; the limit is {model.context_tokens}")
-
-
-def same_model(one: Hello, other: Hello) -> bool:
-    return (one.model, one.model_revision) == (other.model, other.model_revision)
-
-
-async def _status(verifier: Verifier) -> pb.VerifierStatus:
-    candidate = verifier.candidate
-    if candidate is None:
-        return pb.VerifierStatus(address=verifier.address, healthy=False)
-    hello, beat = candidate.hello, candidate.beat
-    return pb.VerifierStatus(
-        address=verifier.address,
-        healthy=True,
-        instance_id=hello.instance_id,
-        model=hello.model,
-        model_revision=hello.model_revision,
-        running=beat.running,
-        waiting=beat.waiting,
-        kv_pages_free=beat.kv_pages_free,
-        kv_pages_total=beat.kv_pages_total,
-        speculators=await _speculators(verifier),
-        numerics_fingerprint=hello.fingerprint,
-    )
-
-
-async def _speculators(verifier: Verifier) -> list[str]:
-    try:
-        load = await verifier.stub.GetLoad(verifier_pb2.GetLoadRequest(), timeout=LOAD_TIMEOUT_S)
-    except grpc.RpcError as error:
-        log.warning("verifier.no_load", address=verifier.address, why=str(from_rpc_error(error)))
-        return []
-    return list(load.speculators)

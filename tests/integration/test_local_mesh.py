@@ -15,8 +15,10 @@ from pathlib import Path
 import pytest
 
 from treecast import Client, SamplingParams
+from treecast.checkpoints import DEFAULT_TARGET
 from treecast.client import FinishReason
 from treecast.services.local import LocalMesh, MeshError, MeshSettings
+from treecast.services.local.folders import default_folders
 
 TREECAST = [sys.executable, "-m", "treecast.cli"]
 GREEDY = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
@@ -86,6 +88,30 @@ def test_the_mesh_tells_why_when_a_process_cannot_start(tmp_path):
         mesh.start()
     assert not any(process.running for process in mesh.processes.values())
     assert "pool_tokens" in (tmp_path / "verifier-0.log").read_text().replace("-", "_")
+
+
+def test_the_default_draft_is_left_out_when_the_model_is_another(tmp_path):
+    told: list[tuple[str, str]] = []
+    settings = MeshSettings(model=str(tmp_path / "other"), log_dir=tmp_path)
+    mesh = LocalMesh(settings, lambda name, state: told.append((name, state)))
+    with pytest.raises(MeshError, match=f"model folder {tmp_path}/other does not exist"):
+        mesh.start()
+    why = "left out, since the default draft does not fit another model"
+    assert ("ssm", why) in told
+    assert set(mesh.processes) == {"valkey", "ngram", "verifier-0"}
+
+
+def test_the_defaults_are_found_when_they_were_unpacked_before(tmp_path):
+    made = Path(os.environ["TREECAST_HOME"]) / DEFAULT_TARGET
+    made.mkdir()
+    log = tmp_path / "models.log"
+    assert default_folders(["model"], log, lambda kind, doing: None) == {"model": made}
+
+
+def test_unpacking_tells_why_when_it_ends_early(tmp_path):
+    log = tmp_path / "models.log"
+    with pytest.raises(MeshError, match=r"unpacking exited with status 1; .*\n(.|\n)*KeyError"):
+        default_folders(["unknown"], log, lambda kind, doing: None)
 
 
 def test_the_text_goes_on_when_the_router_is_killed_and_comes_back(tmp_path):

@@ -141,6 +141,8 @@ def test_the_exit_code_tells_the_kind_when_a_request_is_refused(error, code):
         (["models", "check", "/no/such/folder"], "model folder /no/such/folder does not exist"),
         (["tune", "out", "--model", "/no", "--layers", "a"], "--layers is 'a'; it must be like"),
         (["bench", "--contenders", "other"], "--contenders is 'other'; known: transformers"),
+        (["bench", "--model", "m"], "--model and --draft go together: a draft fits one model"),
+        (["bench", "--speculators", "ngram"], "the comparison needs ssm in it"),
         (["up", "--listen", "7070"], "--listen is '7070'; it must be host:port"),
         (["demo", "--prompts", "/no/such/file"], "prompts /no/such/file cannot be read"),
     ],

@@ -79,14 +79,14 @@ def bench(
         treecast bench --contenders treecast-plain,treecast --numerics fast
     """
     from treecast.bench.prompts import DEFAULT_PROMPTS, read_prompts
-    from treecast.checkpoints import ensure_default_draft, ensure_default_target
     from treecast.services.local import MeshSettings
 
     names = _check_names(contenders)
+    check_draft(model, draft, speculators)
     chosen = read_prompts(prompts or DEFAULT_PROMPTS, limit)
     settings = MeshSettings(
-        model=str(ensure_default_target()) if model == "default" else model,
-        draft=str(ensure_default_draft()) if draft == "default" else draft,
+        model=model,
+        draft=draft,
         speculators=parse_speculators(speculators),
         numerics=numerics,
         dtype=dtype,
@@ -115,13 +115,16 @@ def _measure(
     from treecast.bench.report import Report
     from treecast.client import Client
 
-    peer = TransformersPeer(settings)
-    with peer, running_mesh(settings) as mesh, Client(mesh.router_address) as client:
+    with (
+        running_mesh(settings) as mesh,
+        Client(mesh.router_address) as client,
+        TransformersPeer(mesh.settings) as peer,
+    ):
         prompt_ids = {prompt.id: peer.encode(prompt.text) for prompt in prompts}
         field = _contenders(names, client, peer)
         with _progress(len(prompts) * len(field) * rounds) as show:
             runs = interleave(field, prompt_ids, max_tokens, rounds, show)
-        return Report.of(settings, max_tokens, rounds, names, runs, peer.versions)
+        return Report.of(mesh.settings, max_tokens, rounds, names, runs, peer.versions)
 
 
 def _check_names(text: str) -> list[str]:
@@ -130,6 +133,18 @@ def _check_names(text: str) -> list[str]:
     if unknown or not names:
         raise InvalidRequest(f"--contenders is {text!r}; known: {', '.join(CONTENDERS)}")
     return names
+
+
+def check_draft(model: str, draft: str, speculators: str) -> None:
+    """Assisted generation needs a draft, and so needs the comparison a fair one.
+
+    Raises:
+        InvalidRequest: there is none for this model, or no speculator uses it.
+    """
+    if (model == "default") != (draft == "default"):
+        raise InvalidRequest("--model and --draft go together: a draft fits one model")
+    if "ssm" not in parse_speculators(speculators):
+        raise InvalidRequest(f"--speculators is {speculators!r}; the comparison needs ssm in it")
 
 
 def _contenders(names: Sequence[str], client: Client, peer: TransformersPeer) -> list[Contender]:

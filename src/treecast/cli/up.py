@@ -106,7 +106,7 @@ def running_mesh(settings: MeshSettings) -> Iterator[LocalMesh]:
 
         def report(name: str, state: str) -> None:
             shown.update(f"{name}: {state}")
-            if state in ("ready", "stopped"):
+            if state in ("ready", "stopped") or state.startswith("left out"):
                 console.print(f"{name} {state}", style="dim")
 
         mesh = LocalMesh(settings, report)
