@@ -118,7 +118,7 @@ class Transcript:
             at = len(sample.token_ids) - sample.skip_tokens
             if tuple(sample.token_ids[at : at + again]) != ids[:again]:
                 raise Unavailable("the stream cannot go on: its tokens came out otherwise")
-            pass
+            ids, logprobs = ids[again:], logprobs[again:]
             sample.skip_tokens -= again
         skipped = min(sample.skip_characters, len(text))
         text = text[skipped:]

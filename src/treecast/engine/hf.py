@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from treecast.engine.kv_pool import PAGE_TOKENS, KVPool, PagedSequence
 from treecast.engine.kv_tensors import KVTensors
 from treecast.engine.loading import DType, LoadOptions, Numerics, describe, load_model
 from treecast.errors import InvalidRequest, ModelError
-from treecast.kernels.exact import NORM_COLUMNS, ExactAttention
+from treecast.kernels.exact import ExactAttention
 from treecast.kernels.fast import FastAttention
 from treecast.kernels.oracle import OracleAttention
 from treecast.kernels.plan import LayerAttention, SegmentLayout
@@ -36,8 +35,6 @@ class HFEngine:
     ) -> None:
         config: Any = model.config
         shapes = bridge.layer_shapes(model, config.get_text_config().num_hidden_layers)
-        if options.numerics == "exact":
-            shapes = [replace(s, value_dim=s.value_dim + NORM_COLUMNS) for s in shapes]
         num_pages = max(1, pool_tokens // PAGE_TOKENS)
         self._device = torch.device(options.device)
         self._tensors = KVTensors(shapes, num_pages * PAGE_TOKENS, options.kv_dtype, self._device)
@@ -161,8 +158,7 @@ class HFEngine:
         ]
         if not tokens:
             return [_Rows(torch.empty(0, self._info.vocab_size)) for _ in segments]
-        kernel = self._kernel([layout for layout in layouts if layout.num_rows])
-        logits = self._run(tokens, positions, wanted, kernel)
+        logits = self._run(tokens, positions, wanted, self._kernel(layouts))
         parts = torch.split(logits, [len(segment.wanted) for segment in segments])
         return [_Rows(part) for part in parts]
 
@@ -237,19 +233,15 @@ def _layouts(
     for segment, sequence in zip(segments, sequences, strict=True):
         in_use = (sequence.num_slots - 1) // PAGE_TOKENS + 1
         run = sequence.pages[:in_use]
-        together = bool(run) and run == list(range(run[0], run[0] + in_use))
-        first = run[0] * PAGE_TOKENS if together else None
-        slots = sequence.num_slots
+        together = run == list(range(run[0], run[0] + in_use)) if run else False
         layouts.append(
             SegmentLayout(
                 first_row=first_row,
                 num_rows=len(segment.tokens),
                 length=sequence.length,
                 parents=tuple(sequence.parents),
-                first_place=first,
-                places=(
-                    sequence.places(0, slots) if first is None else range(first, first + slots)
-                ),
+                first_place=run[0] * PAGE_TOKENS if together else None,
+                places=sequence.places(0, sequence.num_slots),
             )
         )
         first_row += len(segment.tokens)
