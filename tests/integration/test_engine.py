@@ -186,6 +186,15 @@ def test_sequences_in_one_pass_do_not_see_each_other(
     assert np.abs(prompt[0] - reference(texts[2])[-1]).max() < TOLERANCE
 
 
+def test_an_empty_segment_beside_others_computes_nothing(
+    engine: HFEngine, folders: dict[str, Path]
+) -> None:
+    idle, busy = engine.allocate(64), engine.allocate(64)
+    nothing, row = engine.forward([Segment(idle, [], [], []), Segment.chain(busy, [5], [0])])
+    assert (len(nothing), idle.num_rows, busy.num_rows) == (0, 0, 1)
+    assert np.abs(row[0] - peer(folders["llama"])([5])[-1]).max() < TOLERANCE
+
+
 # --- rounds of drafting and committing --------------------------------------------------------
 
 

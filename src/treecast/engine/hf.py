@@ -158,7 +158,8 @@ class HFEngine:
         ]
         if not tokens:
             return [_Rows(torch.empty(0, self._info.vocab_size)) for _ in segments]
-        logits = self._run(tokens, positions, wanted, self._kernel(layouts))
+        kernel = self._kernel([layout for layout in layouts if layout.num_rows])
+        logits = self._run(tokens, positions, wanted, kernel)
         parts = torch.split(logits, [len(segment.wanted) for segment in segments])
         return [_Rows(part) for part in parts]
 
