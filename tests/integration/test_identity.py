@@ -39,9 +39,12 @@ def client(mesh: LocalMesh) -> Iterator[Client]:
         yield client
 
 
+def begin(client: Client, prompt: str, sampling: SamplingParams, **options: int) -> Stream:
+    return client.generate([{"role": "user", "content": prompt}], sampling, **options)
+
+
 def ask(client: Client, prompt: str, sampling: SamplingParams, **options: int) -> Result:
-    messages = [{"role": "user", "content": prompt}]
-    return client.generate(messages, sampling, **options).result()  # type: ignore[arg-type]
+    return begin(client, prompt, sampling, **options).result()
 
 
 def tokens(results: Sequence[Result]) -> list[tuple[int, ...]]:
@@ -71,7 +74,7 @@ def test_text_is_the_same_when_speculators_are_killed_mid_stream(
 ) -> None:
     longer = replace(sampling, max_tokens=64)
     (expected,) = plainly(client, SOME[1:2], longer)
-    stream = client.generate([{"role": "user", "content": SOME[1]}], longer)
+    stream = begin(client, SOME[1], longer)
     for victim in ("ssm", "ngram"):
         next(stream)
         mesh.processes[victim].kill()
@@ -95,13 +98,28 @@ def test_text_is_the_same_when_its_verifier_is_killed_mid_stream(
 ) -> None:
     longer = replace(sampling, max_tokens=128)
     (expected,) = plainly(client, SOME[1:2], longer)
-    stream = client.generate([{"role": "user", "content": SOME[1]}], longer)
+    stream = begin(client, SOME[1], longer)
     serving_verifier(mesh, client, stream).kill()
     result = stream.result()
     assert result.token_ids == expected.token_ids
     assert result.text == expected.text
     assert result.samples[0].placements == 2
     assert result.samples[0].same_numerics
+
+
+def while_a_verifier_dies(
+    mesh: LocalMesh, client: Client, prompts: Sequence[str], sampling: SamplingParams, victim: str
+) -> list[Result]:
+    """Asked all at once; one of the two verifiers is killed when each has its first tokens."""
+    streams = [begin(client, p, sampling) for p in prompts]
+    for stream in streams:
+        next(stream)
+    mesh.processes[victim].kill()
+    with ThreadPoolExecutor(len(streams)) as pool:
+        results = list(pool.map(Stream.result, streams))
+    mesh.restart(victim)
+    mesh.wait_whole(60)
+    return results
 
 
 @pytest.mark.slow
@@ -114,6 +132,12 @@ def test_text_of_many_prompts_is_the_same_in_every_way_of_serving(
     assert tokens([ask(client, p, sampling) for p in prompts]) == expected
     with ThreadPoolExecutor(8) as pool:
         assert tokens(list(pool.map(lambda p: ask(client, p, sampling), prompts))) == expected
+    orphans: list[Result] = []
+    for first in range(0, len(prompts), 8):
+        victim = f"verifier-{first // 8 % 2}"
+        orphans += while_a_verifier_dies(mesh, client, prompts[first : first + 8], sampling, victim)
+    assert tokens(orphans) == expected
+    assert sum(result.samples[0].placements == 2 for result in orphans) >= len(prompts) // 4
     mesh.processes["ssm"].kill()
     assert tokens([ask(client, p, sampling) for p in prompts]) == expected
 

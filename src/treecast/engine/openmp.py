@@ -20,6 +20,11 @@ with endless spinning.
 """
 
 
+def spin_briefly() -> None:
+    """Have this process and its children share cores well. Before torch is imported."""
+    os.environ.setdefault("GOMP_SPINCOUNT", str(SPIN_COUNT))
+
+
 def load_on_thread(load: Callable[[], T]) -> tuple[ThreadPoolExecutor, T]:
     """Load an engine on a thread of its own, the only one that is to run it. Blocks.
 
@@ -29,7 +34,7 @@ def load_on_thread(load: Callable[[], T]) -> tuple[ThreadPoolExecutor, T]:
     take 41 ms instead of 20. So that thread is held to one; the engine sets its own number.
     """
     os.environ["OMP_NUM_THREADS"] = "1"
-    os.environ.setdefault("GOMP_SPINCOUNT", str(SPIN_COUNT))
+    spin_briefly()
     thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
     loaded = thread.submit(load).result()
     if "torch" in sys.modules:
