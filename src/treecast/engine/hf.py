@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from treecast.engine.kv_pool import PAGE_TOKENS, KVPool, PagedSequence
 from treecast.engine.kv_tensors import KVTensors
 from treecast.engine.loading import DType, LoadOptions, Numerics, describe, load_model
 from treecast.errors import InvalidRequest, ModelError
-from treecast.kernels.exact import ExactAttention
+from treecast.kernels.exact import NORM_COLUMNS, ExactAttention
 from treecast.kernels.fast import FastAttention
 from treecast.kernels.oracle import OracleAttention
 from treecast.kernels.plan import LayerAttention, SegmentLayout
@@ -35,6 +36,8 @@ class HFEngine:
     ) -> None:
         config: Any = model.config
         shapes = bridge.layer_shapes(model, config.get_text_config().num_hidden_layers)
+        if options.numerics == "exact":
+            shapes = [replace(s, value_dim=s.value_dim + NORM_COLUMNS) for s in shapes]
         num_pages = max(1, pool_tokens // PAGE_TOKENS)
         self._device = torch.device(options.device)
         self._tensors = KVTensors(shapes, num_pages * PAGE_TOKENS, options.kv_dtype, self._device)

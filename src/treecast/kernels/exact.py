@@ -11,20 +11,26 @@ counts that are multiples of `ROW_TILE`; `engine.exactness` checks it on the mac
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from treecast.kernels.grouping import BLOCK, MAX_TAIL, KeyGroup, group_rows
+from treecast.kernels.grouping import BLOCK, KeyGroup, group_rows
 from treecast.kernels.plan import SegmentLayout
 
 ROW_TILE = 16
 
+NORM_COLUMNS = 16
+"""Columns of ones behind every value, so that the product with the values sums the weights too."""
+
 
 class ExactAttention:
-    """Exact attention of a packed pass; see `plan.LayerAttention`. The pool must be float32."""
+    """Exact attention of a packed pass; see `plan.LayerAttention`.
+
+    The pool must be float32, its values `NORM_COLUMNS` wider than the model's.
+    """
 
     def __init__(self, segments: Sequence[SegmentLayout]) -> None:
         self._segments = [_ExactSegment(segment) for segment in segments]
@@ -57,8 +63,10 @@ class _ExactSegment:
             self._new = torch.tensor(layout.places[layout.first_new_slot :])
 
     def write(self, key: Tensor, value: Tensor, key_pool: Tensor, value_pool: Tensor) -> None:
+        value_dim = value.shape[-1]
         key_pool[:, self._new] = key[:, self._rows].to(key_pool.dtype)
-        value_pool[:, self._new] = value[:, self._rows].to(value_pool.dtype)
+        value_pool[:, self._new, :value_dim] = value[:, self._rows].to(value_pool.dtype)
+        value_pool[:, self._new, value_dim:] = 1
 
 
 class _ExactGroup:
@@ -69,30 +77,38 @@ class _ExactGroup:
         self._num_rows = len(group.rows)
         self._num_blocks = group.num_blocks
         tail = len(group.slots) - self._num_blocks * BLOCK
-        self._tail = -(-tail // ROW_TILE) * ROW_TILE
+        self._tail = _padded(tail)
         self._num_keys = self._num_blocks * BLOCK + self._tail
         self._keys = self._find_keys(layout, group)
         self._first_masked = layout.length
         self._mask = self._make_mask(group.visible)
         self._masks: dict[int, Tensor] = {}
+        self._queries: dict[tuple[int, ...], Tensor] = {}
         self._tail_blocks = self._make_tail_blocks(group.positions)
-        self._ones = torch.ones(max(BLOCK, self._tail), ROW_TILE)
 
     def attend(
         self, query: Tensor, key_pool: Tensor, value_pool: Tensor, scaling: float, out: Tensor
     ) -> None:
-        kv_heads, head_dim = key_pool.shape[0], query.shape[-1]
-        group = query.shape[0] // kv_heads
-        used = group * self._num_rows
-        padded = query.new_zeros(
-            (kv_heads, -(-used // ROW_TILE) * ROW_TILE, head_dim), dtype=torch.float32
-        )
-        rows = query[:, self._rows]
-        torch.mul(rows.reshape(kv_heads, used, head_dim).float(), scaling, out=padded[:, :used])
+        heads, kv_heads, value_dim = query.shape[0], key_pool.shape[0], out.shape[-1]
+        group = heads // kv_heads
+        padded = self._pad(query[:, self._rows], kv_heads).mul_(scaling)
         weights = self._weights(padded, key_pool[:, self._keys], group)
-        sums, norm = self._weighted_sums(weights, value_pool[:, self._keys])
-        attended = (sums / norm)[:, :used].reshape(query.shape[0], self._num_rows, -1)
-        out[self._rows] = attended.transpose(0, 1).to(out.dtype)
+        parts = self._weighted_sums(weights, value_pool[:, self._keys])
+        sums = add_in_order(parts)[:, : group * self._num_rows]
+        attended = sums[..., :value_dim] / sums[..., value_dim : value_dim + 1]
+        out[self._rows] = attended.view(heads, self._num_rows, -1).transpose(0, 1).to(out.dtype)
+
+    def _pad(self, query: Tensor, kv_heads: int) -> Tensor:
+        """[KV heads, padded rows, head dim] the rows of each KV head, in a buffer of ours."""
+        heads, rows, head_dim = query.shape
+        used = heads // kv_heads * rows
+        shape = (kv_heads, _padded(used), head_dim)
+        if shape not in self._queries:
+            self._queries[shape] = torch.zeros(shape)
+        buffer = self._queries[shape]
+        grouped = (kv_heads, heads // kv_heads, rows, head_dim)
+        buffer[:, :used].view(grouped).copy_(query.view(grouped))
+        return buffer
 
     def _weights(self, query: Tensor, keys: Tensor, group: int) -> Tensor:
         """[KV heads, padded rows, keys] exp(score - maximum), 0 where a row does not see a key."""
@@ -102,31 +118,22 @@ class _ExactGroup:
             scores[:, :, self._first_masked :] += mask
         return scores.sub_(scores.amax(-1, keepdim=True)).exp_()
 
-    def _weighted_sums(self, weights: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Sums of weights times values, and of weights, by block, then over blocks in order."""
+    def _weighted_sums(self, weights: Tensor, values: Tensor) -> Iterable[Tensor]:
+        """[KV heads, padded rows, value dim + norm columns] of each logical block, in order."""
         kv_heads, rows, _ = weights.shape
         split = self._num_blocks * BLOCK
-        sums: list[Tensor] = []
-        norms: list[Tensor] = []
         if split:
             lead = weights[:, :, :split].reshape(kv_heads, rows, self._num_blocks, BLOCK)
-            lead = lead.transpose(1, 2).contiguous()
+            lead = lead.transpose(1, 2).reshape(-1, rows, BLOCK)
             blocks = values[:, :split].reshape(kv_heads * self._num_blocks, BLOCK, -1)
-            product = torch.bmm(lead.view(-1, rows, BLOCK), blocks)
-            sums.append(product.view(kv_heads, self._num_blocks, rows, -1).transpose(0, 1))
-            norm = lead.view(-1, BLOCK) @ self._ones[:BLOCK]
-            norms.append(
-                norm.view(kv_heads, self._num_blocks, rows, ROW_TILE).transpose(0, 1)[..., :1]
-            )
-        if self._tail:
-            tail = weights[:, :, split:] * self._tail_blocks
-            count = tail.shape[0]
-            ends = values[:, split:].repeat(count, 1, 1)
-            product = torch.bmm(tail.view(-1, rows, self._tail), ends)
-            sums.append(product.view(count, kv_heads, rows, -1))
-            norm = tail.view(-1, self._tail) @ self._ones[: self._tail]
-            norms.append(norm.view(count, kv_heads, rows, ROW_TILE)[..., :1])
-        return _add_in_order(torch.cat(sums)), _add_in_order(torch.cat(norms))
+            product = torch.bmm(lead, blocks).view(kv_heads, self._num_blocks, rows, -1)
+            yield from product.unbind(1)
+        tail, ends = weights[:, :, split:], values[:, split:]
+        if len(self._tail_blocks) == 1:
+            yield torch.bmm(tail, ends)
+        else:
+            for block in self._tail_blocks:
+                yield torch.bmm(tail * block, ends)
 
     def _find_keys(self, layout: SegmentLayout, group: KeyGroup) -> slice | Tensor:
         """Places of the keys, filled up to whole tiles with keys that nobody sees."""
@@ -138,9 +145,10 @@ class _ExactGroup:
 
     def _make_mask(self, visible: np.ndarray) -> Tensor | None:
         """[rows, keys from the first masked on] 0 for a visible key, else minus infinity."""
-        mask = np.full((len(visible), self._num_keys), -np.inf, dtype=np.float32)
-        mask[:, : visible.shape[1]][visible] = 0
-        mask = np.ascontiguousarray(mask[:, self._first_masked :])
+        masked = visible[:, self._first_masked :]
+        shape = (len(visible), self._num_keys - self._first_masked)
+        mask = np.full(shape, -np.inf, dtype=np.float32)
+        mask[:, : masked.shape[1]][masked] = 0
         return torch.from_numpy(mask) if mask.any() else None
 
     def _mask_of(self, group: int, padded_rows: int) -> Tensor | None:
@@ -152,26 +160,28 @@ class _ExactGroup:
             self._masks[group] = mask
         return self._masks[group]
 
-    def _make_tail_blocks(self, positions: Sequence[int]) -> Tensor:
-        """[logical blocks, 1, 1, tail] 1 where a key of the tail lies in the block."""
-        first = self._num_blocks * BLOCK
-        block = np.full(self._tail, -1)
-        block[: len(positions) - first] = np.asarray(positions[first:]) // BLOCK
-        last = int(block.max(initial=self._num_blocks))
-        blocks = np.arange(self._num_blocks, last + 1)
-        return torch.from_numpy((block == blocks[:, None]).astype(np.float32))[:, None, None]
+    def _make_tail_blocks(self, positions: np.ndarray) -> list[Tensor]:
+        """For each logical block that the tail touches: [tail] 1 where a key lies in it."""
+        tail = positions[self._num_blocks * BLOCK :] // BLOCK
+        blocks = np.full(self._tail, -1)
+        blocks[: len(tail)] = tail
+        return [torch.from_numpy((blocks == b).astype(np.float32)) for b in np.unique(tail)]
 
 
-def _add_in_order(parts: Tensor) -> Tensor:
-    """Sum over the first dim, one after the other: as a product with ones, whose elements are one
-    chain each. `Tensor.sum` adds in an order that depends on where in the tensor a row lies.
+def add_in_order(parts: Iterable[Tensor]) -> Tensor:
+    """The sum of tensors, added one after the other; the first is written to.
+
+    `Tensor.sum` adds in an order that depends on where in the tensor a row lies.
     """
-    total: Tensor | None = None
-    for some in torch.split(parts.flatten(1), MAX_TAIL):
-        added = (torch.ones(ROW_TILE, len(some)) @ some)[0]
-        total = added if total is None else total + added
-    assert total is not None, "a row sees itself at least"
-    return total.view(parts.shape[1:])
+    rest = iter(parts)
+    total = next(rest)
+    for part in rest:
+        total += part
+    return total
+
+
+def _padded(rows: int) -> int:
+    return -(-rows // ROW_TILE) * ROW_TILE
 
 
 def _as_slice(rows: Sequence[int]) -> slice | Tensor:

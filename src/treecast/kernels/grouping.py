@@ -30,7 +30,7 @@ class KeyGroup:
 
     rows: Sequence[int]
     slots: Sequence[int]
-    positions: Sequence[int]
+    positions: NDArray[np.int64]
     visible: NDArray[np.bool_]
 
     @property
@@ -39,20 +39,19 @@ class KeyGroup:
         return leading_blocks(self.positions)
 
 
-def leading_blocks(positions: Sequence[int]) -> int:
+def leading_blocks(positions: NDArray[np.int64]) -> int:
     """Blocks at the front of a list of keys whose every key is at its position.
 
     A block does not count if a key behind belongs to it too (a sibling of one in the block).
     """
-    leading = 0
-    while leading < len(positions) and positions[leading] == leading:
-        leading += 1
-    return min(leading, *positions[leading:], leading) // BLOCK
+    moved = np.flatnonzero(positions != np.arange(len(positions)))
+    leading = int(moved[0]) if len(moved) else len(positions)
+    return int(positions[leading:].min(initial=leading)) // BLOCK
 
 
 def group_rows(layout: SegmentLayout) -> list[KeyGroup]:
     """Split a segment so that at most `MAX_TAIL` keys of a group lie behind its leading blocks."""
-    positions = [*range(layout.length), *(layout.length + depth for depth in _depths(layout))]
+    positions = np.concatenate((np.arange(layout.length), layout.length + _depths(layout)))
     if _num_tail(positions) > MAX_TAIL:
         return _Splitter(layout, positions).groups()
     visible = np.ones((layout.num_rows, layout.num_slots), dtype=np.bool_)
@@ -64,46 +63,33 @@ def group_rows(layout: SegmentLayout) -> list[KeyGroup]:
 class _Splitter:
     """Groups of a segment whose rows do not fit one product. Rows are numbered by their slots."""
 
-    def __init__(self, layout: SegmentLayout, positions: Sequence[int]) -> None:
+    def __init__(self, layout: SegmentLayout, positions: NDArray[np.int64]) -> None:
         self._layout = layout
         self._positions = positions
-        first_new = layout.first_new_slot
         self._paths = {
             slot: layout.path_slots(slot - layout.length)
-            for slot in range(first_new, layout.num_slots)
+            for slot in range(layout.first_new_slot, layout.num_slots)
         }
 
     def groups(self) -> list[KeyGroup]:
-        alone = {slot for slot, path in self._paths.items() if self._tail(path) > MAX_TAIL}
-        shared = [slot for slot in self._paths if slot not in alone]
-        return [*self._along_paths(alone), *self._by_common_keys(shared)]
+        """Groups of neighbours in the tree, as many as their keys allow.
 
-    def _along_paths(self, left: set[int]) -> list[KeyGroup]:
-        """Groups for rows too deep to share: each holds the rows of one path."""
-        groups: list[KeyGroup] = []
-        while left:
-            deepest = max(left, key=lambda slot: (len(self._paths[slot]), -slot))
-            path = self._paths[deepest]
-            groups.append(self._group([slot for slot in path if slot in left], path))
-            left = left.difference(path)
-        return groups
-
-    def _by_common_keys(self, slots: list[int]) -> list[KeyGroup]:
-        """Groups of neighbours in the tree, as many as their keys allow."""
+        A row by itself always fits: its path is in place, so less than a block lies behind.
+        """
         groups: list[KeyGroup] = []
         members: list[int] = []
         keys: set[int] = set()
-        for slot in sorted(slots, key=self._paths.__getitem__):
+        for slot in sorted(self._paths, key=self._paths.__getitem__):
             wider = keys.union(self._paths[slot])
             if members and self._tail(wider) > MAX_TAIL:
                 groups.append(self._group(sorted(members), sorted(keys)))
                 members, wider = [], set(self._paths[slot])
             members.append(slot)
             keys = wider
-        return [*groups, self._group(sorted(members), sorted(keys))] if members else groups
+        return [*groups, self._group(sorted(members), sorted(keys))]
 
     def _tail(self, slots: Iterable[int]) -> int:
-        return _num_tail([self._positions[slot] for slot in sorted(slots)])
+        return _num_tail(self._positions[sorted(slots)])
 
     def _group(self, members: list[int], slots: list[int]) -> KeyGroup:
         layout = self._layout
@@ -112,15 +98,15 @@ class _Splitter:
         for i, slot in enumerate(members):
             visible[i, [column[seen] for seen in self._paths[slot]]] = True
         rows = [layout.first_row + slot - layout.first_new_slot for slot in members]
-        return KeyGroup(rows, slots, [self._positions[slot] for slot in slots], visible)
+        return KeyGroup(rows, slots, self._positions[slots], visible)
 
 
-def _num_tail(positions: Sequence[int]) -> int:
+def _num_tail(positions: NDArray[np.int64]) -> int:
     return len(positions) - leading_blocks(positions) * BLOCK
 
 
-def _depths(layout: SegmentLayout) -> list[int]:
+def _depths(layout: SegmentLayout) -> NDArray[np.int64]:
     depths: list[int] = []
     for parent in layout.parents:
         depths.append(0 if parent < 0 else depths[parent] + 1)
-    return depths
+    return np.array(depths, dtype=np.int64)
