@@ -17,8 +17,8 @@ HELLO_TIMEOUT_S = 2.0
 
 _HUNG_FACTOR = 10
 _HUNG_FLOOR_MS = 10_000
-"""Where cores are oversubscribed, steps of 150 ms were seen to take over 2 s; to give such a peer up
-moves its sessions, whose prompts are then computed anew, to peers that are no better off."""
+"""On oversubscribed cores steps of 150 ms were seen to take over 2 s. To give such a peer up moves
+its sessions, whose prompts are then computed anew, to peers that are no better off."""
 
 
 @dataclass(frozen=True, slots=True)
