@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 
 from treecast.errors import InvalidFrame
 from treecast.sampling.logprobs import TokenLogprobs
+from treecast.text.detok import DetokStream
 from treecast.v1 import router_pb2 as pb
 from treecast.wire.frames import Completed, Progress
 
 from . import messages
-from .detok import DetokStream
 from .metrics import RouterMetrics
 from .seat import Seat, SeatEnd
 

@@ -18,7 +18,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
 from treecast.errors import InvalidRequest
-from treecast.services.router.detok import DetokStream
+from treecast.text.detok import DetokStream
 
 ROLES = ("system", "user", "assistant")
 

@@ -12,8 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from treecast.errors import InvalidRequest, Unavailable
-from treecast.services.router.detok import DetokStream
+from treecast.sampling.params import SamplingParams
+from treecast.sampling.stops import StopRules
 from treecast.services.router.text import ChatMessage, ModelText, TextCache, TokenizerFiles
+from treecast.text.detok import DetokStream
 
 from ..byte_tokenizer import (
     BOS,
@@ -248,6 +250,24 @@ def test_no_more_is_held_back_than_could_belong_to_a_stop_string(
 
     held_from = next((at for at in range(len(text)) if may_stop_from(at)), len(text))
     assert out.push(text.encode()) == text[:held_from]
+
+
+@given(outputs, st.lists(st.sampled_from(["ab", "b", "€", "\0a", "a\0"]), min_size=1, max_size=2))
+def test_text_ends_before_the_stop_string_when_a_verifier_found_it(
+    tokens: list[int], stop: list[str]
+) -> None:
+    """Whatever the tokens, what one side finds the other side cuts."""
+    rules = StopRules((), SamplingParams(stop=tuple(stop)), decode)
+    out, text = stream(*stop), ""
+    for count, token in enumerate(tokens, start=1):
+        text += out.push([token])
+        if end := rules.check(token):
+            whole = decode(tokens[:count])
+            first = min(at for one in stop if (at := whole.find(one)) >= 0)
+            assert text + out.finish(end.characters) == whole[:first]
+            return
+    assert not any(one in text for one in stop)
+    assert text + out.finish() == decode(tokens)
 
 
 # --- cache ------------------------------------------------------------------------------------

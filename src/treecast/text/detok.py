@@ -1,7 +1,8 @@
 """Output tokens to text, piece by piece; a piece once given out never changes.
 
 What has been given out depends on the tokens so far and on nothing else, not on how they were
-grouped. So a stream can be continued elsewhere from its tokens alone.
+grouped. So a stream can be continued elsewhere from its tokens alone, and a verifier, which looks
+for stop strings, agrees on every character with a router, which cuts them.
 """
 
 from __future__ import annotations
@@ -32,6 +33,12 @@ class DetokStream:
         rest = self._held + self._pieces.rest()
         self._held = ""
         return rest[: max(0, len(rest) - stop_characters)]
+
+    @property
+    def stop_characters(self) -> int | None:
+        """Characters from the first stop string to the end of the text; None if there is none."""
+        starts = [at for one in self._stop if (at := self._held.find(one)) >= 0]
+        return len(self._held + self._pieces.rest()) - min(starts) if starts else None
 
     def _release(self, piece: str) -> str:
         text = self._held + piece
