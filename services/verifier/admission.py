@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from treecast.engine.base import Engine
 from treecast.errors import InvalidRequest, NotServed, PromptTooLong, TreecastError
@@ -12,6 +12,7 @@ from treecast.sampling.params import Law
 from treecast.sampling.pick import Picker
 from treecast.sampling.stops import Stop, StopRules
 from treecast.sampling.transforms import Context
+from treecast.text.detok import Decode
 from treecast.wire.frames import (
     BadFrame,
     Cancel,
@@ -29,7 +30,6 @@ from .requests import Request
 from .step import StepLoop
 
 RouterLink = Link[ServingFrame, RouterFrame]
-Decode = Callable[[Sequence[int]], str]
 
 
 class Admission:

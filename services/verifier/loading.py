@@ -9,9 +9,9 @@ import structlog
 from treecast.engine.base import Engine
 from treecast.engine.exactness import differing_rows
 from treecast.engine.toy import ToyEngine
+from treecast.text.tokenizer import TokenizerFiles
 
 from .settings import VerifierSettings
-from .tokenizer import TokenizerFiles
 
 log = structlog.get_logger()
 

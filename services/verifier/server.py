@@ -15,6 +15,7 @@ import structlog
 from treecast.engine.base import Engine
 from treecast.engine.openmp import load_on_thread
 from treecast.errors import NotServed, Unavailable
+from treecast.text.tokenizer import TokenizerFiles
 from treecast.v1 import verifier_pb2 as pb
 from treecast.v1 import verifier_pb2_grpc
 from treecast.wire import codec
@@ -33,7 +34,6 @@ from .pace import measure_curve
 from .settings import VerifierSettings
 from .speculation import Speculation
 from .step import StepLoop
-from .tokenizer import TokenizerFiles
 
 log = structlog.get_logger()
 

@@ -17,7 +17,7 @@ from treecast.sampling.pick import Picker
 from treecast.sampling.transforms import Context
 from treecast.services.verifier.server import Verifier
 from treecast.services.verifier.settings import VerifierSettings
-from treecast.services.verifier.tokenizer import TokenizerFiles
+from treecast.text.tokenizer import TokenizerFiles
 from treecast.v1 import speculator_pb2_grpc, verifier_pb2_grpc
 from treecast.wire.frames import (
     BadFrame,

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 
 from treecast.sampling.params import SamplingParams
-from treecast.text.detok import DetokStream
+from treecast.text.detok import Decode, DetokStream
 
 
 class FinishReason(Enum):
@@ -40,7 +40,7 @@ class StopRules:
         self,
         eos_token_ids: Iterable[int],
         sampling: SamplingParams,
-        decode: Callable[[Sequence[int]], str] | None = None,
+        decode: Decode | None = None,
     ) -> None:
         """Begin an output; one that is taken up again needs its tokens checked anew.
 

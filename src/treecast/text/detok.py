@@ -9,6 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+Decode = Callable[[Sequence[int]], str]
+"""Text of some token ids."""
+
 REPLACEMENT = "�"
 MAX_OPEN = 3
 """A UTF-8 character that lacks bytes has at most three, in as many tokens; a decoder shows them as
@@ -19,7 +22,7 @@ one mark, or as one for each.
 class DetokStream:
     """Text of one output. Characters that lack bytes, and possible stop strings, are held back."""
 
-    def __init__(self, decode: Callable[[Sequence[int]], str], stop: Sequence[str] = ()) -> None:
+    def __init__(self, decode: Decode, stop: Sequence[str] = ()) -> None:
         self._pieces = _Pieces(decode)
         self._stop = tuple(stop)
         self._held = ""
@@ -54,7 +57,7 @@ class _Pieces:
     beyond that of its first part.
     """
 
-    def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
+    def __init__(self, decode: Decode) -> None:
         self._decode = decode
         self._window: list[int] = []
         self._num_first = 0  # tokens of the window whose text was whole and given out
