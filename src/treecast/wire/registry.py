@@ -19,6 +19,7 @@ from pydantic import BeforeValidator
 from pydantic_settings import NoDecode
 from redis.asyncio import Redis
 
+from treecast.settings import split_commas
 from treecast.wire.frames import Role
 from treecast.wire.guarded_redis import GuardedRedis, RedisLost
 from treecast.wire.resolving import Resolver, check_seed
@@ -30,12 +31,7 @@ TTL_S = 3.0
 POLL_S = 1.0
 
 
-def _split(given: str | Iterable[str]) -> tuple[str, ...]:
-    items = [given] if isinstance(given, str) else given
-    return tuple(part.strip() for item in items for part in item.split(",") if part.strip())
-
-
-Addresses = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
+Addresses = Annotated[tuple[str, ...], NoDecode, BeforeValidator(split_commas)]
 """A settings field of seeds: comma-separated, and the flag may be repeated."""
 
 
