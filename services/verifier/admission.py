@@ -22,6 +22,7 @@ from treecast.wire.frames import (
     Heartbeat,
     RouterFrame,
     ServingFrame,
+    SessionKey,
     Start,
 )
 from treecast.wire.link import Link
@@ -65,7 +66,14 @@ class Admission:
             case Cancel():
                 self._cancel(link, frame.handle)
             case Forget():
-                self._steps.forget(frame.session)
+                self._forget(frame.session)
+
+    def _forget(self, session: SessionKey) -> None:
+        """Free what the session retains now, and what its requests would leave behind."""
+        for requests in self._requests.values():
+            for request in requests.values():
+                request.retain &= not request.belongs_to(session)
+        self._steps.forget(session)
 
     def _cancel(self, link: RouterLink, handle: int) -> None:
         request = self._requests[link].get(handle)

@@ -435,6 +435,30 @@ async def test_nothing_is_retained_when_samples_are_cancelled_and_forgotten() ->
         assert rig.engine.usage.used == 0
 
 
+async def test_nothing_is_retained_when_a_session_is_forgotten_before_its_request_ends() -> None:
+    async with verifier_rig(ToyEngine(vocab_size=VOCAB, step_s=0.005)) as rig:
+        long = SamplingParams(max_tokens=50)
+        _, running = rig.router.start(PROMPT, long, session=SESSION)
+        await running.until(lambda o: len(o.tokens) > 1)
+        rig.router.link.send(Forget(SESSION))
+        await running.end()
+        await rig.idle()
+        assert len(running.tokens) == 50
+        assert rig.engine.usage.used == 0
+
+
+async def test_a_new_request_is_retained_when_a_forgotten_one_outlives_it() -> None:
+    async with verifier_rig(ToyEngine(vocab_size=VOCAB, step_s=0.005)) as rig:
+        _, old = rig.router.start(PROMPT, SamplingParams(max_tokens=500), session=SESSION)
+        await old.until(lambda o: len(o.tokens) > 1)
+        rig.router.link.send(Forget(SESSION))
+        await rig.router.run(PROMPT, GREEDY, session=SESSION)
+        await old.end()
+        await rig.idle()
+        assert len(rig.verifier.steps.sessions) == 1
+        assert rig.engine.usage.used == 1
+
+
 async def test_idle_sessions_stay_when_evicting_them_would_not_help() -> None:
     engine = ToyEngine(vocab_size=VOCAB, pool_tokens=512, step_s=0.005)
     async with verifier_rig(engine) as rig:

@@ -111,6 +111,11 @@ class SessionKey:
     session_id: str
     epoch: int = 0
 
+    @property
+    def name(self) -> tuple[str, str]:
+        """Without its lease's epoch: tenant and session id."""
+        return self.tenant, self.session_id
+
 
 @dataclass(frozen=True, slots=True)
 class Start:
