@@ -6,7 +6,9 @@ import asyncio
 import signal
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 
+import grpc
 import pytest
 
 from treecast.engine.base import Segment
@@ -14,6 +16,7 @@ from treecast.engine.toy import ToyEngine
 from treecast.errors import (
     DeadlineExceeded,
     InvalidRequest,
+    ModelError,
     NotServed,
     Overloaded,
     PromptTooLong,
@@ -21,7 +24,11 @@ from treecast.errors import (
 )
 from treecast.sampling.params import Law, SamplingParams
 from treecast.sampling.stops import FinishReason
+from treecast.services.verifier.loading import read_tokenizer
+from treecast.text.tokenizer import TokenizerFiles
 from treecast.tree import TokenTree
+from treecast.v1 import verifier_pb2, verifier_pb2_grpc
+from treecast.wire.channel import MAX_ANSWER_BYTES, MAX_MESSAGE_BYTES, open_channel
 from treecast.wire.frames import (
     Attach,
     Commit,
@@ -36,6 +43,7 @@ from treecast.wire.frames import (
 )
 from treecast.wire.registry import Entry
 
+from ..byte_tokenizer import byte_tokenizer
 from .verifier_rig import VOCAB, ScriptedSpeculator, plain, speculator, verifier_rig
 
 GREEDY = SamplingParams(temperature=0, max_tokens=24)
@@ -588,3 +596,30 @@ async def test_request_is_refused_when_too_many_wait() -> None:
     assert refused
     assert all(isinstance(outcome.error, Overloaded) for outcome in refused)
     assert "the limit is 1" in str(refused[0].error)
+
+
+# --- tokenizer --------------------------------------------------------------------------------
+
+
+async def test_tokenizer_is_handed_out_when_it_is_larger_than_other_messages() -> None:
+    definition = byte_tokenizer().to_str().encode() + b" " * (MAX_MESSAGE_BYTES + 1)
+    files = TokenizerFiles(definition, "template", {"bos_token": "<s>"})
+    async with (
+        verifier_rig(tokenizer=files) as rig,
+        open_channel(rig.address, max_message_bytes=MAX_ANSWER_BYTES) as channel,
+    ):
+        stub = verifier_pb2_grpc.VerifierServiceStub(channel)
+        answer = await stub.GetTokenizer(verifier_pb2.GetTokenizerRequest())
+        assert answer.tokenizer_json == definition
+        with pytest.raises(grpc.aio.AioRpcError, match="larger than max"):
+            await stub.GetTokenizer(verifier_pb2.GetTokenizerRequest(model_revision="x" * 2**23))
+
+
+def test_verifier_does_not_start_when_no_router_could_fetch_its_tokenizer(tmp_path: Path) -> None:
+    with (tmp_path / "tokenizer.json").open("wb") as file:
+        file.truncate(MAX_ANSWER_BYTES)
+    with pytest.raises(ModelError) as refusal:
+        read_tokenizer(tmp_path)
+    assert refusal.value.message == (
+        f"{tmp_path}/tokenizer.json has 67108864 bytes; the limit is 66060288"
+    )

@@ -29,10 +29,10 @@ _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 
-def server_options(max_message_bytes: int = MAX_MESSAGE_BYTES) -> Options:
+def server_options(max_answer_bytes: int = MAX_MESSAGE_BYTES) -> Options:
     return [
-        ("grpc.max_send_message_length", max_message_bytes),
-        ("grpc.max_receive_message_length", max_message_bytes),
+        ("grpc.max_send_message_length", max_answer_bytes),
+        ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
         ("grpc.keepalive_time_ms", KEEPALIVE_MS),
         ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
         ("grpc.http2.min_ping_interval_without_data_ms", KEEPALIVE_MS // 2),
@@ -48,11 +48,12 @@ class Server:
         self,
         *,
         credentials: grpc.ServerCredentials | None = None,
-        max_message_bytes: int = MAX_MESSAGE_BYTES,
+        max_answer_bytes: int = MAX_MESSAGE_BYTES,
     ) -> None:
+        """What clients may send is capped at `MAX_MESSAGE_BYTES`, whatever they may be answered."""
         self._credentials = credentials
         self._server = grpc.aio.server(
-            interceptors=[ErrorInterceptor()], options=server_options(max_message_bytes)
+            interceptors=[ErrorInterceptor()], options=server_options(max_answer_bytes)
         )
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
