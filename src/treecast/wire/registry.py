@@ -151,11 +151,6 @@ class Registry:
         """One per address, in a stable order."""
         return self._entries
 
-    @property
-    def redis_ok(self) -> bool:
-        """False while Redis does not answer, and when none was given."""
-        return self._redis.ok
-
     async def start(self, on_change: Callable[[tuple[Entry, ...]], None] | None = None) -> None:
         """Poll once, then each second; `on_change` gets the entries whenever they differ."""
         if on_change is not None:
