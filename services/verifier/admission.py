@@ -6,6 +6,8 @@ import itertools
 import time
 from collections.abc import Sequence
 
+import structlog
+
 from treecast.engine.base import Engine
 from treecast.errors import InvalidRequest, NotServed, PromptTooLong, TreecastError
 from treecast.sampling.params import Law
@@ -29,6 +31,8 @@ from treecast.wire.link import Link
 
 from .requests import Request
 from .step import StepLoop
+
+log = structlog.get_logger()
 
 RouterLink = Link[ServingFrame, RouterFrame]
 
@@ -91,11 +95,12 @@ class Admission:
                 return
             self._steps.submit(request)
         except TreecastError as error:
+            log.info("request.refused", request_id=start.request_id, why=error.message)
             link.send(Failed(start.handle, error))
             return
         mine = self._requests[link]
         mine[start.handle] = request
-        request.on_end = lambda: _drop(mine, start.handle)
+        request.on_end = lambda: _ended(mine, request)
 
     def _request(self, link: RouterLink, start: Start) -> Request:
         info, sampling = self._engine.info, start.sampling
@@ -118,8 +123,15 @@ class Admission:
         )
 
 
-def _drop(requests: dict[int, Request], handle: int) -> None:
-    requests.pop(handle, None)
+def _ended(requests: dict[int, Request], request: Request) -> None:
+    requests.pop(request.start.handle, None)
+    usage = request.usage()
+    log.info(
+        "request.ended",
+        request_id=request.start.request_id,
+        num_tokens=usage.output_tokens,
+        steps=usage.steps,
+    )
 
 
 def _first_stop(stops: StopRules, committed: Sequence[int]) -> Stop | None:

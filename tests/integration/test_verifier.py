@@ -10,6 +10,7 @@ from pathlib import Path
 
 import grpc
 import pytest
+import structlog
 
 from treecast.engine.base import Segment
 from treecast.engine.toy import ToyEngine
@@ -596,6 +597,32 @@ async def test_request_is_refused_when_too_many_wait() -> None:
     assert refused
     assert all(isinstance(outcome.error, Overloaded) for outcome in refused)
     assert "the limit is 1" in str(refused[0].error)
+
+
+# --- logs -------------------------------------------------------------------------------------
+
+
+async def test_logs_name_the_request_when_it_ends_or_is_refused() -> None:
+    with structlog.testing.capture_logs() as logs:
+        async with verifier_rig() as rig:
+            await rig.router.run(PROMPT, GREEDY, request_id="one")
+            await rig.router.run([], GREEDY, request_id="two")
+    told = [entry for entry in logs if "request_id" in entry]
+    assert told == [
+        {
+            "event": "request.ended",
+            "log_level": "info",
+            "request_id": "one",
+            "num_tokens": 24,
+            "steps": 24,
+        },
+        {
+            "event": "request.refused",
+            "log_level": "info",
+            "request_id": "two",
+            "why": "prompt is empty",
+        },
+    ]
 
 
 # --- tokenizer --------------------------------------------------------------------------------
