@@ -123,3 +123,4 @@ async def serve(settings: RouterSettings) -> None:
     async with Router(settings, begin(settings, Role.ROUTER)) as router:
         await router.presence.until_stopped()
         await router.drain()
+    log.info("service.stopped")

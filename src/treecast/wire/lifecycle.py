@@ -87,6 +87,7 @@ async def serve_until_stopped(
             await drain()
     finally:
         await redis.close()
+        log.info("service.stopped")
 
 
 class Presence:
@@ -150,11 +151,11 @@ class Presence:
         log.info("service.draining")
 
     async def leave(self) -> None:
-        """Be found by nobody new: leave the registry, not ready. Safe to repeat."""
+        """Be found by nobody new: not ready, out of the registry. Safe to repeat."""
         self._left = True
+        await self.server.set_not_ready()
         if self._registration is not None:
             await self._registration.close()
-        await self.server.set_not_ready()
 
     async def close(self) -> None:
         """Stop at once, or with a second's grace after `leave`. Safe to repeat."""
@@ -174,7 +175,6 @@ class Presence:
 
     async def __aexit__(self, *exc: object) -> None:
         await self.close()
-        log.info("service.stopped")
 
     def _announce(self) -> None:
         """One line of JSON on stdout, for whoever started this process."""
