@@ -15,10 +15,10 @@ from treecast.errors import TreecastError
 from treecast.sampling.params import SamplingParams
 from treecast.sampling.pick import Picker
 from treecast.sampling.transforms import Context
-from treecast.services.verifier.server import Verifier
+from treecast.services.verifier.server import Verifier, server_of
 from treecast.services.verifier.settings import VerifierSettings
-from treecast.services.verifier.tokenizer import TokenizerFiles
-from treecast.v1 import speculator_pb2_grpc, verifier_pb2_grpc
+from treecast.text.tokenizer import TokenizerFiles
+from treecast.v1 import speculator_pb2_grpc
 from treecast.wire.frames import (
     BadFrame,
     Cancel,
@@ -209,19 +209,21 @@ class Rig:
 
 
 @asynccontextmanager
-async def verifier_rig(engine: ToyEngine | None = None, **settings: Any) -> AsyncIterator[Rig]:
+async def verifier_rig(
+    engine: ToyEngine | None = None, tokenizer: TokenizerFiles | None = None, **settings: Any
+) -> AsyncIterator[Rig]:
     """A running verifier, and a router with an open stream to it."""
     engine = engine or ToyEngine(vocab_size=VOCAB)
     configured = VerifierSettings(engine="toy", **settings)
     verifier = Verifier(
-        configured, engine, TokenizerFiles(), GuardedRedis(None), "test", ThreadPoolExecutor(1)
+        configured,
+        engine,
+        tokenizer or TokenizerFiles(),
+        GuardedRedis(None),
+        "test",
+        ThreadPoolExecutor(1),
     )
-    server = Server()
-    server.add(
-        verifier_pb2_grpc.add_VerifierServiceServicer_to_server,
-        verifier,
-        "treecast.v1.VerifierService",
-    )
+    server = server_of(verifier)
     address = await server.listen("127.0.0.1:0")
     await verifier.start()
     router = RouterEnd(address)
