@@ -33,6 +33,7 @@ from treecast.wire.channel import MAX_ANSWER_BYTES, MAX_MESSAGE_BYTES, open_chan
 from treecast.wire.frames import (
     Attach,
     Commit,
+    Cost,
     Detach,
     Draft,
     Forget,
@@ -143,6 +144,8 @@ async def test_steps_are_saved_and_text_is_the_same_when_drafts_are_right(
         outcome = await rig.router.run(PROMPT, sampling, noise_key=3)
     assert outcome.tokens == plain(PROMPT, sampling, 3)
     assert outcome.completed is not None
+    told = outcome.completed.usage
+    assert outcome.cost == Cost(told.steps, told.drafted, told.accepted)
     usage = outcome.completed.usage
     assert usage.steps <= 10  # 24 tokens: the first plainly, then up to five per step
     assert usage.accepted >= 24 - usage.steps

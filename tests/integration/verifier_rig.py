@@ -23,6 +23,7 @@ from treecast.wire.frames import (
     BadFrame,
     Cancel,
     Completed,
+    Cost,
     Failed,
     Heartbeat,
     Hello,
@@ -58,6 +59,7 @@ class Outcome:
 
     tokens: list[int] = field(default_factory=list)
     logprobs: list[Any] = field(default_factory=list)
+    cost: Cost = field(default_factory=Cost)
     completed: Completed | None = None
     error: TreecastError | None = None
     changed: asyncio.Event = field(default_factory=asyncio.Event)
@@ -128,6 +130,7 @@ class RouterEnd:
                 assert frame.from_index == len(outcome.tokens) + self.offsets.get(frame.handle, 0)
                 outcome.tokens.extend(frame.tokens)
                 outcome.logprobs.extend(frame.logprobs)
+                outcome.cost += frame.cost
             case Completed():
                 outcome.completed = frame
             case Failed():
