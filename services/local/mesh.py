@@ -16,7 +16,14 @@ from treecast.errors import Unavailable
 from .folders import default_folders
 from .logs import new_log_dir
 from .process import MeshError, ServiceProcess, Spawner, child_environment, service_command
-from .settings import Flags, MeshSettings, router_flags, speculator_flags, verifier_flags
+from .settings import (
+    Flags,
+    MeshSettings,
+    router_flags,
+    speculator_flags,
+    speculator_names,
+    verifier_flags,
+)
 from .valkey import start_valkey
 
 REDIS_VARIABLE = "TREECAST_REDIS_URL"
@@ -38,7 +45,8 @@ class LocalMesh:
 
     Attributes:
         settings: as given; once started, with the folders that "default" stood for.
-        processes: by name: "valkey", "ssm", "ngram", "verifier-0" and so on, "router".
+        processes: by name: "valkey", "ssm", "ngram" ("ssm-0" and so on where there are several),
+            "verifier-0" and so on, "router".
         log_dir: where each of them writes <name>.log.
     """
 
@@ -126,10 +134,11 @@ class LocalMesh:
             log = self.log_dir / "valkey.log"
             self.processes["valkey"], self.redis_url = start_valkey(log, self._spawner)
             self._report("valkey", "ready")
-        for drafter in settings.speculators:
-            self._launch(drafter, "speculator", speculator_flags(settings, self.redis_url, drafter))
-        self._wait_ready(settings.speculators)
-        drafters = [self.processes[name].address for name in settings.speculators]
+        speculators = speculator_names(settings.speculators)
+        for name, kind in speculators.items():
+            self._launch(name, "speculator", speculator_flags(settings, self.redis_url, kind))
+        self._wait_ready(list(speculators))
+        drafters = [self.processes[name].address for name in speculators]
         names = [f"verifier-{number}" for number in range(settings.num_verifiers)]
         for name in names:
             # One after the other: each measures its step time when it starts.

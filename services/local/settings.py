@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,8 @@ class MeshSettings:
     Attributes:
         model: model folder of the LLM; "default" is SmolLM2-135M-Instruct.
         draft: model folder of the `ssm` speculator's draft; "default" is the one that ships.
-        speculators: drafters, a process each; none decodes plainly.
+        speculators: drafters, a process each, a kind more than once if so wished; none decodes
+            plainly.
         router_listen: address of the router; port 0 picks one.
         redis_url: a server to use; None starts one, unless TREECAST_REDIS_URL names one.
         log_dir: where each process's log goes; None makes a new folder in the cache directory.
@@ -43,6 +45,16 @@ class MeshSettings:
     verifier_flags: Flags = field(default_factory=dict)
     speculator_flags: Flags = field(default_factory=dict)
     router_flags: Flags = field(default_factory=dict)
+
+
+def speculator_names(kinds: Sequence[str]) -> dict[str, str]:
+    """A name for each process, and its kind: "ssm" where it is alone, else "ssm-0" and so on."""
+    seen: Counter[str] = Counter()
+    names = {}
+    for kind in kinds:
+        names[f"{kind}-{seen[kind]}" if kinds.count(kind) > 1 else kind] = kind
+        seen[kind] += 1
+    return names
 
 
 def verifier_flags(settings: MeshSettings, redis_url: str, speculators: Sequence[str]) -> Flags:

@@ -13,13 +13,14 @@ from treecast.errors import (
     TreecastError,
     Unavailable,
 )
+from treecast.text.tokenizer import TokenizerFiles
 from treecast.v1 import verifier_pb2
 from treecast.wire.frames import Hello
 
 from .fleet import Fleet, Verifier, answer
 from .messages import Ask, ChatPrompt, Prompt, TextPrompt
 from .placement import choose_model
-from .text import ModelText, TextCache, TokenizerFiles
+from .text import ModelText, TextCache
 
 TOKENIZER_TIMEOUT_S = 10.0
 

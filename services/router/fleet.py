@@ -12,7 +12,7 @@ import grpc
 from treecast.errors import Unavailable
 from treecast.sampling.params import Law
 from treecast.v1.verifier_pb2_grpc import VerifierServiceStub
-from treecast.wire.channel import open_channel
+from treecast.wire.channel import MAX_ANSWER_BYTES, open_channel
 from treecast.wire.frames import (
     BadFrame,
     Forget,
@@ -34,9 +34,6 @@ if TYPE_CHECKING:
     from treecast.v1.verifier_pb2_grpc import VerifierServiceAsyncStub  # a name of the stubs only
 
 T = TypeVar("T")
-
-MAX_ANSWER_BYTES = 64 * 1024 * 1024
-"""Tokenizer definitions of large vocabularies take tens of megabytes."""
 
 
 class Verifier:

@@ -10,10 +10,10 @@ import structlog
 
 from treecast.errors import StaleLease, TreecastError, Unavailable
 from treecast.sampling.noise import noise_key
+from treecast.text.detok import DetokStream
 from treecast.wire.frames import Completed, Failed, FinishReason, Hello, SessionKey, Start
 
 from . import messages
-from .detok import DetokStream
 from .dispatch import Dispatcher
 from .messages import Ask
 from .metrics import RouterMetrics

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from treecast.errors import InvalidFrame
 from treecast.sampling.logprobs import TokenLogprobs
+from treecast.text.detok import DetokStream
 from treecast.v1 import router_pb2 as pb
-from treecast.wire.frames import Completed, Progress
+from treecast.wire.frames import Completed, Cost, Progress
 
 from . import messages
-from .detok import DetokStream
 from .metrics import RouterMetrics
 from .seat import Seat, SeatEnd
 
@@ -77,6 +77,7 @@ class Relay:
         self._clock = clock
         self._arrived_s = arrived_s
         self._last_s: float | None = None
+        self._earlier = Cost()  # of placements that did not see the request through
 
     async def follow(self, seat: Seat) -> SeatEnd:
         """Write what comes from one placement until it ends, one way or another.
@@ -84,17 +85,21 @@ class Relay:
         Raises:
             InvalidFrame: the verifier's tokens do not fit what it, or an earlier one, sent.
         """
+        cost = Cost()
         while True:
             piece = Piece()
             end: SeatEnd | None = None
             for frame in await seat.take():
                 if isinstance(frame, Progress):
                     self.output.take(frame, piece)
+                    cost += frame.cost
                 else:
                     end = frame
             if piece.tokens:
                 await self._pass_on(piece)
             if end is not None:
+                if not isinstance(end, Completed):
+                    self._earlier += cost
                 return end
 
     async def _pass_on(self, piece: Piece) -> None:
@@ -116,4 +121,5 @@ class Relay:
         rest = self._text.finish(end.stop_characters)
         if rest:
             await self._write(messages.delta(self._index, rest, [], []))
+        end = replace(end, usage=end.usage.with_earlier(self._earlier))
         await self._write(messages.finished(self._index, end, placements, same_numerics))

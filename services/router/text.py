@@ -1,13 +1,10 @@
-"""Text to tokens and back, with the tokenizer's files that a verifier hands out.
-
-Output text leaves out special tokens. It is the text in which a verifier looks for stop strings.
-"""
+"""Prompts to tokens and output to text, with the tokenizer's files that a verifier hands out."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -15,21 +12,12 @@ from typing import Any
 import jinja2
 import jinja2.ext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from tokenizers import Tokenizer
 
 from treecast.errors import InvalidRequest
-from treecast.services.router.detok import DetokStream
+from treecast.text.detok import DetokStream
+from treecast.text.tokenizer import TokenizerFiles, decoder_of
 
 ROLES = ("system", "user", "assistant")
-
-
-@dataclass(frozen=True, slots=True)
-class TokenizerFiles:
-    """As `VerifierService.GetTokenizer` gives them; no JSON for a model without a tokenizer."""
-
-    tokenizer_json: bytes
-    chat_template: str
-    special_tokens: Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +32,8 @@ class ModelText:
     def __init__(self, model: str, files: TokenizerFiles) -> None:
         """Parses the tokenizer: tens of milliseconds, so not for an event loop."""
         self._model = model
-        self._tokenizer = _load_tokenizer(files.tokenizer_json)
+        self._tokenizer = files.load()
+        self._decode = decoder_of(self._tokenizer) if self._tokenizer else _no_text
         self._template = _compile(files.chat_template)
         self._special_tokens = files.special_tokens
 
@@ -89,11 +78,6 @@ class ModelText:
             )
         return tuple(self._tokenizer.encode(text, add_special_tokens=special_tokens).ids)
 
-    def _decode(self, token_ids: Sequence[int]) -> str:
-        if self._tokenizer is None:
-            return ""
-        return self._tokenizer.decode(token_ids, skip_special_tokens=True)
-
     def _render(self, messages: Sequence[ChatMessage]) -> str:
         if self._template is None:
             raise InvalidRequest(
@@ -111,13 +95,8 @@ class ModelText:
             raise InvalidRequest(f"chat template refuses the messages: {error}") from error
 
 
-def _load_tokenizer(definition: bytes) -> Tokenizer | None:
-    if not definition:
-        return None
-    tokenizer = Tokenizer.from_str(definition.decode())
-    tokenizer.no_truncation()  # a definition may carry the settings of its training
-    tokenizer.no_padding()
-    return tokenizer
+def _no_text(token_ids: Sequence[int]) -> str:
+    return ""
 
 
 def _compile(template: str) -> jinja2.Template | None:

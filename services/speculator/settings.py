@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, field_validator
@@ -10,16 +9,13 @@ from pydantic_settings import NoDecode, SettingsConfigDict
 
 from treecast.drafting.growth import parse_growth
 from treecast.errors import InvalidRequest
-from treecast.settings import ServiceSettings
-
-
-def _split(given: str | Iterable[str]) -> tuple[str, ...]:
-    items = [given] if isinstance(given, str) else given
-    return tuple(part.strip() for item in items for part in item.split(",") if part.strip())
-
+from treecast.settings import ServiceSettings, split_commas
 
 DrafterKinds = Annotated[
-    tuple[Literal["ssm", "ngram"], ...], NoDecode, BeforeValidator(_split), Field(min_length=1)
+    tuple[Literal["ssm", "ngram"], ...],
+    NoDecode,
+    BeforeValidator(split_commas),
+    Field(min_length=1),
 ]
 
 

@@ -2,28 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
-import sys
-
-from treecast.errors import TreecastError
+from treecast.wire.frames import Role
+from treecast.wire.lifecycle import run_service
 
 from .server import serve
 from .settings import VerifierSettings
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run until SIGTERM or SIGINT. Returns the exit code."""
-    try:
-        settings = VerifierSettings.load(
-            sys.argv[1:] if argv is None else argv, "treecast-verifier"
-        )
-        asyncio.run(serve(settings))
-    except TreecastError as error:
-        print(f"treecast-verifier: {error.message}", file=sys.stderr)  # noqa: T201
-        return 2
-    except KeyboardInterrupt:
-        pass
-    return 0
+    """Run until SIGTERM or SIGINT. Returns the exit code: 2 for what cannot be started."""
+    return run_service(Role.VERIFIER, VerifierSettings, serve, argv)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+
+import structlog
 
 from treecast.engine.base import Engine
 from treecast.errors import InvalidRequest, NotServed, PromptTooLong, TreecastError
@@ -12,6 +14,7 @@ from treecast.sampling.params import Law
 from treecast.sampling.pick import Picker
 from treecast.sampling.stops import Stop, StopRules
 from treecast.sampling.transforms import Context
+from treecast.text.detok import Decode
 from treecast.wire.frames import (
     BadFrame,
     Cancel,
@@ -21,6 +24,7 @@ from treecast.wire.frames import (
     Heartbeat,
     RouterFrame,
     ServingFrame,
+    SessionKey,
     Start,
 )
 from treecast.wire.link import Link
@@ -28,8 +32,9 @@ from treecast.wire.link import Link
 from .requests import Request
 from .step import StepLoop
 
+log = structlog.get_logger()
+
 RouterLink = Link[ServingFrame, RouterFrame]
-Decode = Callable[[Sequence[int]], str]
 
 
 class Admission:
@@ -65,7 +70,14 @@ class Admission:
             case Cancel():
                 self._cancel(link, frame.handle)
             case Forget():
-                self._steps.forget(frame.session)
+                self._forget(frame.session)
+
+    def _forget(self, session: SessionKey) -> None:
+        """Free what the session retains now, and what its requests would leave behind."""
+        for requests in self._requests.values():
+            for request in requests.values():
+                request.retain &= not request.belongs_to(session)
+        self._steps.forget(session)
 
     def _cancel(self, link: RouterLink, handle: int) -> None:
         request = self._requests[link].get(handle)
@@ -83,11 +95,12 @@ class Admission:
                 return
             self._steps.submit(request)
         except TreecastError as error:
+            log.info("request.refused", request_id=start.request_id, why=error.message)
             link.send(Failed(start.handle, error))
             return
         mine = self._requests[link]
         mine[start.handle] = request
-        request.on_end = lambda: _drop(mine, start.handle)
+        request.on_end = lambda: _ended(mine, request)
 
     def _request(self, link: RouterLink, start: Start) -> Request:
         info, sampling = self._engine.info, start.sampling
@@ -110,8 +123,15 @@ class Admission:
         )
 
 
-def _drop(requests: dict[int, Request], handle: int) -> None:
-    requests.pop(handle, None)
+def _ended(requests: dict[int, Request], request: Request) -> None:
+    requests.pop(request.start.handle, None)
+    usage = request.usage()
+    log.info(
+        "request.ended",
+        request_id=request.start.request_id,
+        num_tokens=usage.output_tokens,
+        steps=usage.steps,
+    )
 
 
 def _first_stop(stops: StopRules, committed: Sequence[int]) -> Stop | None:

@@ -9,9 +9,14 @@ import structlog
 from treecast.engine.base import Engine
 from treecast.engine.exactness import differing_rows
 from treecast.engine.toy import ToyEngine
+from treecast.errors import ModelError
+from treecast.text.tokenizer import TokenizerFiles
+from treecast.wire.channel import MAX_ANSWER_BYTES
 
 from .settings import VerifierSettings
-from .tokenizer import TokenizerFiles
+
+_ROOM_BYTES = 1024 * 1024
+"""Of the answer that hands out the tokenizer: for its template and special tokens."""
 
 log = structlog.get_logger()
 
@@ -50,5 +55,15 @@ def _check_exactness(engine: Engine) -> None:
 
 
 def read_tokenizer(model_dir: Path | None) -> TokenizerFiles:
-    """The tokenizer beside the model; an empty one for the toy."""
-    return TokenizerFiles() if model_dir is None else TokenizerFiles.read(model_dir)
+    """The tokenizer beside the model; an empty one for the toy.
+
+    Raises:
+        ModelError: there is none, or it is too large for routers to fetch.
+    """
+    if model_dir is None:
+        return TokenizerFiles()
+    files = TokenizerFiles.read(model_dir)
+    size, bound = len(files.definition), MAX_ANSWER_BYTES - _ROOM_BYTES
+    if size > bound:
+        raise ModelError(f"{model_dir}/tokenizer.json has {size} bytes; the limit is {bound}")
+    return files

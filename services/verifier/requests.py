@@ -10,7 +10,7 @@ from treecast.engine.base import KVSequence
 from treecast.sampling.pick import Picker
 from treecast.sampling.stops import StopRules
 from treecast.tree import MAX_DEPTH, TokenTree
-from treecast.wire.frames import RouterFrame, ServingFrame, Start, Usage
+from treecast.wire.frames import RouterFrame, ServingFrame, SessionKey, Start, Usage
 from treecast.wire.link import Link
 
 
@@ -26,6 +26,7 @@ class Request:
         handle: our own number, shared with speculators; never reused.
         tokens: prompt and output committed so far.
         deadline: time.monotonic() at which the output is cut.
+        retain: whether its session keeps the KV when it ends; not once the session was closed.
         on_end: called once, when the request has ended.
     """
 
@@ -40,6 +41,7 @@ class Request:
     sequence: KVSequence | None = None
     cached_tokens: int = 0
     cancelled: bool = False
+    retain: bool = True
     arrived_at: float = field(default_factory=time.monotonic)
     last_commit_at: float | None = None
     tally: Tally = field(default_factory=lambda: Tally())
@@ -66,6 +68,11 @@ class Request:
     @property
     def expired(self) -> bool:
         return self.deadline is not None and time.monotonic() >= self.deadline
+
+    def belongs_to(self, session: SessionKey | None) -> bool:
+        """Whether it is a request of that session, under whatever lease."""
+        mine = self.start.session
+        return mine is not None and session is not None and mine.name == session.name
 
     def usage(self) -> Usage:
         return self.tally.usage(self.prompt_len, self.cached_tokens, self.num_output)

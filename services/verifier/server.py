@@ -15,9 +15,11 @@ import structlog
 from treecast.engine.base import Engine
 from treecast.engine.openmp import load_on_thread
 from treecast.errors import NotServed, Unavailable
+from treecast.text.tokenizer import TokenizerFiles
 from treecast.v1 import verifier_pb2 as pb
 from treecast.v1 import verifier_pb2_grpc
 from treecast.wire import codec
+from treecast.wire.channel import MAX_ANSWER_BYTES
 from treecast.wire.frames import Heartbeat, Hello, Role
 from treecast.wire.guarded_redis import GuardedRedis
 from treecast.wire.lifecycle import begin, serve_until_stopped
@@ -33,7 +35,6 @@ from .pace import measure_curve
 from .settings import VerifierSettings
 from .speculation import Speculation
 from .step import StepLoop
-from .tokenizer import TokenizerFiles
 
 log = structlog.get_logger()
 
@@ -166,6 +167,17 @@ def _stop_if_broken(stepping: asyncio.Task[None]) -> None:
         signal.raise_signal(signal.SIGTERM)
 
 
+def server_of(verifier: Verifier) -> Server:
+    """A server of its RPCs. Streams stay within the usual cap; a tokenizer may be larger."""
+    server = Server(max_answer_bytes=MAX_ANSWER_BYTES)
+    server.add(
+        verifier_pb2_grpc.add_VerifierServiceServicer_to_server,
+        verifier,
+        "treecast.v1.VerifierService",
+    )
+    return server
+
+
 async def serve(settings: VerifierSettings) -> None:
     """Load the model, measure the step, serve until a signal.
 
@@ -177,12 +189,7 @@ async def serve(settings: VerifierSettings) -> None:
     thread, (model_dir, engine) = load_on_thread(lambda: load_engine(settings))
     redis = GuardedRedis(settings.redis_url)
     verifier = Verifier(settings, engine, read_tokenizer(model_dir), redis, instance_id, thread)
-    server = Server()
-    server.add(
-        verifier_pb2_grpc.add_VerifierServiceServicer_to_server,
-        verifier,
-        "treecast.v1.VerifierService",
-    )
+    server = server_of(verifier)
     try:
         await verifier.start()
         await serve_until_stopped(

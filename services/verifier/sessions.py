@@ -49,7 +49,7 @@ class SessionStore:
         Raises:
             StaleLease: a newer placement has been seen here.
         """
-        key = _key(session)
+        key = session.name
         newest = self._epochs.get(key, 0)
         if session.epoch < newest:
             raise StaleLease(f"session lease has epoch {session.epoch}; {newest} has been seen")
@@ -92,14 +92,15 @@ class SessionStore:
         if sequence is None:
             return
         session = request.start.session
-        if session is None or any(_same_session(request, other) for other in siblings):
+        siblings = [other for other in siblings if other.belongs_to(session) and other.retain]
+        if session is None or not request.retain or siblings:
             self._engine.free(sequence)
             return
         self._engine.truncate(sequence, sequence.length)
         self._engine.trim(sequence)
         self.forget(session)
         tokens = request.tokens[: sequence.length]
-        self._idle[_key(session)] = Retained(sequence, tokens, time.monotonic())
+        self._idle[session.name] = Retained(sequence, tokens, time.monotonic())
 
     def discard(self, request: Request) -> None:
         """Free a request's sequence and retain nothing."""
@@ -109,7 +110,7 @@ class SessionStore:
 
     def forget(self, session: SessionKey) -> None:
         """Free what a session retains, if anything."""
-        self._drop(self._idle.pop(_key(session), None))
+        self._drop(self._idle.pop(session.name, None))
 
     def expire(self) -> None:
         """Free sessions that have been idle for too long."""
@@ -126,7 +127,7 @@ class SessionStore:
         return True
 
     def _take(self, session: SessionKey | None) -> Retained | None:
-        return None if session is None else self._idle.pop(_key(session), None)
+        return None if session is None else self._idle.pop(session.name, None)
 
     def _drop(self, retained: Retained | None) -> None:
         if retained is not None:
@@ -164,26 +165,14 @@ class SessionStore:
                     raise
 
 
-def _key(session: SessionKey) -> Key:
-    return session.tenant, session.session_id
-
-
 def _length(request: Request) -> int:
     return 0 if request.sequence is None else request.sequence.length
-
-
-def _same_session(a: Request, b: Request) -> bool:
-    return (
-        a.start.session is not None
-        and b.start.session is not None
-        and _key(a.start.session) == _key(b.start.session)
-    )
 
 
 def _longest_shared(request: Request, siblings: Iterable[Request]) -> tuple[Request | None, int]:
     best, longest = None, 0
     for other in siblings:
-        if other is request or not _same_session(request, other):
+        if other is request or not other.belongs_to(request.start.session):
             continue
         shared = _common(other.tokens, request.tokens[:-1])
         if shared > longest:

@@ -19,7 +19,7 @@ from treecast.engine.base import Engine, LogitRows
 from treecast.errors import DeadlineExceeded, Overloaded, TreecastError
 from treecast.sampling.replay import Walk, walk
 from treecast.sampling.stops import FinishReason, Stop
-from treecast.wire.frames import Completed, Failed, Heartbeat, Progress, SessionKey
+from treecast.wire.frames import Completed, Cost, Failed, Heartbeat, Progress, SessionKey
 from treecast.wire.link import SILENCE_S
 
 from .metrics import VerifierMetrics
@@ -299,9 +299,9 @@ class StepLoop:
         request.tokens.extend(walked.tokens)
         self._account(work, walked)
         self._speculation.committed(request, walked.tokens)
-        request.link.send(
-            Progress(request.start.handle, begin, tuple(walked.tokens), tuple(walked.logprobs))
-        )
+        cost = Cost(1, len(work.tree), len(walked.accepted))
+        tokens, logprobs = tuple(walked.tokens), tuple(walked.logprobs)
+        request.link.send(Progress(request.start.handle, begin, tokens, logprobs, cost))
         if walked.stop is not None:
             self._finish(request, walked.stop)
 

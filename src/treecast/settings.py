@@ -7,7 +7,7 @@ environment variable `TREECAST_POOL_TOKENS`; flags win.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Self
 
 from pydantic import Field, ValidationError
@@ -17,6 +17,12 @@ from pydantic_settings.exceptions import SettingsError as ParserError
 from treecast.errors import SettingsError
 
 ENV_PREFIX = "TREECAST_"
+
+
+def split_commas(given: str | Iterable[str]) -> tuple[str, ...]:
+    """A field's items: comma-separated, and a flag may be repeated."""
+    items = [given] if isinstance(given, str) else given
+    return tuple(part.strip() for item in items for part in item.split(",") if part.strip())
 
 
 class ServiceSettings(BaseSettings):

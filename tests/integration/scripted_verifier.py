@@ -11,6 +11,7 @@ from treecast.sampling.logprobs import TokenLogprobs
 from treecast.v1 import verifier_pb2 as pb
 from treecast.v1 import verifier_pb2_grpc
 from treecast.wire import codec
+from treecast.wire.channel import MAX_ANSWER_BYTES
 from treecast.wire.frames import (
     BadFrame,
     Cancel,
@@ -90,7 +91,7 @@ class ScriptedVerifier(verifier_pb2_grpc.VerifierServiceServicer):
         self._changed = asyncio.Event()
         self._running: dict[int, asyncio.Task[None]] = {}
         self._streams = Acceptor(SERVE, lambda: self.hello, lambda: self.state, self)
-        self._server = Server(max_message_bytes=16 * 1024 * 1024)
+        self._server = Server(max_answer_bytes=MAX_ANSWER_BYTES)
 
     async def __aenter__(self) -> Self:
         self._server.add(

@@ -81,6 +81,16 @@ def test_nothing_is_left_when_the_mesh_is_stopped(tmp_path):
     )
 
 
+def test_every_speculator_runs_when_several_are_of_one_kind(tmp_path):
+    settings = toy(tmp_path, speculators=("ssm", "ngram", "ssm"))
+    with LocalMesh(settings) as mesh, Client(mesh.router_address) as client:
+        assert set(mesh.processes) == {"valkey", "ssm-0", "ssm-1", "ngram", "verifier-0", "router"}
+        (verifier,) = client.status().verifiers
+        assert len(verifier.speculators) == 3
+        processes = dict(mesh.processes)
+    assert not any(process.running for process in processes.values())
+
+
 def test_the_mesh_tells_why_when_a_process_cannot_start(tmp_path):
     settings = toy(tmp_path, speculators=(), verifier_flags={"pool_tokens": 1})
     mesh = LocalMesh(settings)

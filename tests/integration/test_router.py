@@ -46,10 +46,12 @@ from treecast.v1 import verifier_pb2 as verifier_pb
 from treecast.wire.channel import open_channel
 from treecast.wire.frames import (
     Completed,
+    Cost,
     FinishReason,
     Heartbeat,
     Progress,
     Role,
+    Usage,
 )
 from treecast.wire.guarded_redis import GuardedRedis
 from treecast.wire.registry import Entry, Registration
@@ -675,6 +677,33 @@ async def test_stream_goes_on_unchanged_when_its_verifier_is_lost(
         assert client.metric("replacements_total", why="lost") == 1
 
 
+async def test_usage_adds_up_over_placements_when_a_verifier_is_lost(
+    start: Callable[..., Any],
+) -> None:
+    async def three_in_two_steps(link: Any, start: Any) -> None:
+        link.send(Progress(start.handle, 0, (97,), cost=Cost(1, 5, 0)))
+        link.send(Progress(start.handle, 1, (98, 99), cost=Cost(1, 7, 1)))
+
+    async def the_rest(link: Any, start: Any) -> None:
+        usage = Usage(6, 4, 5, steps=1, drafted=3, accepted=1)
+        link.send(Progress(start.handle, 3, (100, 101), cost=Cost(1, 3, 1)))
+        link.send(Completed(start.handle, FinishReason.LENGTH, usage))
+
+    one = await start("v1")
+    one.run = three_in_two_steps
+    async with routing([one]) as client:
+        reply = await client.generate().read_tokens(3)
+        two = await start("v2")
+        two.run = the_rest
+        client.router.fleet.follow(entries(one, two))
+        await client.streams(2)
+        await one.kill()
+        await reply.read_all()
+    assert reply.finished.usage == verifier_pb.Usage(
+        prompt_tokens=6, cached_tokens=4, output_tokens=5, steps=3, drafted=15, accepted=2
+    )
+
+
 async def test_text_is_seamless_when_a_verifier_is_lost_within_a_character(
     start: Callable[..., Any],
 ) -> None:
@@ -1276,7 +1305,7 @@ async def test_process_announces_itself_serves_and_stops_when_told(
         process.terminate()
         _, log = await process.communicate()
     assert process.returncode == 0
-    assert b"service.draining" in log
+    assert log.index(b"service.draining") < log.index(b"service.stopped")
 
 
 def fetch(url: str) -> str:

@@ -162,10 +162,14 @@ async def test_start_is_refused_by_name_when_the_address_is_in_use() -> None:
         assert str(refused.value) == f"cannot listen on {address}: address already in use"
 
 
-@pytest.mark.parametrize("address", ["127.0.0.1:http", "203.0.113.1:0", "127.0.0.1:99999", ":80"])
-async def test_start_is_refused_by_name_when_the_address_is_not_ours(address: str) -> None:
-    with pytest.raises(SettingsError, match=f"cannot listen on {address}: "):
-        await Server().listen(address)
+async def test_start_is_refused_by_name_when_the_address_is_not_ours() -> None:
+    with pytest.raises(SettingsError, match=r"cannot listen on 203\.0\.113\.1:0: "):
+        await Server().listen("203.0.113.1:0")
+
+
+async def test_start_is_refused_by_name_when_the_address_is_malformed() -> None:
+    with pytest.raises(SettingsError, match=r"listen address is '127\.0\.0\.1:99999'; it must be"):
+        await Server().listen("127.0.0.1:99999")
 
 
 async def test_running_call_finishes_when_the_server_stops_with_grace() -> None:

@@ -6,14 +6,18 @@ import asyncio
 import signal
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 
+import grpc
 import pytest
+import structlog
 
 from treecast.engine.base import Segment
 from treecast.engine.toy import ToyEngine
 from treecast.errors import (
     DeadlineExceeded,
     InvalidRequest,
+    ModelError,
     NotServed,
     Overloaded,
     PromptTooLong,
@@ -21,10 +25,15 @@ from treecast.errors import (
 )
 from treecast.sampling.params import Law, SamplingParams
 from treecast.sampling.stops import FinishReason
+from treecast.services.verifier.loading import read_tokenizer
+from treecast.text.tokenizer import TokenizerFiles
 from treecast.tree import TokenTree
+from treecast.v1 import verifier_pb2, verifier_pb2_grpc
+from treecast.wire.channel import MAX_ANSWER_BYTES, MAX_MESSAGE_BYTES, open_channel
 from treecast.wire.frames import (
     Attach,
     Commit,
+    Cost,
     Detach,
     Draft,
     Forget,
@@ -36,6 +45,7 @@ from treecast.wire.frames import (
 )
 from treecast.wire.registry import Entry
 
+from ..byte_tokenizer import byte_tokenizer
 from .verifier_rig import VOCAB, ScriptedSpeculator, plain, speculator, verifier_rig
 
 GREEDY = SamplingParams(temperature=0, max_tokens=24)
@@ -134,6 +144,8 @@ async def test_steps_are_saved_and_text_is_the_same_when_drafts_are_right(
         outcome = await rig.router.run(PROMPT, sampling, noise_key=3)
     assert outcome.tokens == plain(PROMPT, sampling, 3)
     assert outcome.completed is not None
+    told = outcome.completed.usage
+    assert outcome.cost == Cost(told.steps, told.drafted, told.accepted)
     usage = outcome.completed.usage
     assert usage.steps <= 10  # 24 tokens: the first plainly, then up to five per step
     assert usage.accepted >= 24 - usage.steps
@@ -435,6 +447,30 @@ async def test_nothing_is_retained_when_samples_are_cancelled_and_forgotten() ->
         assert rig.engine.usage.used == 0
 
 
+async def test_nothing_is_retained_when_a_session_is_forgotten_before_its_request_ends() -> None:
+    async with verifier_rig(ToyEngine(vocab_size=VOCAB, step_s=0.005)) as rig:
+        long = SamplingParams(max_tokens=50)
+        _, running = rig.router.start(PROMPT, long, session=SESSION)
+        await running.until(lambda o: len(o.tokens) > 1)
+        rig.router.link.send(Forget(SESSION))
+        await running.end()
+        await rig.idle()
+        assert len(running.tokens) == 50
+        assert rig.engine.usage.used == 0
+
+
+async def test_a_new_request_is_retained_when_a_forgotten_one_outlives_it() -> None:
+    async with verifier_rig(ToyEngine(vocab_size=VOCAB, step_s=0.005)) as rig:
+        _, old = rig.router.start(PROMPT, SamplingParams(max_tokens=500), session=SESSION)
+        await old.until(lambda o: len(o.tokens) > 1)
+        rig.router.link.send(Forget(SESSION))
+        await rig.router.run(PROMPT, GREEDY, session=SESSION)
+        await old.end()
+        await rig.idle()
+        assert len(rig.verifier.steps.sessions) == 1
+        assert rig.engine.usage.used == 1
+
+
 async def test_idle_sessions_stay_when_evicting_them_would_not_help() -> None:
     engine = ToyEngine(vocab_size=VOCAB, pool_tokens=512, step_s=0.005)
     async with verifier_rig(engine) as rig:
@@ -564,3 +600,56 @@ async def test_request_is_refused_when_too_many_wait() -> None:
     assert refused
     assert all(isinstance(outcome.error, Overloaded) for outcome in refused)
     assert "the limit is 1" in str(refused[0].error)
+
+
+# --- logs -------------------------------------------------------------------------------------
+
+
+async def test_logs_name_the_request_when_it_ends_or_is_refused() -> None:
+    with structlog.testing.capture_logs() as logs:
+        async with verifier_rig() as rig:
+            await rig.router.run(PROMPT, GREEDY, request_id="one")
+            await rig.router.run([], GREEDY, request_id="two")
+    told = [entry for entry in logs if "request_id" in entry]
+    assert told == [
+        {
+            "event": "request.ended",
+            "log_level": "info",
+            "request_id": "one",
+            "num_tokens": 24,
+            "steps": 24,
+        },
+        {
+            "event": "request.refused",
+            "log_level": "info",
+            "request_id": "two",
+            "why": "prompt is empty",
+        },
+    ]
+
+
+# --- tokenizer --------------------------------------------------------------------------------
+
+
+async def test_tokenizer_is_handed_out_when_it_is_larger_than_other_messages() -> None:
+    definition = byte_tokenizer().to_str().encode() + b" " * (MAX_MESSAGE_BYTES + 1)
+    files = TokenizerFiles(definition, "template", {"bos_token": "<s>"})
+    async with (
+        verifier_rig(tokenizer=files) as rig,
+        open_channel(rig.address, max_message_bytes=MAX_ANSWER_BYTES) as channel,
+    ):
+        stub = verifier_pb2_grpc.VerifierServiceStub(channel)
+        answer = await stub.GetTokenizer(verifier_pb2.GetTokenizerRequest())
+        assert answer.tokenizer_json == definition
+        with pytest.raises(grpc.aio.AioRpcError, match="larger than max"):
+            await stub.GetTokenizer(verifier_pb2.GetTokenizerRequest(model_revision="x" * 2**23))
+
+
+def test_verifier_does_not_start_when_no_router_could_fetch_its_tokenizer(tmp_path: Path) -> None:
+    with (tmp_path / "tokenizer.json").open("wb") as file:
+        file.truncate(MAX_ANSWER_BYTES)
+    with pytest.raises(ModelError) as refusal:
+        read_tokenizer(tmp_path)
+    assert refusal.value.message == (
+        f"{tmp_path}/tokenizer.json has 67108864 bytes; the limit is 66060288"
+    )

@@ -15,14 +15,15 @@ from treecast.errors import TreecastError
 from treecast.sampling.params import SamplingParams
 from treecast.sampling.pick import Picker
 from treecast.sampling.transforms import Context
-from treecast.services.verifier.server import Verifier
+from treecast.services.verifier.server import Verifier, server_of
 from treecast.services.verifier.settings import VerifierSettings
-from treecast.services.verifier.tokenizer import TokenizerFiles
-from treecast.v1 import speculator_pb2_grpc, verifier_pb2_grpc
+from treecast.text.tokenizer import TokenizerFiles
+from treecast.v1 import speculator_pb2_grpc
 from treecast.wire.frames import (
     BadFrame,
     Cancel,
     Completed,
+    Cost,
     Failed,
     Heartbeat,
     Hello,
@@ -58,6 +59,7 @@ class Outcome:
 
     tokens: list[int] = field(default_factory=list)
     logprobs: list[Any] = field(default_factory=list)
+    cost: Cost = field(default_factory=Cost)
     completed: Completed | None = None
     error: TreecastError | None = None
     changed: asyncio.Event = field(default_factory=asyncio.Event)
@@ -128,6 +130,7 @@ class RouterEnd:
                 assert frame.from_index == len(outcome.tokens) + self.offsets.get(frame.handle, 0)
                 outcome.tokens.extend(frame.tokens)
                 outcome.logprobs.extend(frame.logprobs)
+                outcome.cost += frame.cost
             case Completed():
                 outcome.completed = frame
             case Failed():
@@ -209,19 +212,21 @@ class Rig:
 
 
 @asynccontextmanager
-async def verifier_rig(engine: ToyEngine | None = None, **settings: Any) -> AsyncIterator[Rig]:
+async def verifier_rig(
+    engine: ToyEngine | None = None, tokenizer: TokenizerFiles | None = None, **settings: Any
+) -> AsyncIterator[Rig]:
     """A running verifier, and a router with an open stream to it."""
     engine = engine or ToyEngine(vocab_size=VOCAB)
     configured = VerifierSettings(engine="toy", **settings)
     verifier = Verifier(
-        configured, engine, TokenizerFiles(), GuardedRedis(None), "test", ThreadPoolExecutor(1)
+        configured,
+        engine,
+        tokenizer or TokenizerFiles(),
+        GuardedRedis(None),
+        "test",
+        ThreadPoolExecutor(1),
     )
-    server = Server()
-    server.add(
-        verifier_pb2_grpc.add_VerifierServiceServicer_to_server,
-        verifier,
-        "treecast.v1.VerifierService",
-    )
+    server = server_of(verifier)
     address = await server.listen("127.0.0.1:0")
     await verifier.start()
     router = RouterEnd(address)

@@ -24,6 +24,7 @@ from treecast.wire.frames import (
     Cancel,
     Commit,
     Completed,
+    Cost,
     Detach,
     Draft,
     Failed,
@@ -132,7 +133,8 @@ def progresses(draw: st.DrawFn) -> Progress:
         lambda top: TokenLogprobs(-0.5, tuple(i for i, _ in top), tuple(v for _, v in top))
     )
     logprobs = draw(st.just(()) | st.tuples(*[one] * len(output)))
-    return Progress(draw(uint64), draw(st.integers(0, 1000)), output, logprobs)
+    cost = Cost(len(output), draw(st.integers(0, 256)) * len(output), len(output))
+    return Progress(draw(uint64), draw(st.integers(0, 1000)), output, logprobs, cost)
 
 
 verifier_frames = st.one_of(
@@ -456,6 +458,22 @@ def test_serving_frames_are_refused_when_their_lists_disagree() -> None:
         (2, "usage has 1 accepted depths and 0 offered depths"),
         (3, "finish reason is 0; known: 1..5"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("cost", "message"),
+    [
+        (Cost(steps=3), "number of steps in progress is 3; the limit is 2"),
+        (Cost(drafted=513), "number of drafted nodes in progress is 513; the limit is 512"),
+        (Cost(accepted=3), "number of accepted nodes in progress is 3; the limit is 2"),
+    ],
+)
+def test_progress_is_refused_when_its_tokens_cannot_have_cost_that(
+    cost: Cost, message: str
+) -> None:
+    sent = codec.encode_serving_frames([Progress(1, 0, (5, 6), cost=cost)])
+    (bad,) = codec.decode_serving_frames(sent)
+    assert (str(bad), type(bad)) == (message, BadFrame)
 
 
 def test_start_is_refused_as_a_request_when_its_sampling_is_bad() -> None:

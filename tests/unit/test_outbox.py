@@ -18,6 +18,7 @@ from treecast.wire.frames import (
     Cancel,
     Commit,
     Completed,
+    Cost,
     Detach,
     Draft,
     Failed,
@@ -95,9 +96,9 @@ def test_slot_holds_what_is_still_worth_sending_when_frames_wait(
 
 
 def test_tokens_keep_their_logprobs_when_progress_concatenates() -> None:
-    one, two = (Progress(1, i, (i,), (TokenLogprobs(-i),)) for i in (0, 1))
+    one, two = (Progress(1, i, (i,), (TokenLogprobs(-i),), Cost(1, 4, i)) for i in (0, 1))
     assert merge_waiting([one], two) == [
-        Progress(1, 0, (0, 1), (TokenLogprobs(0), TokenLogprobs(-1)))
+        Progress(1, 0, (0, 1), (TokenLogprobs(0), TokenLogprobs(-1)), Cost(2, 8, 1))
     ]
 
 

@@ -12,8 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from treecast.errors import InvalidRequest, Unavailable
-from treecast.services.router.detok import DetokStream
-from treecast.services.router.text import ChatMessage, ModelText, TextCache, TokenizerFiles
+from treecast.sampling.params import SamplingParams
+from treecast.sampling.stops import StopRules
+from treecast.services.router.text import ChatMessage, ModelText, TextCache
+from treecast.text.detok import DetokStream
+from treecast.text.tokenizer import TokenizerFiles
 
 from ..byte_tokenizer import (
     BOS,
@@ -28,7 +31,7 @@ BYTES = byte_tokenizer()
 PIECES = sentencepiece_like()
 FILES = TokenizerFiles(BYTES.to_str().encode(), TEMPLATE, SPECIAL_TOKENS)
 TEXT = ModelText("m", FILES)
-NO_TOKENIZER = ModelText("toy", TokenizerFiles(b"", "", {}))
+NO_TOKENIZER = ModelText("toy", TokenizerFiles())
 
 
 def decode(ids: Sequence[int]) -> str:
@@ -55,7 +58,7 @@ def test_truncation_of_the_training_is_off_when_a_prompt_is_long() -> None:
     trained = byte_tokenizer()
     trained.enable_truncation(4)
     trained.enable_padding(length=8)
-    text = ModelText("m", replace(FILES, tokenizer_json=trained.to_str().encode()))
+    text = ModelText("m", replace(FILES, definition=trained.to_str().encode()))
     assert text.encode_text("abcdef") == (BOS, *b"abcdef")
     assert text.encode_text("ab") == (BOS, *b"ab")
 
@@ -250,6 +253,34 @@ def test_no_more_is_held_back_than_could_belong_to_a_stop_string(
     assert out.push(text.encode()) == text[:held_from]
 
 
+SPELLINGS = [b"a", b"b", b"ab", b"b\xe2", b"\x82", b"\xac", b"\xaca", b"\xff", b""]
+
+
+def spell(tokens: Sequence[int]) -> str:
+    return b"".join(SPELLINGS[token] for token in tokens).decode(errors="replace")
+
+
+@given(
+    st.lists(st.integers(0, len(SPELLINGS) - 1), max_size=20),
+    st.lists(st.sampled_from(["ab", "b", "€", "€a", "aa"]), min_size=1, max_size=2),
+)
+def test_text_ends_before_the_stop_string_when_a_verifier_found_it(
+    tokens: list[int], stop: list[str]
+) -> None:
+    """What one side finds the other side cuts, though a token may end within a character."""
+    rules = StopRules((), SamplingParams(stop=tuple(stop)), spell)
+    out, text = DetokStream(spell, stop), ""
+    for count, token in enumerate(tokens, start=1):
+        text += out.push([token])
+        if end := rules.check(token):
+            whole = spell(tokens[:count])
+            first = min(at for one in stop if (at := whole.find(one)) >= 0)
+            assert text + out.finish(end.characters) == whole[:first]
+            return
+    assert text + out.finish() == spell(tokens)
+    assert not any(one in spell(tokens) for one in stop)
+
+
 # --- cache ------------------------------------------------------------------------------------
 
 
@@ -310,14 +341,10 @@ def test_prompts_are_tokenised_as_transformers_does_when_the_model_is_smollm2() 
     import transformers
 
     from treecast.checkpoints import ensure_default_target
-    from treecast.services.verifier.tokenizer import TokenizerFiles as VerifierFiles
 
     folder = ensure_default_target()
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
-    files = VerifierFiles.read(folder)
-    ours = ModelText(
-        "smollm2", TokenizerFiles(files.definition, files.chat_template, files.special_tokens)
-    )
+    ours = ModelText("smollm2", TokenizerFiles.read(folder))
     chats = [
         [ChatMessage("user", "Hi! How are you? 日本 🙂")],
         [ChatMessage("system", "Be <brief>."), ChatMessage("user", "  x\n")],

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from treecast.address import parse_address
 from treecast.errors import SettingsError
 
 from . import options
@@ -142,11 +143,9 @@ def check_free(listen: str) -> None:
     Raises:
         SettingsError: the address is malformed or in use.
     """
-    host, _, port = listen.rpartition(":")
-    if not host or not port.isdigit() or int(port) > 65535:
-        raise SettingsError(f"--listen is {listen!r}; it must be host:port")
+    address = parse_address(listen, "--listen")
     try:
-        with socket.create_server((host.strip("[]"), int(port))):
+        with socket.create_server((address.host, address.port)):
             pass
     except OSError as error:
         # Not its strerror, to which create_server adds the address once more.

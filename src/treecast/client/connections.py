@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
 
+from treecast.address import parse_address
 from treecast.errors import InvalidRequest, TreecastError, Unavailable
 
 DEFAULT_ADDRESS = "127.0.0.1:7070"
@@ -30,8 +31,10 @@ def router_addresses(address: str | Sequence[str] | None) -> tuple[str, ...]:
     if not addresses:
         raise InvalidRequest(f"router address is {address!r}; it must be host:port")
     for item in addresses:
-        if not item.startswith("unix:") and not item.rpartition(":")[2].isdigit():
-            raise InvalidRequest(f"router address is {item!r}; it must be host:port")
+        if not item.startswith("unix:"):
+            parse_address(
+                item, "router address", lowest_port=1, scheme="dns:///", error=InvalidRequest
+            )
     return addresses
 
 

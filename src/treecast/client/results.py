@@ -32,7 +32,8 @@ class Sample:
     """One finished continuation of the prompt.
 
     Attributes:
-        usage: what it cost; of the last placement only, if the stream went on after a loss.
+        usage: what it cost, on all verifiers that served it; after the loss of a router, from then
+            on. What was cached, and the numbers by depth, are the last verifier's.
         placements: verifiers that served it, one if nothing was lost.
         same_numerics: False if it went on between verifiers of different numerics, where a
             near-tie may fall differently than in an undisturbed run.

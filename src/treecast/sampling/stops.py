@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 
 from treecast.sampling.params import SamplingParams
-
-_UNFINISHED = "\N{REPLACEMENT CHARACTER}"
-_MAX_WAITING = 16
+from treecast.text.detok import Decode, DetokStream
 
 
 class FinishReason(Enum):
@@ -42,7 +40,7 @@ class StopRules:
         self,
         eos_token_ids: Iterable[int],
         sampling: SamplingParams,
-        decode: Callable[[Sequence[int]], str] | None = None,
+        decode: Decode | None = None,
     ) -> None:
         """Begin an output; one that is taken up again needs its tokens checked anew.
 
@@ -56,12 +54,12 @@ class StopRules:
         self._stop_ids = frozenset(eos).union(sampling.stop_token_ids)
         self._max_tokens = sampling.max_tokens
         self._num_tokens = 0
-        self._text = StopText(sampling.stop, decode) if decode and sampling.stop else None
+        self._text = DetokStream(decode, sampling.stop) if decode and sampling.stop else None
 
     def check(self, token: int) -> Stop | None:
         """Take in the next output token; tells whether the output ends with it."""
         self._num_tokens += 1
-        characters = self._text.push(token) if self._text else None
+        characters = self._search(token)
         if token in self._stop_ids:
             return Stop(FinishReason.STOP_TOKEN)
         if characters is not None:
@@ -70,36 +68,8 @@ class StopRules:
             return Stop(FinishReason.LENGTH)
         return None
 
-
-class StopText:
-    """Finds stop strings in a growing text.
-
-    Tokens are decoded behind a few settled ones, as a tokenizer may spell a token by what precedes
-    it; a token that ends within a character waits for those that complete it.
-    """
-
-    def __init__(self, stops: Sequence[str], decode: Callable[[Sequence[int]], str]) -> None:
-        self._stops = stops
-        self._decode = decode
-        self._keep = max(len(stop) for stop in stops) - 1
-        self._settled: list[int] = []
-        self._waiting: list[int] = []
-        self._tail = ""
-
-    def push(self, token: int) -> int | None:
-        """Characters from the first stop string to the end of the text, if one is in it now."""
-        self._waiting.append(token)
-        before = self._decode(self._settled)
-        after = self._decode(self._settled + self._waiting)
-        if after.endswith(_UNFINISHED) and len(self._waiting) < _MAX_WAITING:
+    def _search(self, token: int) -> int | None:
+        if self._text is None:
             return None
-        if len(after) > len(before):
-            self._settled = self._waiting
-        self._waiting = []
-        return self._search(after[len(before) :])
-
-    def _search(self, new: str) -> int | None:
-        text = self._tail + new
-        self._tail = text[len(text) - self._keep :] if self._keep < len(text) else text
-        found = (text.find(stop) for stop in self._stops)
-        return max((len(text) - at for at in found if at >= 0), default=None)
+        self._text.push([token])
+        return self._text.stop_characters

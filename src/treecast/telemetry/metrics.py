@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, start_http_server
 
+from treecast.address import parse_address
 from treecast.errors import SettingsError
 
 LATENCY_BUCKETS_S = (
@@ -25,11 +26,9 @@ def serve_metrics(registry: CollectorRegistry, listen: str) -> tuple[str, Callab
     Raises:
         SettingsError: the address is malformed or in use.
     """
-    host, _, port = listen.rpartition(":")
-    if not port.isdigit():
-        raise SettingsError(f"metrics_listen is {listen!r}; it must be host:port")
+    address = parse_address(listen, "metrics_listen")
     try:
-        server, thread = start_http_server(int(port), addr=host, registry=registry)
+        server, thread = start_http_server(address.port, addr=address.host, registry=registry)
     except OSError as error:
         raise SettingsError(f"metrics_listen {listen} cannot be bound: {error.strerror}") from error
 
@@ -38,4 +37,4 @@ def serve_metrics(registry: CollectorRegistry, listen: str) -> tuple[str, Callab
         server.server_close()
         thread.join()
 
-    return f"{host}:{server.server_port}", stop
+    return str(address.with_port(server.server_port)), stop

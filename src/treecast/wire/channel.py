@@ -7,6 +7,9 @@ import grpc
 MAX_MESSAGE_BYTES = 4 * 1024 * 1024
 """Largest message that a server or a client takes; a sender splits what is more."""
 
+MAX_ANSWER_BYTES = 64 * 1024 * 1024
+"""Largest answer to a call for a tokenizer: large vocabularies take tens of megabytes."""
+
 KEEPALIVE_MS = 10_000
 KEEPALIVE_TIMEOUT_MS = 5_000
 CONNECT_TIMEOUT_MS = 5_000

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from enum import Enum
 
 from treecast.errors import InvalidFrame, TreecastError
@@ -111,6 +111,11 @@ class SessionKey:
     session_id: str
     epoch: int = 0
 
+    @property
+    def name(self) -> tuple[str, str]:
+        """Without its lease's epoch: tenant and session id."""
+        return self.tenant, self.session_id
+
 
 @dataclass(frozen=True, slots=True)
 class Start:
@@ -141,6 +146,20 @@ class Forget:
 
 
 @dataclass(frozen=True, slots=True)
+class Cost:
+    """What some tokens took: LLM steps, and tree nodes verified and accepted in them."""
+
+    steps: int = 0
+    drafted: int = 0
+    accepted: int = 0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(
+            self.steps + other.steps, self.drafted + other.drafted, self.accepted + other.accepted
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class Usage:
     prompt_tokens: int = 0
     cached_tokens: int = 0
@@ -151,6 +170,11 @@ class Usage:
     accepted_by_depth: tuple[int, ...] = ()
     offered_by_depth: tuple[int, ...] = ()
 
+    def with_earlier(self, cost: Cost) -> Usage:
+        """Of a request that went on here after verifiers were lost on which it took `cost`."""
+        total = Cost(self.steps, self.drafted, self.accepted) + cost
+        return replace(self, **asdict(total))
+
 
 @dataclass(frozen=True, slots=True)
 class Progress:
@@ -158,6 +182,7 @@ class Progress:
     from_index: int
     tokens: tuple[int, ...]
     logprobs: tuple[TokenLogprobs, ...] = ()
+    cost: Cost = Cost()
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,11 +8,14 @@ import os
 import secrets
 import signal
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from contextlib import suppress
+from typing import Self, TypeVar
 
 import structlog
 from prometheus_client import CollectorRegistry
 
+from treecast.errors import TreecastError
 from treecast.settings import ServiceSettings, unknown_variables
 from treecast.telemetry.logs import configure_logs
 from treecast.telemetry.metrics import serve_metrics
@@ -21,7 +24,34 @@ from treecast.wire.guarded_redis import GuardedRedis
 from treecast.wire.registry import Registration
 from treecast.wire.server import Server
 
+SettingsT = TypeVar("SettingsT", bound=ServiceSettings)
+
+STOP_GRACE_S = 1.0
+"""For the last answers of a service that has drained."""
+
 log = structlog.get_logger()
+
+
+def run_service(
+    role: Role,
+    settings: type[SettingsT],
+    serve: Callable[[SettingsT], Coroutine[object, object, None]],
+    argv: Sequence[str] | None,
+) -> int:
+    """A service's `main`: read settings (None: the command line's), serve until told to stop.
+
+    Returns:
+        The exit code: 2, after a line on stderr, for bad settings or a model that cannot be had.
+    """
+    name = f"treecast-{role.name.lower()}"
+    arguments = sys.argv[1:] if argv is None else argv
+    try:
+        with suppress(KeyboardInterrupt):
+            asyncio.run(serve(settings.load(arguments, name)))
+    except TreecastError as error:
+        print(f"{name}: {error.message}", file=sys.stderr)  # noqa: T201
+        return 2
+    return 0
 
 
 def begin(settings: ServiceSettings, role: Role) -> str:
@@ -44,31 +74,118 @@ async def serve_until_stopped(
     drain: Callable[[], Awaitable[None]],
     model: str = "",
 ) -> None:
-    """Listen, register, announce; on SIGTERM or SIGINT leave the registry, drain and stop.
+    """Serve what is ready from the start; once told to stop, drain it. Closes `redis`.
 
     Raises:
         SettingsError: an address cannot be bound.
     """
-    stopped = stop_signal()
-    address = await server.listen(settings.listen)
-    advertised = settings.advertise or address
-    metrics_address, stop_metrics = _serve_metrics(settings, metrics)
     try:
-        registration = Registration(redis, role, advertised, instance_id, model)
-        async with registration:
+        async with Presence(settings, role, instance_id, server, redis, metrics, model) as presence:
             await server.set_ready()
-            log.info("service.ready", address=address, advertised=advertised)
-            if settings.announce:
-                announce(role, advertised, metrics_address, instance_id)
-            await stopped.wait()
-            await server.set_not_ready()
-        log.info("service.draining")
-        await drain()
-        await server.stop(grace_s=1.0)
+            await presence.until_stopped()
+            await presence.leave()
+            await drain()
     finally:
         await redis.close()
-        stop_metrics()
         log.info("service.stopped")
+
+
+class Presence:
+    """How others find and reach this process: gRPC server, `/metrics`, entry in the registry.
+
+    An async context manager. Redis stays the caller's, to be closed after this.
+
+    Attributes:
+        server: made ready by whoever knows that the service is.
+        address: as others reach it; empty before `start`, as is `metrics_address`.
+    """
+
+    def __init__(
+        self,
+        settings: ServiceSettings,
+        role: Role,
+        instance_id: str,
+        server: Server,
+        redis: GuardedRedis,
+        metrics: CollectorRegistry,
+        model: str = "",
+    ) -> None:
+        """Binds nothing yet."""
+        self.server = server
+        self.address = self.metrics_address = ""
+        self._settings = settings
+        self._role = role
+        self._instance_id = instance_id
+        self._redis = redis
+        self._metrics = metrics
+        self._model = model
+        self._stop_metrics: Callable[[], None] = lambda: None
+        self._registration: Registration | None = None
+        self._left = False
+
+    async def start(self) -> None:
+        """Listen and register.
+
+        Raises:
+            SettingsError: an address cannot be bound.
+        """
+        settings = self._settings
+        bound = await self.server.listen(settings.listen)
+        self.address = settings.advertise or bound
+        if settings.metrics_listen:
+            self.metrics_address, self._stop_metrics = serve_metrics(
+                self._metrics, settings.metrics_listen
+            )
+        self._registration = Registration(
+            self._redis, self._role, self.address, self._instance_id, self._model
+        )
+        await self._registration.start()
+
+    async def until_stopped(self) -> None:
+        """Announce this process, then wait for SIGTERM or SIGINT."""
+        stopped = stop_signal()
+        log.info("service.started", address=self.address, metrics=self.metrics_address)
+        if self._settings.announce:
+            self._announce()
+        await stopped.wait()
+        log.info("service.draining")
+
+    async def leave(self) -> None:
+        """Be found by nobody new: not ready, out of the registry. Safe to repeat."""
+        self._left = True
+        await self.server.set_not_ready()
+        if self._registration is not None:
+            await self._registration.close()
+
+    async def close(self) -> None:
+        """Stop at once, or with a second's grace after `leave`. Safe to repeat."""
+        grace_s = STOP_GRACE_S if self._left else None
+        await self.leave()
+        await self.server.stop(grace_s)
+        self._stop_metrics()
+        self._stop_metrics = lambda: None
+
+    async def __aenter__(self) -> Self:
+        try:
+            await self.start()
+        except BaseException:
+            await self.close()
+            raise
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.close()
+
+    def _announce(self) -> None:
+        """One line of JSON on stdout, for whoever started this process."""
+        line = {
+            "role": self._role.name.lower(),
+            "address": self.address,
+            "metrics": self.metrics_address,
+            "instance_id": self._instance_id,
+            "pid": os.getpid(),
+        }
+        print(json.dumps(line), file=sys.stdout, flush=True)  # noqa: T201
 
 
 def stop_signal() -> asyncio.Event:
@@ -77,23 +194,3 @@ def stop_signal() -> asyncio.Event:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopped.set)
     return stopped
-
-
-def _serve_metrics(
-    settings: ServiceSettings, metrics: CollectorRegistry
-) -> tuple[str, Callable[[], None]]:
-    if not settings.metrics_listen:
-        return "", lambda: None
-    return serve_metrics(metrics, settings.metrics_listen)
-
-
-def announce(role: Role, address: str, metrics_address: str, instance_id: str) -> None:
-    """One line of JSON on stdout, for whoever started this process."""
-    line = {
-        "role": role.name.lower(),
-        "address": address,
-        "metrics": metrics_address,
-        "instance_id": instance_id,
-        "pid": os.getpid(),
-    }
-    print(json.dumps(line), file=sys.stdout, flush=True)  # noqa: T201

@@ -131,5 +131,9 @@ def _join_progress(last: Progress, frame: Progress) -> Progress | None:
     if bool(last.logprobs) != bool(frame.logprobs):
         return None
     return Progress(
-        frame.handle, last.from_index, last.tokens + frame.tokens, last.logprobs + frame.logprobs
+        frame.handle,
+        last.from_index,
+        last.tokens + frame.tokens,
+        last.logprobs + frame.logprobs,
+        last.cost + frame.cost,
     )

@@ -19,6 +19,7 @@ from pydantic import BeforeValidator
 from pydantic_settings import NoDecode
 from redis.asyncio import Redis
 
+from treecast.settings import split_commas
 from treecast.wire.frames import Role
 from treecast.wire.guarded_redis import GuardedRedis, RedisLost
 from treecast.wire.resolving import Resolver, check_seed
@@ -30,12 +31,7 @@ TTL_S = 3.0
 POLL_S = 1.0
 
 
-def _split(given: str | Iterable[str]) -> tuple[str, ...]:
-    items = [given] if isinstance(given, str) else given
-    return tuple(part.strip() for item in items for part in item.split(",") if part.strip())
-
-
-Addresses = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
+Addresses = Annotated[tuple[str, ...], NoDecode, BeforeValidator(split_commas)]
 """A settings field of seeds: comma-separated, and the flag may be repeated."""
 
 
@@ -154,11 +150,6 @@ class Registry:
     def entries(self) -> tuple[Entry, ...]:
         """One per address, in a stable order."""
         return self._entries
-
-    @property
-    def redis_ok(self) -> bool:
-        """False while Redis does not answer, and when none was given."""
-        return self._redis.ok
 
     async def start(self, on_change: Callable[[tuple[Entry, ...]], None] | None = None) -> None:
         """Poll once, then each second; `on_change` gets the entries whenever they differ."""

@@ -7,7 +7,7 @@ import socket
 
 import structlog
 
-from treecast.errors import SettingsError
+from treecast.address import Address, parse_address
 
 log = structlog.get_logger()
 
@@ -17,12 +17,12 @@ WAIT_S = 0.25
 
 def check_seed(seed: str) -> str:
     """Raises SettingsError for anything but `host:port` and `dns:///name:port`."""
-    host, _, port = seed.removeprefix(DNS_SCHEME).rpartition(":")
-    if not host or "/" in host or not port.isdigit() or not 0 < int(port) < 65536:
-        raise SettingsError(
-            f"seed is {seed!r}; it must be host:port or dns:///name:port, port 1..65535"
-        )
+    _parse(seed)
     return seed
+
+
+def _parse(seed: str) -> Address:
+    return parse_address(seed, "seed", lowest_port=1, scheme=DNS_SCHEME)
 
 
 class Resolver:
@@ -53,19 +53,18 @@ class Resolver:
         await asyncio.gather(*pending, return_exceptions=True)
 
     async def _look_up(self, seed: str) -> None:
-        host, _, port = seed.removeprefix(DNS_SCHEME).rpartition(":")
         try:
-            self._known[seed] = await _addresses(host.strip("[]"), int(port))
+            self._known[seed] = await _addresses(_parse(seed))
         except OSError as error:
             log.warning("name not resolved", seed=seed, error=str(error))
         finally:
             del self._lookups[seed]
 
 
-async def _addresses(host: str, port: int) -> tuple[str, ...]:
+async def _addresses(named: Address) -> tuple[str, ...]:
     """IPv4 addresses, or IPv6 where there are none: a process with both is listed once."""
     loop = asyncio.get_running_loop()
-    found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    v4 = {f"{info[4][0]}:{port}" for info in found if info[0] == socket.AF_INET}
-    v6 = {f"[{info[4][0]}]:{port}" for info in found if info[0] == socket.AF_INET6}
+    found = await loop.getaddrinfo(named.host, named.port, type=socket.SOCK_STREAM)
+    v4 = {str(Address(str(info[4][0]), named.port)) for info in found if info[0] == socket.AF_INET}
+    v6 = {str(Address(str(info[4][0]), named.port)) for info in found if info[0] == socket.AF_INET6}
     return tuple(sorted(v4 or v6))

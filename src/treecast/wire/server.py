@@ -12,6 +12,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from treecast.address import Address, parse_address
 from treecast.errors import SettingsError
 from treecast.wire.channel import (
     KEEPALIVE_MS,
@@ -26,13 +27,12 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
-_MAX_PORT = 65535
 
 
-def server_options(max_message_bytes: int = MAX_MESSAGE_BYTES) -> Options:
+def server_options(max_answer_bytes: int = MAX_MESSAGE_BYTES) -> Options:
     return [
-        ("grpc.max_send_message_length", max_message_bytes),
-        ("grpc.max_receive_message_length", max_message_bytes),
+        ("grpc.max_send_message_length", max_answer_bytes),
+        ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
         ("grpc.keepalive_time_ms", KEEPALIVE_MS),
         ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
         ("grpc.http2.min_ping_interval_without_data_ms", KEEPALIVE_MS // 2),
@@ -48,11 +48,12 @@ class Server:
         self,
         *,
         credentials: grpc.ServerCredentials | None = None,
-        max_message_bytes: int = MAX_MESSAGE_BYTES,
+        max_answer_bytes: int = MAX_MESSAGE_BYTES,
     ) -> None:
+        """What clients may send is capped at `MAX_MESSAGE_BYTES`, whatever they may be answered."""
         self._credentials = credentials
         self._server = grpc.aio.server(
-            interceptors=[ErrorInterceptor()], options=server_options(max_message_bytes)
+            interceptors=[ErrorInterceptor()], options=server_options(max_answer_bytes)
         )
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
@@ -74,16 +75,16 @@ class Server:
         Raises:
             SettingsError: the address is in use, not this machine's, or not HOST:PORT.
         """
-        host = _host_of(address)
+        wanted = parse_address(address, "listen address")
         names = [*self._names, health.SERVICE_NAME, reflection.SERVICE_NAME]
         reflection.enable_server_reflection(names, self._server)
         await self.set_not_ready()
         try:
-            port = self._bind(address)
+            bound = wanted.with_port(self._bind(str(wanted)))
         except RuntimeError:
-            raise SettingsError(f"cannot listen on {address}: {_why_not(address)}") from None
+            raise SettingsError(f"cannot listen on {address}: {_why_not(wanted)}") from None
         await self._server.start()
-        return f"{host}:{port}"
+        return str(bound)
 
     def _bind(self, address: str) -> int:
         if self._credentials is None:
@@ -114,22 +115,11 @@ class Server:
         await self._server.wait_for_termination()
 
 
-def _host_of(address: str) -> str:
-    """The host in HOST:PORT. gRPC would take a port of 99999 for 34463, hence the check."""
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdigit() or int(port) > _MAX_PORT:
-        raise SettingsError(
-            f"cannot listen on {address}: it must be HOST:PORT with a port of 0..{_MAX_PORT}"
-        )
-    return host
-
-
-def _why_not(address: str) -> str:
+def _why_not(address: Address) -> str:
     """Bind once more by hand, since gRPC does not say what went wrong."""
-    host, _, port = address.rpartition(":")
     try:
         family, kind, protocol, _, where = socket.getaddrinfo(
-            host.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         with socket.socket(family, kind, protocol) as probe:
             probe.bind(where)

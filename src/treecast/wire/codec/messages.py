@@ -7,7 +7,7 @@ import numpy as np
 from treecast.errors import InvalidFrame, InvalidRequest
 from treecast.sampling.logprobs import TokenLogprobs
 from treecast.sampling.params import Law, SamplingParams
-from treecast.tree import MAX_DEPTH
+from treecast.tree import MAX_DEPTH, MAX_NODES
 from treecast.v1 import pair_pb2, sampling_pb2, verifier_pb2
 from treecast.wire.codec.bounds import (
     MAX_PROPOSERS,
@@ -15,7 +15,7 @@ from treecast.wire.codec.bounds import (
     check_at_most,
     check_text,
 )
-from treecast.wire.frames import FinishReason, Heartbeat, Hello, Role, SessionKey, Usage
+from treecast.wire.frames import Cost, FinishReason, Heartbeat, Hello, Role, SessionKey, Usage
 
 _MAX_LAWS = 8
 _MAX_TOP_LOGPROBS = 20
@@ -209,14 +209,27 @@ def decode_finish_reason(value: int) -> FinishReason:
         raise InvalidFrame(f"finish reason is {value}; known: 1..{len(FinishReason)}") from None
 
 
+def encode_cost(cost: Cost) -> verifier_pb2.Cost:
+    return verifier_pb2.Cost(steps=cost.steps, drafted=cost.drafted, accepted=cost.accepted)
+
+
+def decode_cost(message: verifier_pb2.Cost, num_tokens: int) -> Cost:
+    """Raises InvalidFrame for more than steps that yielded so many tokens can take."""
+    check_at_most(message.steps, num_tokens, "number of steps in progress")
+    check_at_most(message.drafted, num_tokens * MAX_NODES, "number of drafted nodes in progress")
+    check_at_most(message.accepted, num_tokens, "number of accepted nodes in progress")
+    return Cost(message.steps, message.drafted, message.accepted)
+
+
 def encode_usage(usage: Usage) -> verifier_pb2.Usage:
+    """Sums beyond uint32 are sent as its largest value."""
     return verifier_pb2.Usage(
         prompt_tokens=usage.prompt_tokens,
         cached_tokens=usage.cached_tokens,
         output_tokens=usage.output_tokens,
-        steps=usage.steps,
-        drafted=usage.drafted,
-        accepted=usage.accepted,
+        steps=min(usage.steps, UINT32_MAX),
+        drafted=min(usage.drafted, UINT32_MAX),
+        accepted=min(usage.accepted, UINT32_MAX),
         accepted_by_depth=usage.accepted_by_depth,
         offered_by_depth=usage.offered_by_depth,
     )

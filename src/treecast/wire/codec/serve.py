@@ -16,12 +16,14 @@ from treecast.wire.codec.bounds import (
 )
 from treecast.wire.codec.framing import Decoder, Encoder, decode_frames, encode_body
 from treecast.wire.codec.messages import (
+    decode_cost,
     decode_finish_reason,
     decode_law,
     decode_logprobs,
     decode_sampling,
     decode_session_key,
     decode_usage,
+    encode_cost,
     encode_finish_reason,
     encode_law,
     encode_logprobs,
@@ -114,11 +116,15 @@ def encode_progress(progress: Progress) -> pb.Progress:
         from_index=progress.from_index,
         tokens=progress.tokens,
         logprobs=[encode_logprobs(one) for one in progress.logprobs],
+        cost=encode_cost(progress.cost),
     )
 
 
 def decode_progress(message: pb.Progress, limits: Limits) -> Progress:
-    """Raises InvalidFrame for an unknown token, or log-probabilities for some tokens only."""
+    """Raises InvalidFrame.
+
+    For an unknown token, log-probabilities for some tokens only, or a cost that cannot be theirs.
+    """
     tokens = check_tokens(message.tokens, "progress", limits)
     check_at_most(message.from_index + len(tokens), MAX_TOKENS, "output length after progress")
     if len(message.logprobs) not in (0, len(tokens)):
@@ -126,7 +132,8 @@ def decode_progress(message: pb.Progress, limits: Limits) -> Progress:
             f"progress has {len(message.logprobs)} logprobs for {len(tokens)} tokens"
         )
     logprobs = tuple(decode_logprobs(one) for one in message.logprobs)
-    return Progress(message.handle, message.from_index, tokens, logprobs)
+    cost = decode_cost(message.cost, len(tokens))
+    return Progress(message.handle, message.from_index, tokens, logprobs, cost)
 
 
 def encode_completed(completed: Completed) -> pb.Completed:

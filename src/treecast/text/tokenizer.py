@@ -1,21 +1,26 @@
-"""The model's tokenizer files: served to routers, and used here to find stop strings."""
+"""A model's tokenizer files: read by verifiers, handed to routers, and loaded by both."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 
 from tokenizers import Tokenizer
 
 from treecast.errors import ModelError
+from treecast.text.detok import Decode
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TokenizerFiles:
-    """What `GetTokenizer` answers; all empty for a model without a tokenizer."""
+    """What `VerifierService.GetTokenizer` answers; all empty for a model without a tokenizer.
+
+    Attributes:
+        definition: the fast tokenizer's JSON.
+        special_tokens: by the names that the chat template uses.
+    """
 
     definition: bytes = b""
     chat_template: str = ""
@@ -44,16 +49,28 @@ class TokenizerFiles:
             special,
         )
 
-    def decoder(self) -> Callable[[Sequence[int]], str] | None:
-        """Token ids to text, special tokens left out; None without a tokenizer."""
-        return self._decode if self.definition else None
+    def load(self) -> Tokenizer | None:
+        """Parse the definition, in tens of milliseconds; None without one."""
+        if not self.definition:
+            return None
+        tokenizer = Tokenizer.from_str(self.definition.decode())
+        tokenizer.no_truncation()  # a definition may carry the settings of its training
+        tokenizer.no_padding()
+        return tokenizer
 
-    @cached_property
-    def _tokenizer(self) -> Tokenizer:
-        return Tokenizer.from_str(self.definition.decode())
+    def decoder(self) -> Decode | None:
+        """`decoder_of` the tokenizer; None without one."""
+        tokenizer = self.load()
+        return None if tokenizer is None else decoder_of(tokenizer)
 
-    def _decode(self, ids: Sequence[int]) -> str:
-        return str(self._tokenizer.decode(list(ids)))
+
+def decoder_of(tokenizer: Tokenizer) -> Decode:
+    """Token ids to text, special tokens left out."""
+
+    def decode(token_ids: Sequence[int]) -> str:
+        return tokenizer.decode(token_ids, skip_special_tokens=True)
+
+    return decode
 
 
 def _read_json(path: Path) -> dict[str, object]:

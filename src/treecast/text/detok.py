@@ -1,12 +1,16 @@
 """Output tokens to text, piece by piece; a piece once given out never changes.
 
 What has been given out depends on the tokens so far and on nothing else, not on how they were
-grouped. So a stream can be continued elsewhere from its tokens alone.
+grouped. So a stream can be continued elsewhere from its tokens alone, and a verifier, which looks
+for stop strings, agrees on every character with a router, which cuts them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+
+Decode = Callable[[Sequence[int]], str]
+"""Text of some token ids."""
 
 REPLACEMENT = "�"
 MAX_OPEN = 3
@@ -18,7 +22,7 @@ one mark, or as one for each.
 class DetokStream:
     """Text of one output. Characters that lack bytes, and possible stop strings, are held back."""
 
-    def __init__(self, decode: Callable[[Sequence[int]], str], stop: Sequence[str] = ()) -> None:
+    def __init__(self, decode: Decode, stop: Sequence[str] = ()) -> None:
         self._pieces = _Pieces(decode)
         self._stop = tuple(stop)
         self._held = ""
@@ -32,6 +36,12 @@ class DetokStream:
         rest = self._held + self._pieces.rest()
         self._held = ""
         return rest[: max(0, len(rest) - stop_characters)]
+
+    @property
+    def stop_characters(self) -> int | None:
+        """Characters from the first stop string to the end of the text; None if there is none."""
+        starts = [at for one in self._stop if (at := self._held.find(one)) >= 0]
+        return len(self._held + self._pieces.rest()) - min(starts) if starts else None
 
     def _release(self, piece: str) -> str:
         text = self._held + piece
@@ -47,7 +57,7 @@ class _Pieces:
     beyond that of its first part.
     """
 
-    def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
+    def __init__(self, decode: Decode) -> None:
         self._decode = decode
         self._window: list[int] = []
         self._num_first = 0  # tokens of the window whose text was whole and given out

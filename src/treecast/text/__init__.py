@@ -1,0 +1,1 @@
+"""Between text and tokens: tokenizer files, and output tokens to text. No torch here."""
