@@ -84,7 +84,9 @@ def relative_error(runner: Runner, oracle: Runner, tokens: Tensor) -> float:
     """
     rows = torch.arange(len(tokens))
     with torch.inference_mode():
-        found, expected = (one(tokens, rows, rows, _CausalPass()).float() for one in (runner, oracle))
+        found, expected = (
+            one(tokens, rows, rows, _CausalPass()).float() for one in (runner, oracle)
+        )
         return float(((found - expected).norm(dim=-1) / expected.norm(dim=-1)).median())
 
 
