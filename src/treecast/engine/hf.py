@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from treecast import checkpoints
-from treecast.engine import bridge
 from treecast.engine.base import KVSequence, LogitRows, ModelInfo, PoolUsage, Segment
+from treecast.engine.bridge import KernelPass
 from treecast.engine.kv_pool import PAGE_TOKENS, KVPool, PagedSequence
-from treecast.engine.kv_tensors import KVTensors
-from treecast.engine.loading import DType, LoadOptions, Numerics, describe, load_model
+from treecast.engine.kv_tensors import KVTensors, LayerShape
+from treecast.engine.loading import (
+    DType,
+    LoadOptions,
+    Numerics,
+    describe,
+    load_model,
+    num_layers,
+)
+from treecast.engine.runner import Runner, choose_runner, layer_shapes
 from treecast.errors import InvalidRequest, ModelError
 from treecast.kernels.exact import NORM_COLUMNS, ExactAttention
 from treecast.kernels.fast import FastAttention
@@ -32,20 +38,22 @@ class HFEngine:
     """A causal LM and its KV pool; see `engine.base.Engine`."""
 
     def __init__(
-        self, model: nn.Module, info: ModelInfo, options: LoadOptions, pool_tokens: int
+        self,
+        runner: Runner,
+        shapes: Sequence[LayerShape],
+        info: ModelInfo,
+        options: LoadOptions,
+        pool_tokens: int,
     ) -> None:
-        config: Any = model.config
-        shapes = bridge.layer_shapes(model, config.get_text_config().num_hidden_layers)
         if options.numerics == "exact":
             shapes = [replace(s, value_dim=s.value_dim + NORM_COLUMNS) for s in shapes]
         num_pages = max(1, pool_tokens // PAGE_TOKENS)
         self._device = torch.device(options.device)
         self._tensors = KVTensors(shapes, num_pages * PAGE_TOKENS, options.kv_dtype, self._device)
         self._pool = KVPool(num_pages, self._tensors)
-        self._model = model
+        self._runner = runner
         self._info = info
         self._options = options
-        self._picks_rows = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     @classmethod
     def load(
@@ -76,7 +84,10 @@ class HFEngine:
         checkpoints.check_model_dir(folder)
         options = LoadOptions(dtype, numerics, device, threads)
         model = load_model(folder, options)
-        return cls(model, describe(folder, model, options), options, pool_tokens)
+        info = describe(folder, model, options)
+        runner = choose_runner(model, options.on_cpu, options.min_rows)
+        shapes = layer_shapes(runner, num_layers(model), torch.device(device))
+        return cls(runner, shapes, info, options, pool_tokens)
 
     @property
     def info(self) -> ModelInfo:
@@ -180,21 +191,13 @@ class HFEngine:
         wanted: list[int],
         kernel: LayerAttention,
     ) -> Tensor:  # [wanted, vocab]
-        tree = bridge.KernelPass(kernel, self._tensors, len(tokens))
-        if len(tokens) == 1 and self._options.numerics == "exact":
-            # A lone row of a linear layer may take another code path; see `linears`.
+        tree = KernelPass(kernel, self._tensors, len(tokens))
+        if len(tokens) < self._options.min_rows:
             tokens, positions = tokens * 2, positions * 2
+        packed = torch.tensor((tokens, positions), device=self._device)
         rows = torch.tensor(wanted, dtype=torch.long, device=self._device)
-        keep = {"logits_to_keep": rows} if self._picks_rows else {}
         with torch.inference_mode():
-            logits: Tensor = self._model(
-                input_ids=torch.tensor([tokens], device=self._device),
-                position_ids=torch.tensor([positions], device=self._device),
-                use_cache=False,
-                tree=tree,
-                **keep,
-            ).logits[0]
-            return logits if self._picks_rows else logits[rows]
+            return self._runner(packed[0], packed[1], rows, tree)
 
 
 class _Rows:

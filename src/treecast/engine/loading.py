@@ -15,7 +15,6 @@ from torch import nn
 from treecast import checkpoints
 from treecast.engine import bridge
 from treecast.engine.base import ModelInfo
-from treecast.engine.linears import pack_linears
 from treecast.errors import ModelError
 
 DType = Literal["bfloat16", "float32"]
@@ -52,13 +51,18 @@ class LoadOptions:
         return torch.device(self.device).type == "cpu"
 
     @property
+    def min_rows(self) -> int:
+        """Rows that a linear layer computes at least; a lone row may take another code path."""
+        return 2 if self.numerics == "exact" else 1
+
+    @property
     def kv_dtype(self) -> torch.dtype:
         """float32 wherever rounding keys once more would blur what is compared."""
         return DTYPES[self.dtype] if self.numerics == "fast" else torch.float32
 
 
 def load_model(path: Path, options: LoadOptions) -> nn.Module:
-    """Read a causal LM with our attention and, on CPU, packed linears.
+    """Read a causal LM with our attention.
 
     Sets torch's number of threads where `options.threads` is given.
 
@@ -78,9 +82,12 @@ def load_model(path: Path, options: LoadOptions) -> nn.Module:
         raise ModelError(f"model folder {path} cannot be loaded: {error}") from error
     _refuse_unsupported(model.config.get_text_config())
     loaded: nn.Module = model.eval().to(options.device)
-    if options.on_cpu:
-        pack_linears(loaded, min_rows=2 if options.numerics == "exact" else 1)
     return loaded
+
+
+def num_layers(model: Any) -> int:
+    """Layers that keep keys and values."""
+    return int(model.config.get_text_config().num_hidden_layers)
 
 
 def describe(path: Path, model: Any, options: LoadOptions) -> ModelInfo:

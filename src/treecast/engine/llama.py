@@ -1,0 +1,167 @@
+"""The Llama-like decoder stack in few operators: fused projections, no module calls.
+
+Most of today's models have this block: RMS norm, rotary attention, RMS norm, gated MLP. It is known
+by the modules that a model has, not by its name, and taken only if it then computes what they do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from treecast.engine.bridge import TreePass
+from treecast.engine.linears import PackedLinear, can_pack
+
+_MODEL = {"model", "lm_head"}
+_DECODER = {"embed_tokens", "layers", "norm", "rotary_emb"}
+_LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+_ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
+_MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
+
+
+def is_llama_like(model: Any) -> bool:
+    """Whether a causal LM is made of the modules that `LlamaRunner` replaces, all packable."""
+    if _children(model) != _MODEL or _children(model.model) != _DECODER:
+        return False
+    linears = [m for layer in model.model.layers for m in layer.modules() if _is_linear(m)]
+    return all(_is_llama_layer(layer) for layer in model.model.layers) and all(
+        can_pack(linear.weight.dtype) for linear in linears
+    )
+
+
+def _is_llama_layer(layer: Any) -> bool:
+    return (
+        _children(layer) == _LAYER
+        and _children(layer.self_attn) == _ATTENTION
+        and _children(layer.mlp) == _MLP
+        and _is_silu(layer.mlp.act_fn)
+        and all(_is_linear(getattr(layer.self_attn, name)) for name in _ATTENTION)
+        and all(_is_linear(getattr(layer.mlp, name)) for name in _MLP - {"act_fn"})
+    )
+
+
+def _children(module: nn.Module) -> set[str]:
+    return {name for name, _ in module.named_children()}
+
+
+def _is_silu(activation: nn.Module) -> bool:
+    x = torch.linspace(-8, 8, 33)
+    return torch.allclose(activation(x), F.silu(x))
+
+
+def _is_linear(module: Any) -> bool:
+    return type(module) is nn.Linear
+
+
+class LlamaRunner:
+    """A Llama-like model on CPU; see `engine.runner.Runner`.
+
+    Keys are kept with the two halves of each rotated pair side by side, in float32 until the pool
+    rounds them. Queries are turned alike, so scores are those of the modules.
+    """
+
+    def __init__(self, model: Any, min_rows: int) -> None:
+        """Take over the weights of a model for which `is_llama_like` holds.
+
+        Args:
+            model: is left as it is; it may be dropped.
+            min_rows: as in `PackedLinear`.
+        """
+        decoder = model.model
+        self._embedding: Tensor = decoder.embed_tokens.weight.detach()
+        self._rotary = decoder.rotary_emb
+        self._layers = [_Layer(layer, i, min_rows) for i, layer in enumerate(decoder.layers)]
+        self._norm = _Norm(decoder.norm)
+        head = model.lm_head
+        self._head = PackedLinear(head, min_rows) if _is_linear(head) else head
+
+    def __call__(self, tokens: Tensor, positions: Tensor, wanted: Tensor, tree: TreePass) -> Tensor:
+        hidden = F.embedding(tokens, self._embedding)
+        rotation = self._rotation(positions)
+        for layer in self._layers:
+            hidden = layer(hidden, rotation, tree)
+        logits: Tensor = self._head(self._norm(hidden[wanted]))
+        return logits
+
+    def _rotation(self, positions: Tensor) -> Tensor:
+        """[rows, 1, head dim / 2] complex64: what each pair of a position is multiplied by."""
+        exact = torch.empty(0, dtype=torch.float32)
+        cos, sin = self._rotary(exact, positions[None])
+        half = cos.shape[-1] // 2
+        return torch.complex(cos[0, :, None, :half], sin[0, :, None, :half])
+
+
+class _Layer:
+    def __init__(self, layer: Any, index: int, min_rows: int) -> None:
+        attention, mlp = layer.self_attn, layer.mlp
+        dim = attention.head_dim
+        self._index, self._head_dim, self._scaling = index, dim, attention.scaling
+        self._heads = attention.q_proj.out_features // dim
+        self._kv_heads = attention.k_proj.out_features // dim
+        pairs = torch.arange(dim).view(2, -1).T.flatten()
+        self._qkv = _fuse(
+            [
+                _reorder_heads(attention.q_proj, pairs),
+                _reorder_heads(attention.k_proj, pairs),
+                attention.v_proj,
+            ],
+            min_rows,
+        )
+        self._out = PackedLinear(attention.o_proj, min_rows)
+        self._gate_up = _fuse([mlp.gate_proj, mlp.up_proj], min_rows)
+        self._down = PackedLinear(mlp.down_proj, min_rows)
+        self._attention_norm = _Norm(layer.input_layernorm)
+        self._mlp_norm = _Norm(layer.post_attention_layernorm)
+
+    def __call__(self, hidden: Tensor, rotation: Tensor, tree: TreePass) -> Tensor:
+        hidden = hidden + self._out.forward(self._attend(hidden, rotation, tree))
+        gate, up = self._gate_up.forward(self._mlp_norm(hidden)).chunk(2, -1)
+        return hidden + self._down.forward(F.silu(gate).mul_(up))
+
+    def _attend(self, hidden: Tensor, rotation: Tensor, tree: TreePass) -> Tensor:
+        """[rows, query heads * head dim]"""
+        rows, dim = len(hidden), self._head_dim
+        turning = self._heads + self._kv_heads
+        qkv = self._qkv.forward(self._attention_norm(hidden)).view(rows, -1, dim)
+        pairs = torch.view_as_complex(qkv[:, :turning].float().view(rows, turning, -1, 2))
+        turned = torch.view_as_real(pairs * rotation).flatten(2).transpose(0, 1)[None]
+        query, key = turned[:, : self._heads], turned[:, self._heads :]
+        value = qkv[:, turning:].transpose(0, 1)[None]
+        return tree.attend(self._index, query, key, value, self._scaling).view(rows, -1)
+
+
+class _Norm:
+    def __init__(self, norm: Any) -> None:
+        self._weight: Tensor = norm.weight.detach()
+        self._eps: float = norm.variance_epsilon
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self._weight.shape, self._weight, self._eps)
+
+
+def _reorder_heads(linear: nn.Linear, order: Tensor) -> nn.Linear:
+    """The layer with each head's outputs in another order."""
+    heads = linear.out_features // len(order)
+    rows = (torch.arange(heads)[:, None] * len(order) + order).flatten()
+    bias = None if linear.bias is None else linear.bias.detach()[rows]
+    return _linear(linear.weight.detach()[rows], bias)
+
+
+def _fuse(linears: Sequence[nn.Linear], min_rows: int) -> PackedLinear:
+    """One layer whose outputs are those of all, in order."""
+    weight = torch.cat([linear.weight.detach() for linear in linears])
+    biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
+    assert len(biases) in (0, len(linears)), "of q, k and v either all have a bias or none"
+    return PackedLinear(_linear(weight, torch.cat(biases) if biases else None), min_rows)
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    made = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    made.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        made.bias = nn.Parameter(bias, requires_grad=False)
+    return made

@@ -1,0 +1,139 @@
+"""How a model's layers are run over a packed pass; attention is the pass's own."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from treecast.engine.bridge import TreePass
+from treecast.engine.kv_tensors import LayerShape
+from treecast.engine.linears import pack_linears
+from treecast.engine.llama import LlamaRunner, is_llama_like
+from treecast.errors import ModelError
+
+_NUM_CHECKED = 16
+_TOLERANCE = {torch.bfloat16: 0.1, torch.float32: 1e-3}
+"""Rounding in bfloat16 gives about 0.02, another block about 1."""
+
+_log = logging.getLogger(__name__)
+
+
+class Runner(Protocol):
+    """A loaded model. Called under `torch.inference_mode`, by one thread."""
+
+    def __call__(
+        self,
+        tokens: Tensor,  # [rows] int64
+        positions: Tensor,  # [rows] int64
+        wanted: Tensor,  # [wanted] int64, rows whose logits are needed
+        tree: TreePass,
+    ) -> Tensor:  # [wanted, vocab]
+        ...
+
+
+class ModuleRunner:
+    """Any causal LM of transformers, by its own modules."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._picks_rows = "logits_to_keep" in inspect.signature(model.forward).parameters
+
+    def __call__(self, tokens: Tensor, positions: Tensor, wanted: Tensor, tree: TreePass) -> Tensor:
+        keep: dict[str, Any] = {"logits_to_keep": wanted} if self._picks_rows else {}
+        logits: Tensor = self._model(
+            input_ids=tokens[None], position_ids=positions[None], use_cache=False, tree=tree, **keep
+        ).logits[0]
+        return logits if self._picks_rows else logits[wanted]
+
+
+def choose_runner(model: Any, on_cpu: bool, min_rows: int) -> Runner:
+    """The quickest runner that computes what a model's own modules do.
+
+    On CPU the model is changed (its linears are packed) or no longer needed.
+
+    Args:
+        min_rows: as in `linears.PackedLinear`.
+    """
+    modules = ModuleRunner(model)
+    if on_cpu and is_llama_like(model):
+        fused = LlamaRunner(model, min_rows)
+        error = relative_error(fused, modules, _some_text(model))
+        if error < _TOLERANCE[next(model.parameters()).dtype]:
+            return fused
+        _log.info("%s only looks like Llama: error %.3g", type(model).__name__, error)
+    if on_cpu:
+        pack_linears(model, min_rows)
+    return modules
+
+
+def _some_text(model: Any) -> Tensor:
+    """Ordinary tokens: at the special ones, first in a vocabulary, rounding shows more."""
+    vocab_size: int = model.config.get_text_config().vocab_size
+    return (1000 + 37 * torch.arange(_NUM_CHECKED)) % vocab_size
+
+
+def relative_error(runner: Runner, oracle: Runner, tokens: Tensor) -> float:
+    """How far two runners' logits are apart over a text, by the norm of the oracle's.
+
+    The median over rows: rounding alone may move single rows far.
+    """
+    rows = torch.arange(len(tokens))
+    with torch.inference_mode():
+        found, expected = (
+            one(tokens, rows, rows, _CausalPass()).float() for one in (runner, oracle)
+        )
+        return float(((found - expected).norm(dim=-1) / expected.norm(dim=-1)).median())
+
+
+class _CausalPass:
+    """Attention of one plain text, without a pool."""
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float
+    ) -> Tensor:
+        attended = F.scaled_dot_product_attention(
+            query.to(value.dtype),
+            key.to(value.dtype),
+            value,
+            is_causal=True,
+            scale=scaling,
+            enable_gqa=True,
+        )
+        return attended.transpose(1, 2).contiguous()
+
+
+def layer_shapes(runner: Runner, num_layers: int, device: torch.device) -> list[LayerShape]:
+    """Run two tokens through a model to learn what its layers keep.
+
+    Raises:
+        ModelError: some layer has no attention of ours, so its state would be lost.
+    """
+    recorder = _ShapePass()
+    rows = torch.arange(2, device=device)
+    with torch.inference_mode():
+        runner(torch.zeros_like(rows), rows, rows, recorder)
+    missing = [layer for layer in range(num_layers) if layer not in recorder.shapes]
+    if missing:
+        raise ModelError(
+            f"{len(missing)} of the model's {num_layers} layers (first {missing[0]}) do not reach "
+            "the attention interface; every layer of a served model must"
+        )
+    return [recorder.shapes[layer] for layer in range(num_layers)]
+
+
+class _ShapePass:
+    """A pass that only learns what each layer keeps of a position."""
+
+    def __init__(self) -> None:
+        self.shapes: dict[int, LayerShape] = {}
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float
+    ) -> Tensor:
+        self.shapes[layer] = LayerShape(key.shape[1], key.shape[-1], value.shape[-1])
+        return value.new_zeros((1, query.shape[2], query.shape[1], value.shape[-1]))

@@ -1,0 +1,82 @@
+"""The fused decoder stack: the logits of the modules it replaces, and only where it fits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from treecast.engine import bridge
+from treecast.engine.llama import LlamaRunner, is_llama_like
+from treecast.engine.runner import ModuleRunner, choose_runner, relative_error
+
+SHAPE = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+}
+TEXT = torch.arange(24) * 5 % 128
+
+
+def tiny(family: str, **options: Any) -> Any:
+    """A random model of a family, with norms and biases that are not all ones and zeros."""
+    bridge.register()
+    torch.manual_seed(1)
+    config = getattr(transformers, f"{family}Config")(**SHAPE, **options)
+    model = transformers.AutoModelForCausalLM.from_config(
+        config, attn_implementation=bridge.IMPLEMENTATION
+    ).eval()
+    for name, parameter in model.named_parameters():
+        if "norm" in name or name.endswith("bias"):
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("Llama", {}),
+        ("Llama", {"attention_bias": True, "mlp_bias": True}),
+        ("Llama", {"head_dim": 32, "tie_word_embeddings": True}),
+        ("Llama", {"rope_theta": 500.0, "rms_norm_eps": 1e-2}),
+        ("Mistral", {}),
+        ("Qwen2", {}),
+    ],
+)
+def test_logits_are_those_of_the_modules(family: str, options: dict[str, Any]) -> None:
+    model = tiny(family, **options)
+    assert is_llama_like(model)
+    assert relative_error(LlamaRunner(model, 2), ModuleRunner(model), TEXT) < 1e-5
+
+
+def test_the_comparison_sees_one_wrong_norm() -> None:
+    model = tiny("Llama")
+    fused = LlamaRunner(model, 2)
+    model.model.layers[1].input_layernorm.variance_epsilon = 0.1
+    assert relative_error(fused, ModuleRunner(model), TEXT) > 1e-3
+
+
+def test_another_activation_is_left_to_its_modules() -> None:
+    assert not is_llama_like(tiny("Llama", hidden_act="gelu"))
+
+
+@pytest.mark.parametrize("family", ["Qwen3", "Phi3", "Gemma", "Olmo2"])
+def test_other_blocks_are_left_to_their_modules(family: str) -> None:
+    options = {"pad_token_id": 0} if family == "Phi3" else {}
+    assert isinstance(choose_runner(tiny(family, **options), True, 2), ModuleRunner)
+
+
+def test_a_model_that_only_looks_like_llama_keeps_its_modules() -> None:
+    model = tiny("Granite", residual_multiplier=0.3, embedding_multiplier=4.0)
+    assert is_llama_like(model)
+    assert isinstance(choose_runner(model, True, 2), ModuleRunner)
+
+
+def test_a_llama_is_run_fused() -> None:
+    assert isinstance(choose_runner(tiny("Llama"), True, 2), LlamaRunner)
