@@ -125,15 +125,22 @@ class Sessions:
         self._streams[link][attach.handle] = session
         self._places[session.number] = Place(link, attach.handle)
         self.metrics.sessions.set(len(self._places))
-        request = DraftRequest(attach.tokens, attach.prompt_len, attach.sampling, attach.noise_key)
+        request = DraftRequest(
+            attach.tokens,
+            attach.prompt_len,
+            attach.sampling,
+            attach.noise_key,
+            attach.speculation,
+        )
         self._order(Open(session.number, request, attach.node_budget))
 
     def _check_admission(self, link: VerifierLink, attach: Attach) -> None:
         """Raise what the attach is refused for; it comes back as a failed frame."""
         if self.draining:
             raise Overloaded("speculator is draining")
-        if attach.law is not Law.REPLAY:
-            raise NotServed(f"law {attach.law.name.lower()} is not served here; replay is")
+        law = attach.speculation.law
+        if law is not Law.REPLAY:
+            raise NotServed(f"law {law.name.lower()} is not served here; replay is")
         mine = len(self._streams[link])
         if mine >= self.capacity:
             raise Overloaded(f"stream has {mine} sessions; the limit is {self.capacity}")

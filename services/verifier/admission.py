@@ -91,8 +91,9 @@ class Admission:
 
     def _request(self, link: RouterLink, start: Start) -> Request:
         info, sampling = self._engine.info, start.sampling
-        if start.law is not Law.REPLAY:
-            raise NotServed(f"law {start.law.name.lower()} is not served; this verifier has replay")
+        law = start.speculation.law
+        if law is not Law.REPLAY:
+            raise NotServed(f"law {law.name.lower()} is not served; this verifier has replay")
         sampling.check_vocabulary(info.vocab_size)
         prompt = fit_prompt(start, info.context_tokens, info.vocab_size)
         deadline = None

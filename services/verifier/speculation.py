@@ -206,12 +206,12 @@ class Speculation:
                 request.start.sampling,
                 request.start.noise_key,
                 self._budget(request),
-                request.start.law,
+                request.start.speculation,
             )
         )
 
     def _budget(self, request: Request) -> int:
-        asked = request.start.max_nodes
+        asked = request.start.speculation.max_nodes
         return self._max_nodes if asked is None else min(asked, self._max_nodes)
 
     # --- the step asks and tells --------------------------------------------------------------

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-from treecast.sampling.params import SamplingParams
+from treecast.sampling.params import SamplingParams, Speculation
 from treecast.tree import TokenTree
 
 
@@ -24,6 +24,7 @@ class DraftRequest:
     prompt_len: int
     sampling: SamplingParams
     noise_key: int
+    speculation: Speculation = Speculation()  # noqa: RUF009  frozen
 
 
 class Drafter(Protocol):
