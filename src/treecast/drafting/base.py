@@ -18,6 +18,7 @@ class DraftRequest:
         tokens: all committed text, prompt first.
         prompt_len: how many of them are the prompt.
         noise_key: the target's own noise key, for coupled proposals.
+        draft_key: of the drafter's own draws; no two drafters of a session share one.
     """
 
     tokens: Sequence[int]
@@ -25,6 +26,7 @@ class DraftRequest:
     sampling: SamplingParams
     noise_key: int
     speculation: Speculation = Speculation()  # noqa: RUF009  frozen
+    draft_key: int = 0
 
 
 class Drafter(Protocol):

@@ -7,6 +7,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
 from enum import Enum
 
+from treecast.draws import DRAWN
+from treecast.draws import Proposal as Proposal
 from treecast.errors import InvalidRequest
 
 _BOUNDS = {
@@ -31,18 +33,9 @@ class Law(Enum):
     MSS = 2
 
 
-class Proposal(Enum):
-    """How a draft chooses the children of a node."""
-
-    COUPLED = 1
-    TOPK = 2
-    IID = 3
-    WITHOUT_REPLACEMENT = 4
-
-
 PROPOSALS = {
     Law.REPLAY: tuple(Proposal),
-    Law.MSS: (Proposal.WITHOUT_REPLACEMENT, Proposal.IID),
+    Law.MSS: DRAWN,
 }
 """What each law can serve; `replay` anything, `mss` real draws only. The first is the default."""
 
