@@ -239,7 +239,7 @@ def test_output_law_is_the_targets_when_the_tree_is_cut(how: str, max_nodes: int
     assert distance(walked_law(4, grow, 2), plain_law(4, (), 2)) < EXACT
 
 
-# --- what breaks it ---------------------------------------------------------------------------------
+# --- what breaks it ----------------------------------------------------------------------------
 
 TARGET = (0.30, 0.28, 0.22, 0.12, 0.08)
 DRAFT = Weighed((0, 1, 2, 3, 4), (0.40, 0.15, 0.12, 0.25, 0.08))

@@ -10,6 +10,7 @@ from treecast.sampling.laws import Walk, walk
 from treecast.sampling.noise import noise_key
 from treecast.sampling.params import SamplingParams
 from treecast.sampling.pick import Picker
+from treecast.sampling.replay import Replay
 from treecast.sampling.stops import FinishReason, Stop, StopRules
 from treecast.sampling.transforms import Context
 from treecast.tree import ROOT, TokenTree
