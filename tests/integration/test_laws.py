@@ -41,7 +41,7 @@ SAMPLINGS = {
     "top-p": SamplingParams(temperature=1, top_p=0.85, max_tokens=OUTPUT),
 }
 MSS = Speculation.of(Law.MSS)
-MSS_IID = Speculation.of(Law.MSS, Proposal.IID, "<2,2>")
+MSS_IID = Speculation.of(Law.MSS, Proposal.IID, "<3,1>")
 
 
 @dataclass(frozen=True)
@@ -96,10 +96,12 @@ async def mesh(num_speculators: int = 2, **settings: Any) -> AsyncIterator[Rig]:
     async with AsyncExitStack() as stack:
         kinds = [("ssm",), ("ssm", "ngram")]
         addresses = [
-            await stack.enter_async_context(drafting(seed, drafters=kinds[seed % 2]))
+            await stack.enter_async_context(
+                drafting(seed, drafters=kinds[seed % 2], growth="<2,2>")
+            )
             for seed in range(num_speculators)
         ]
-        settings = {"trusted_speculators": ("all",), "planner": "full"} | settings
+        settings = {"trusted_speculators": ("all",), "planner": "full", "max_rows": 400} | settings
         engine = ToyEngine(vocab_size=VOCAB)
         rig = await stack.enter_async_context(
             verifier_rig(engine, speculators=tuple(addresses), **settings)
@@ -180,9 +182,13 @@ async def _outcome(
     return outcome, outcome.error is None
 
 
-@pytest.mark.parametrize("name", SAMPLINGS)
 @pytest.mark.parametrize(
-    "speculation", [Speculation(), MSS, MSS_IID], ids=["replay", "mss", "mss-iid"]
+    ("speculation", "name"),
+    [
+        pytest.param(Speculation(), "top-p", id="replay"),
+        pytest.param(MSS, "temperature 1", id="mss"),
+        pytest.param(MSS_IID, "top-p", id="mss-iid", marks=pytest.mark.slow),
+    ],
 )
 async def test_output_is_distributed_as_the_targets_when_served(
     speculation: Speculation, name: str

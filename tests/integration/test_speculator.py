@@ -313,8 +313,8 @@ async def test_attach_is_refused_when_the_pool_is_full() -> None:
         (attach(1, 1, 2, prompt_len=3), "attach has prompt_len 3; allowed: 1..2, its tokens"),
         (attach(1), "attach has prompt_len 0; allowed: 1..0, its tokens"),
         (
-            attach(1, 1, 2, speculation=Speculation.of(Law.MSS)),
-            "law mss is not served here; replay is",
+            attach(1, 1, 2, speculation=Speculation.of(Law.MSS, growth="best-first")),
+            "growth under law mss is 'best-first'; allowed: widths by level such as <3,2,1,1>",
         ),
     ],
 )

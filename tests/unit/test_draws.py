@@ -179,8 +179,8 @@ def test_group_is_refused_by_name_when_it_cannot_have_been_drawn(
 
 def test_groups_are_refused_when_there_are_too_many() -> None:
     encoded = codec.encode_tree(example())
-    encoded.groups.extend([encoded.groups[0]] * 255)
-    with pytest.raises(InvalidTree, match="number of groups of draws is 257; the limit is 256"):
+    encoded.groups.extend([encoded.groups[0]] * 511)
+    with pytest.raises(InvalidTree, match="number of groups of draws is 513; the limit is 512"):
         codec.decode_tree(encoded)
 
 

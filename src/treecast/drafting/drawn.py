@@ -57,7 +57,9 @@ class DrawnVector:
     def frontier(
         self, selection: Selection, max_nodes: int, max_depth: int = MAX_DEPTH
     ) -> list[int]:
-        """All nodes above the last level that are not computed yet."""
+        """All nodes above the last level that are not computed yet, while there is room below."""
+        if len(selection.tree) >= max_nodes:
+            return []
         return self.vector.frontier(selection, max_nodes, max_depth)
 
 

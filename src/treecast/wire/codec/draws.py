@@ -11,7 +11,7 @@ from treecast.tree import ROOT, TokenTree
 from treecast.v1 import sampling_pb2, tree_pb2
 from treecast.wire.codec.bounds import Limits, check_at_most
 
-MAX_GROUPS = 256
+MAX_GROUPS = 512
 MAX_ENTRIES = 256
 """Tokens of positive probability in one distribution."""
 MAX_DRAWS = 64
