@@ -114,7 +114,7 @@ class Census:
     """Counts of ranks by slope, against the target's distribution."""
 
     def __init__(self, sampling: SamplingParams) -> None:
-        self._sampling = sampling
+        self.sampling = sampling
         self.observed: Counter[tuple[int, int]] = Counter()
         self._slopes: Counter[int] = Counter()
 
@@ -134,7 +134,7 @@ class Census:
         """Of a chi-square over all classes; what cannot come must not have come."""
         statistic, freedom = 0.0, 0
         for slope, count in self._slopes.items():
-            expected = count * _rank_probs(slope, self._sampling)
+            expected = count * _rank_probs(slope, self.sampling)
             possible = expected > 0
             observed = np.array([self.observed[slope, rank] for rank in range(VOCAB)])
             assert not observed[~possible].any(), "a token came that the target never gives"
@@ -214,11 +214,10 @@ async def test_output_is_distributed_as_the_targets_when_a_million_tokens_are_se
 
 async def test_census_tells_a_law_apart_when_another_temperature_was_sampled() -> None:
     async with mesh() as rig:
-        sampling = SamplingParams(temperature=0.9, max_tokens=OUTPUT)
+        sampling = SamplingParams(temperature=0.7, max_tokens=OUTPUT)
         census, _ = await take_census(rig, sampling, MSS, 5_000)
-    wrong = Census(SAMPLINGS["temperature 1"])
-    wrong.__dict__ |= {k: v for k, v in census.__dict__.items() if k != "_sampling"}
-    assert wrong.p_value() < 1e-6
+    census.sampling = SAMPLINGS["temperature 1"]
+    assert census.p_value() < 1e-6
 
 
 async def test_mss_is_decoded_plainly_when_no_speculator_is_trusted_but_another() -> None:
@@ -236,8 +235,8 @@ async def test_mss_is_refused_when_nobody_is_trusted() -> None:
 
 
 async def test_mss_goes_on_plainly_when_the_growth_chooses_by_value() -> None:
-    """The speculators refuse; the text does not suffer."""
-    async with mesh() as rig:
+    """The speculator refuses; the text does not suffer."""
+    async with mesh(num_speculators=1) as rig:
         asked = Speculation.of(Law.MSS, growth="best-first")
         outcome = await rig.router.run([1], SAMPLINGS["top-p"], speculation=asked)
     assert len(outcome.tokens) == OUTPUT
