@@ -6,9 +6,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from treecast.client import ChatMessage, Client, Usage
+from treecast.sampling.params import Speculation
 
 from .prompts import BenchPrompt
 from .run import TimedResult, time_answer
+
+PLAIN = Speculation(max_nodes=0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,16 +39,16 @@ def demonstrate(
     for prompt in prompts:
         on_prompt(prompt)
         chat = _user_turn(prompt.text)
-        speculative = time_answer(client, chat, max_tokens, None, on_text)
-        plain = time_answer(client, chat, max_tokens, 0)
+        speculative = time_answer(client, chat, max_tokens, Speculation(), on_text)
+        plain = time_answer(client, chat, max_tokens, PLAIN)
         yield Comparison(prompt, speculative, plain)
 
 
 def warm_up(client: Client) -> None:
     """Let both ways of decoding run once, so that no prompt pays for first-time work."""
     chat = _user_turn("Count to ten.")
-    for max_nodes in (None, 0):
-        time_answer(client, chat, 16, max_nodes)
+    for speculation in (Speculation(), PLAIN):
+        time_answer(client, chat, 16, speculation)
 
 
 def tokens_per_step(answers: Sequence[TimedResult]) -> float:

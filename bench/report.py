@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from treecast import __version__
+from treecast.sampling.params import Speculation
 from treecast.services.local import MeshSettings
 
 from .compare import Summary, summarize
@@ -31,6 +32,7 @@ class Report:
     def of(
         cls,
         mesh: MeshSettings,
+        speculation: Speculation,
         max_tokens: int,
         rounds: int,
         contenders: Sequence[str],
@@ -45,6 +47,9 @@ class Report:
             "numerics": mesh.numerics,
             "threads": mesh.torch_threads,
             "speculators": list(mesh.speculators),
+            "law": speculation.law.name.lower(),
+            "proposal": speculation.proposal.name.lower(),
+            "growth": speculation.growth,
             "max_tokens": max_tokens,
             "rounds": rounds,
         }

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from treecast.client import Client, Prompt, Result, SamplingParams
+from treecast.sampling.params import Speculation
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,15 +53,15 @@ class Contender(Protocol):
 
 
 class MeshContender:
-    """treecast through a router; 0 nodes is plain decoding."""
+    """treecast through a router; trees of at most 0 nodes are plain decoding."""
 
-    def __init__(self, name: str, client: Client, max_nodes: int | None = None) -> None:
+    def __init__(self, name: str, client: Client, speculation: Speculation) -> None:
         self.name = name
         self._client = client
-        self._max_nodes = max_nodes
+        self._speculation = speculation
 
     def answer(self, prompt_id: str, prompt_ids: Sequence[int], max_tokens: int) -> Run:
-        timed = time_answer(self._client, prompt_ids, max_tokens, self._max_nodes)
+        timed = time_answer(self._client, prompt_ids, max_tokens, self._speculation)
         result = timed.result
         return Run(
             self.name, prompt_id, result.token_ids, result.usage.steps, timed.seconds, timed.first_s
@@ -80,14 +81,21 @@ def time_answer(
     client: Client,
     prompt: Prompt,
     max_tokens: int,
-    max_nodes: int | None,
+    speculation: Speculation,
     show: Callable[[str], None] = lambda text: None,
 ) -> TimedResult:
     """Answer a prompt greedily, showing the text as it comes."""
     sampling = SamplingParams(temperature=0, max_tokens=max_tokens)
     begun = time.perf_counter()
     first_s = None
-    stream = client.generate(prompt, sampling, max_nodes=max_nodes)
+    stream = client.generate(
+        prompt,
+        sampling,
+        max_nodes=speculation.max_nodes,
+        law=speculation.law,
+        proposal=speculation.proposal,
+        growth=speculation.growth,
+    )
     with stream:
         for chunk in stream:
             if first_s is None:

@@ -65,6 +65,7 @@ def verifier_flags(settings: MeshSettings, redis_url: str, speculators: Sequence
         "numerics": settings.numerics,
         "torch_threads": settings.torch_threads,
         "speculators": ",".join(speculators) or None,
+        "trusted_speculators": ",".join(speculators) or None,
         "speculators_per_session": min(len(speculators), 4),
         "redis_url": redis_url,
         "drain_s": 0,

@@ -84,11 +84,11 @@ class Admission:
     def _check_law(self, ask: Ask, model: Hello) -> None:
         alike = [hello for hello in self._fleet.open_hellos() if same_model(hello, model)]
         served = {law for hello in alike for law in hello.laws}
-        if ask.law not in served:
+        law = ask.speculation.law
+        if law not in served:
             names = ", ".join(sorted(law.name.lower() for law in served))
             raise NotServed(
-                f"law {ask.law.name.lower()} is not served by model {model.model!r}; "
-                f"served: {names}"
+                f"law {law.name.lower()} is not served by model {model.model!r}; served: {names}"
             )
 
     async def _fetch_tokenizer(self, model: Hello) -> TokenizerFiles:

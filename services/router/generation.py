@@ -151,9 +151,8 @@ class Generation:
             noise_key=noise_key(ask.seed, sample.index),
             committed=tuple(sample.relay.output.tokens),
             session=key,
-            law=ask.law,
+            speculation=ask.speculation,
             deadline_ms=left_ms,
-            max_nodes=ask.max_nodes,
             truncate_prompt=ask.truncate_prompt,
         )
 
@@ -212,7 +211,7 @@ class Generation:
                 model=self._job.model.model,
                 revision=self._job.model.model_revision,
                 spread=self._job.ask.request_id,
-                law=self._job.ask.law,
+                law=self._job.ask.speculation.law,
                 slots=slots,
                 holder=where.holder,
                 rendezvous=where.rendezvous,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from treecast.errors import InvalidRequest
 from treecast.sampling.logprobs import TokenLogprobs
-from treecast.sampling.params import Law, SamplingParams
+from treecast.sampling.params import SamplingParams, Speculation
 from treecast.v1 import router_pb2 as pb
 from treecast.wire import codec
 from treecast.wire.frames import Completed, Hello
@@ -58,8 +58,7 @@ class Ask:
     committed: tuple[int, ...]
     revision: str | None
     fingerprint: str
-    law: Law
-    max_nodes: int | None
+    speculation: Speculation
     truncate_prompt: bool
 
 
@@ -70,6 +69,7 @@ def parse_ask(message: pb.GenerateRequest) -> Ask:
         InvalidRequest: a value out of its bounds, by name.
     """
     sampling = codec.decode_sampling(message.sampling)
+    max_nodes = message.max_nodes if message.HasField("max_nodes") else None
     ask = Ask(
         request_id=message.request_id if message.HasField("request_id") else _mint_id(),
         model=message.model if message.HasField("model") else None,
@@ -82,8 +82,7 @@ def parse_ask(message: pb.GenerateRequest) -> Ask:
         committed=tuple(message.resume.committed),
         revision=message.resume.model_revision or None,
         fingerprint=message.resume.numerics_fingerprint,
-        law=codec.decode_law(message.law),
-        max_nodes=message.max_nodes if message.HasField("max_nodes") else None,
+        speculation=codec.decode_speculation(message, max_nodes),
         truncate_prompt=message.truncate_prompt,
     )
     _check(ask)

@@ -12,6 +12,7 @@ import grpc
 
 from treecast.engine.base import Engine
 from treecast.engine.openmp import load_on_thread
+from treecast.sampling.params import Law
 from treecast.v1 import speculator_pb2 as pb
 from treecast.v1 import speculator_pb2_grpc
 from treecast.wire.frames import Heartbeat, Hello, Role
@@ -47,7 +48,11 @@ class Speculator(speculator_pb2_grpc.SpeculatorServiceServicer):
             self._drafter, self._deliver, self.metrics, thread, settings.run_ahead_nodes
         )
         self.sessions = Sessions(
-            self.grower.submit, settings.capacity, settings.max_sessions, self.metrics
+            self.grower.submit,
+            settings.capacity,
+            settings.max_sessions,
+            self.metrics,
+            instance_id,
         )
         self._verifiers = Acceptor(SPECULATE, self._hello, self._heartbeat, self.sessions)
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -87,6 +92,7 @@ class Speculator(speculator_pb2_grpc.SpeculatorServiceServicer):
             role=Role.SPECULATOR,
             vocab_size=info.vocab_size if info else 0,
             tokenizer_hash=info.tokenizer_hash if info else "",
+            laws=tuple(Law),
             capacity=self._settings.capacity,
             proposers=self._drafter.names,
             model=info.name if info else "",

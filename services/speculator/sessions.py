@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 import structlog
 
 from treecast.drafting.base import DraftRequest
-from treecast.errors import NotServed, Overloaded, TreecastError
-from treecast.sampling.params import Law
+from treecast.errors import Overloaded, TreecastError
+from treecast.sampling.noise import derived_key
 from treecast.wire.frames import (
     Attach,
     Commit,
@@ -66,12 +66,14 @@ class Sessions:
             loop, so that a message's frames are drafted for as one batch.
         capacity: sessions that one stream may attach.
         max_sessions: sessions of all streams together.
+        instance_id: our own; no two processes draw alike.
     """
 
     submit: Callable[[Sequence[Order]], None]
     capacity: int
     max_sessions: int
     metrics: SpeculatorMetrics
+    instance_id: str
     draining: bool = False
     _streams: dict[VerifierLink, dict[int, Session]] = field(default_factory=dict)
     _places: dict[int, Place] = field(default_factory=dict)
@@ -125,15 +127,20 @@ class Sessions:
         self._streams[link][attach.handle] = session
         self._places[session.number] = Place(link, attach.handle)
         self.metrics.sessions.set(len(self._places))
-        request = DraftRequest(attach.tokens, attach.prompt_len, attach.sampling, attach.noise_key)
+        request = DraftRequest(
+            attach.tokens,
+            attach.prompt_len,
+            attach.sampling,
+            attach.noise_key,
+            attach.speculation,
+            derived_key(attach.noise_key, self.instance_id),
+        )
         self._order(Open(session.number, request, attach.node_budget))
 
     def _check_admission(self, link: VerifierLink, attach: Attach) -> None:
         """Raise what the attach is refused for; it comes back as a failed frame."""
         if self.draining:
             raise Overloaded("speculator is draining")
-        if attach.law is not Law.REPLAY:
-            raise NotServed(f"law {attach.law.name.lower()} is not served here; replay is")
         mine = len(self._streams[link])
         if mine >= self.capacity:
             raise Overloaded(f"stream has {mine} sessions; the limit is {self.capacity}")

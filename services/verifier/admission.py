@@ -10,6 +10,7 @@ import structlog
 
 from treecast.engine.base import Engine
 from treecast.errors import InvalidRequest, NotServed, PromptTooLong, TreecastError
+from treecast.sampling.laws import acceptance
 from treecast.sampling.params import Law
 from treecast.sampling.pick import Picker
 from treecast.sampling.stops import Stop, StopRules
@@ -40,10 +41,13 @@ RouterLink = Link[ServingFrame, RouterFrame]
 class Admission:
     """Turns what routers ask into requests of the step loop. A `PairHandler` for their streams."""
 
-    def __init__(self, engine: Engine, steps: StepLoop, decode: Decode | None) -> None:
+    def __init__(
+        self, engine: Engine, steps: StepLoop, decode: Decode | None, laws: Sequence[Law]
+    ) -> None:
         self._engine = engine
         self._steps = steps
         self._decode = decode
+        self._laws = laws
         self._handles = itertools.count(1)
         self._requests: dict[RouterLink, dict[int, Request]] = {}
 
@@ -104,8 +108,10 @@ class Admission:
 
     def _request(self, link: RouterLink, start: Start) -> Request:
         info, sampling = self._engine.info, start.sampling
-        if start.law is not Law.REPLAY:
-            raise NotServed(f"law {start.law.name.lower()} is not served; this verifier has replay")
+        law = start.speculation.law
+        if law not in self._laws:
+            names = ", ".join(one.name.lower() for one in self._laws)
+            raise NotServed(f"law {law.name.lower()} is not served; this verifier has {names}")
         sampling.check_vocabulary(info.vocab_size)
         prompt = fit_prompt(start, info.context_tokens, info.vocab_size)
         deadline = None
@@ -117,6 +123,7 @@ class Admission:
             link=link,
             tokens=[*prompt, *start.committed],
             prompt_len=len(prompt),
+            law=acceptance(law),
             picker=Picker(sampling, start.noise_key, Context(prompt, start.committed)),
             stops=StopRules(info.eos_token_ids, sampling, self._decode),
             deadline=deadline,

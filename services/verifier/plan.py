@@ -60,7 +60,8 @@ def plan(
     """Divide a step's rows among requests, oldest first.
 
     Every decoding request gets its root. Prompts share what is left, or half of it where trees
-    wait for rows. Nodes of all trees compete by confidence (`choose_nodes`).
+    wait for rows. Nodes of all trees compete by confidence (`choose_nodes`), but for draws: of
+    those each request may have an equal share, whatever was drawn.
 
     Args:
         trees: one per request, empty where there is none; confidence calibrated.
@@ -68,6 +69,8 @@ def plan(
     """
     roots = [request for request in requests if request.decoding][:max_rows]
     room = max_rows - len(roots)
+    share = _share_of_draws(room, len(roots), len(requests))
+    trees = [tree.limit(share) if tree.groups else tree for tree in trees]
     for_trees = min(sum(len(tree) for tree in trees), room // 2)
     chunks = _prefill_chunks([r for r in requests if not r.decoding], room - for_trees)
     counts = {id(request): 1 for request in roots} | chunks
@@ -80,6 +83,12 @@ def plan(
         Work(request, counts[id(request)], tree)
         for (request, _), tree in zip(planned, chosen, strict=True)
     ]
+
+
+def _share_of_draws(room: int, num_roots: int, num_requests: int) -> int:
+    """Nodes that a tree of draws may have: a function of numbers that no draw had a part in."""
+    for_trees = room if num_roots == num_requests else room // 2
+    return for_trees // max(1, num_requests)
 
 
 def _prefill_chunks(requests: Sequence[Request], budget: int) -> dict[int, int]:
@@ -101,6 +110,9 @@ def choose_nodes(
 ) -> list[TokenTree]:
     """Pick nodes across trees while expected tokens per added second exceed the current rate.
 
+    Trees of draws are taken whole: a choice by confidence is a choice by what was drawn, which the
+    law mss does not bear.
+
     Nodes go by the probability that they are accepted, the product of confidences along their
     path; a node is looked at only after its parent was taken.
 
@@ -113,11 +125,16 @@ def choose_nodes(
     paths = [tree.path_confidence() for tree in trees]
     children = [_children(tree) for tree in trees]
     heap = [
-        (-paths[t][node], t, node) for t in range(len(trees)) for node in children[t].get(ROOT, ())
+        (-paths[t][node], t, node)
+        for t, tree in enumerate(trees)
+        if not tree.groups
+        for node in children[t].get(ROOT, ())
     ]
     heapq.heapify(heap)
     taken: list[list[int]] = [[] for _ in trees]
-    expected, rows, now_s = float(base_tokens), base_rows, step_s(base_rows)
+    num_drawn = sum(len(tree) for tree in trees if tree.groups)
+    expected, rows = float(base_tokens), base_rows + num_drawn
+    now_s = step_s(rows)
     while heap and rows - base_rows < budget:
         negative, t, node = heapq.heappop(heap)
         next_s = step_s(rows + 1)
@@ -127,7 +144,9 @@ def choose_nodes(
         expected, rows, now_s = expected - negative, rows + 1, next_s
         for child in children[t].get(node, ()):
             heapq.heappush(heap, (-paths[t][child], t, child))
-    return [tree.keep(nodes) for tree, nodes in zip(trees, taken, strict=True)]
+    return [
+        tree if tree.groups else tree.keep(nodes) for tree, nodes in zip(trees, taken, strict=True)
+    ]
 
 
 def _children(tree: TokenTree) -> dict[int, list[int]]:

@@ -60,12 +60,13 @@ class Verifier(verifier_pb2_grpc.VerifierServiceServicer):
         self.speculation = Speculation(
             settings.speculators_per_session,
             settings.max_nodes,
+            settings.trusted_speculators,
             engine.info.vocab_size,
             self.metrics,
         )
         curve = thread.submit(measure_curve, engine, settings.max_rows).result()
         self.steps = StepLoop(engine, thread, settings, self.speculation, curve, self.metrics)
-        admission = Admission(engine, self.steps, tokenizer.decoder())
+        admission = Admission(engine, self.steps, tokenizer.decoder(), settings.laws)
         self._routers = Acceptor(SERVE, self._hello, self._heartbeat, admission)
         self._registry = Registry(redis, Role.SPECULATOR, settings.speculators)
         self._speculators = Streams(SPECULATE, self._hello, self._heartbeat, self.speculation)
@@ -105,6 +106,7 @@ class Verifier(verifier_pb2_grpc.VerifierServiceServicer):
             role=Role.VERIFIER,
             vocab_size=info.vocab_size,
             tokenizer_hash=info.tokenizer_hash,
+            laws=self._settings.laws,
             capacity=self._settings.max_running,
             model=info.name,
             model_revision=info.revision,

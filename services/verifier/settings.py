@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from treecast.sampling.params import Law
 from treecast.settings import ServiceSettings
 from treecast.wire.registry import Addresses
 
@@ -24,6 +25,11 @@ class VerifierSettings(ServiceSettings):
 
     speculators: Addresses = Field((), description="addresses of speculators, or dns:///name:port")
     speculators_per_session: int = Field(2, ge=0, le=4, description="how many draft one session")
+    trusted_speculators: Addresses = Field(
+        (),
+        description="addresses, as dialled, of speculators whose draws are believed, or all; law "
+        "mss is served with these, and not at all without",
+    )
     planner: Literal["goodput", "full"] = Field(
         "goodput",
         description="goodput: wait for trees and verify their nodes while that pays in tokens per "
@@ -36,3 +42,8 @@ class VerifierSettings(ServiceSettings):
     session_ttl_s: float = Field(600, gt=0, description="idle sessions keep their KV this long")
     drain_s: float = Field(30, ge=0, description="time to finish running requests when stopping")
     toy_step_s: float = Field(0.0, ge=0, description="toy engine: seconds that one step takes")
+
+    @property
+    def laws(self) -> tuple[Law, ...]:
+        """Laws served; `mss` only where somebody's draws are trusted."""
+        return tuple(Law) if self.trusted_speculators else (Law.REPLAY,)

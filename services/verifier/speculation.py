@@ -1,18 +1,20 @@
 """Which speculators draft which request, and what they have sent.
 
 Everything here runs on the event loop and costs nothing when no speculator is attached. Frames
-from speculators are input: they can waste a step's rows, never change a token.
+from speculators are input: they can waste a step's rows, never change a token; but under the law
+mss, where they are believed, so that only trusted speculators draft.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 
 import structlog
 
 from treecast.errors import InvalidTree
+from treecast.sampling.params import Law
 from treecast.tree import MAX_DEPTH, ROOT, TokenTree, merge
 from treecast.wire.codec.bounds import MAX_PROPOSERS
 from treecast.wire.frames import (
@@ -150,10 +152,23 @@ class Speculation:
     """All speculators, and all requests' attachments to them. A `PairHandler` for their streams."""
 
     def __init__(
-        self, per_session: int, max_nodes: int, vocab_size: int, metrics: VerifierMetrics
+        self,
+        per_session: int,
+        max_nodes: int,
+        trusted: Collection[str],
+        vocab_size: int,
+        metrics: VerifierMetrics,
     ) -> None:
+        """Begin without speculators.
+
+        Args:
+            per_session: how many draft one session.
+            max_nodes: of one session's tree.
+            trusted: addresses whose draws are believed, or "all"; only these serve the law mss.
+        """
         self._per_session = per_session
         self._max_nodes = max_nodes
+        self._trusted = trusted
         self._vocab_size = vocab_size
         self._metrics = metrics
         self._speculators: dict[int, Speculator] = {}
@@ -186,7 +201,7 @@ class Speculation:
         attached = self._attachments[request.handle]
         while self._budget(request) > 0 and len(attached) < self._per_session:
             taken = [attachment.speculator for attachment in attached]
-            taken += [s for s in self._speculators.values() if request.handle in s.refused]
+            taken += [s for s in self._speculators.values() if not self._may_draft(s, request)]
             speculator = _best_addition(self._speculators.values(), taken)
             if speculator is None:
                 return
@@ -195,6 +210,13 @@ class Speculation:
             attached.append(attachment)
             speculator.sessions.add(request.handle)
             self._sync(request, attachment)
+
+    def _may_draft(self, speculator: Speculator, request: Request) -> bool:
+        """Under mss the output is only as right as the distributions that speculators report."""
+        law, link = request.start.speculation.law, speculator.link
+        trusted = "all" in self._trusted or link.address in self._trusted
+        serves = law is Law.REPLAY or (trusted and law in link.peer.laws)
+        return serves and request.handle not in speculator.refused
 
     def _sync(self, request: Request, attachment: Attachment) -> None:
         attachment.asked_at = time.monotonic()
@@ -206,12 +228,12 @@ class Speculation:
                 request.start.sampling,
                 request.start.noise_key,
                 self._budget(request),
-                request.start.law,
+                request.start.speculation,
             )
         )
 
     def _budget(self, request: Request) -> int:
-        asked = request.start.max_nodes
+        asked = request.start.speculation.max_nodes
         return self._max_nodes if asked is None else min(asked, self._max_nodes)
 
     # --- the step asks and tells --------------------------------------------------------------
@@ -226,7 +248,7 @@ class Speculation:
         trees = [_calibrated(attachment) for attachment in attachments if attachment.tree.tokens]
         if not trees or budget <= 0:
             return TokenTree()
-        return merge(trees).prune(budget, min(MAX_DEPTH, request.tokens_left - 1))
+        return merge(trees).limit(budget, min(MAX_DEPTH, request.tokens_left - 1))
 
     def proposers(self, request: Request, bits: int) -> set[str]:
         """Names of those that proposed a node of the request's merged tree."""
@@ -316,6 +338,7 @@ class Speculation:
     def _draft(self, request: Request, attachment: Attachment, frame: Draft) -> None:
         try:
             frame.tree.validate(self._vocab_size)
+            request.law.check(frame.tree)
         except InvalidTree as error:
             log.warning("speculator.bad_tree", why=error.message)
             self._metrics.bad_frames.inc()
@@ -323,6 +346,8 @@ class Speculation:
             self._drop(attachment.speculator, request)
             return
         self._metrics.nodes_offered.inc(len(frame.tree))
+        # Under mss too: what is left below the path was drawn given the path alone, so it does not
+        # matter what the target made of the rest, and by what other tree.
         behind = len(request.tokens) - frame.base_len
         late = request.tokens[frame.base_len :] if 0 <= behind <= MAX_DEPTH else None
         tree = None if late is None else frame.tree.reroot(late)
@@ -389,10 +414,9 @@ def _score(attachment: Attachment, tokens: Sequence[int]) -> int:
 
 
 def _calibrated(attachment: Attachment) -> TokenTree:
-    tree = attachment.tree
-    return TokenTree.build(
-        tree.tokens,
-        tree.parents,
-        [attachment.calibration.apply(confidence) for confidence in tree.confidence],
-        [bits << attachment.place * MAX_PROPOSERS for bits in tree.proposers],
-    )
+    tree, shift = attachment.tree, attachment.place * MAX_PROPOSERS
+    calibrated = tree.copy()
+    calibrated.confidence = [attachment.calibration.apply(one) for one in tree.confidence]
+    calibrated.proposers = [bits << shift for bits in tree.proposers]
+    calibrated.groups = [replace(g, proposers=g.proposers << shift) for g in tree.groups]
+    return calibrated

@@ -17,7 +17,7 @@ import structlog
 
 from treecast.engine.base import Engine, LogitRows
 from treecast.errors import DeadlineExceeded, Overloaded, TreecastError
-from treecast.sampling.replay import Walk, walk
+from treecast.sampling.laws import Walk, walk
 from treecast.sampling.stops import FinishReason, Stop
 from treecast.wire.frames import Completed, Cost, Failed, Heartbeat, Progress, SessionKey
 from treecast.wire.link import SILENCE_S
@@ -272,7 +272,7 @@ class StepLoop:
     async def _walk(
         self, batch: Sequence[Work], logits: Sequence[LogitRows]
     ) -> list[Walk | TreecastError | None]:
-        """Replay plain decoding along each tree, on the engine's thread: picks can be costly."""
+        """Follow each request's law along its tree, on the engine's thread: picks can be costly."""
 
         def walk_all() -> list[Walk | TreecastError | None]:
             return [_walk_one(work, rows) for work, rows in zip(batch, logits, strict=True)]
@@ -382,6 +382,7 @@ def _walk_one(work: Work, rows: LogitRows) -> Walk | TreecastError | None:
     if not work.samples:
         return None
     try:
-        return walk(work.tree, rows, work.request.picker, work.request.stops.check)
+        request = work.request
+        return walk(work.tree, rows, request.picker, request.stops.check, request.law)
     except TreecastError as error:
         return error

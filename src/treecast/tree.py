@@ -6,8 +6,9 @@ Source: SpecInfer (arXiv 2305.09781), section 3.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from treecast.draws import DrawGroup, Draws, distribution
 from treecast.errors import InvalidTree
 
 ROOT = -1
@@ -22,7 +23,7 @@ class TokenTree:
     """A tree of guesses below the last committed token, as flat arrays of equal length.
 
     A parent precedes its children and siblings have distinct tokens, so every node stands for one
-    token sequence. Only `add` and `graft` change a tree; the other methods return new ones.
+    token sequence. Only `add`, `draw` and `graft` change a tree; the other methods return new ones.
 
     Attributes:
         tokens: token id of each node.
@@ -30,6 +31,8 @@ class TokenTree:
         confidence: the draft's belief in (0, 1] that the target picks this child of its parent.
         proposers: bit k is set when proposer k proposed the node.
         depths: number of nodes from the root, 1 for the root's children.
+        groups: where the children are draws, what was drawn and from what; parents before their
+            descendants. Several groups may share a parent, and a node several draws.
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -37,6 +40,7 @@ class TokenTree:
     confidence: list[float] = field(default_factory=list)
     proposers: list[int] = field(default_factory=list)
     depths: list[int] = field(default_factory=list)
+    groups: list[DrawGroup] = field(default_factory=list)
     _children: dict[tuple[int, int], int] = field(default_factory=dict, compare=False, repr=False)
 
     def __len__(self) -> int:
@@ -84,6 +88,23 @@ class TokenTree:
         if (parent, token) in self._children:
             raise InvalidTree(f"node {node} repeats token {token} among the children of {parent}")
         return self._append(token, parent, confidence, proposers)
+
+    def draw(self, parent: int, draws: Draws, proposers: int = 1) -> list[int]:
+        """Append a group of draws below `parent`; returns its distinct children, in draw order."""
+        confidence = dict(zip(draws.ids, distribution(draws.weights).tolist(), strict=True))
+        children: dict[int, int] = {}
+        for token in draws.drawn:
+            node = self.child(parent, token)
+            if node is None:
+                node = self.add(token, parent, confidence[token], proposers)
+            self.proposers[node] |= proposers
+            children[token] = node
+        self.groups.append(DrawGroup(parent, draws, proposers))
+        return list(children.values())
+
+    def groups_below(self, parent: int) -> list[DrawGroup]:
+        """The groups of draws below a node or `ROOT`, in the order in which they are tried."""
+        return [group for group in self.groups if group.parent == parent]
 
     def _append(self, token: int, parent: int, confidence: float, proposers: int) -> int:
         node = len(self.tokens)
@@ -153,7 +174,8 @@ class TokenTree:
     def keep(self, nodes: Iterable[int], below: int = ROOT) -> TokenTree:
         """The tree of some nodes in their order, hung under `below` as the new root.
 
-        `nodes` must hold, with each node, its parent (unless that is `below`).
+        `nodes` must hold, with each node, its parent (unless that is `below`). Groups of draws
+        are left behind: whoever chooses nodes looks at what was drawn, and then the draws are none.
         """
         kept = TokenTree()
         renamed = {below: ROOT}
@@ -184,7 +206,55 @@ class TokenTree:
             if found is None:
                 return None
             node = found
-        return self.keep(self.descendants(node), below=node)
+        below = self.descendants(node)
+        rest = self.keep(below, below=node)
+        # All that hangs below a node was drawn given its path alone, so it stays what it was.
+        renamed = {old: new for new, old in enumerate([node, *below], start=ROOT)}
+        rest.groups = [
+            replace(group, parent=renamed[group.parent])
+            for group in self.groups
+            if group.parent in renamed
+        ]
+        return rest
+
+    def limit(self, max_nodes: int, max_depth: int = MAX_DEPTH) -> TokenTree:
+        """A tree within bounds: draws are cut by position, other nodes by path confidence."""
+        return self._cut(max_nodes, max_depth) if self.groups else self.prune(max_nodes, max_depth)
+
+    def _cut(self, max_nodes: int, max_depth: int) -> TokenTree:
+        """Level by level, each group whole or a prefix of its draws.
+
+        A draw is kept if, judged by those before it, there was room for one more node; so whether
+        it is kept never depends on what it was. Thus a repeat goes where a new token would have
+        gone, though it would need no room.
+        """
+        cut = TokenTree()
+        renamed = {ROOT: ROOT}
+        for group in sorted(self.groups, key=self._group_depth):
+            parent = renamed.get(group.parent)
+            if parent is None or self._group_depth(group) > max_depth:
+                continue
+            count = cut.room_for(parent, group.draws, max_nodes)
+            if count == 0:
+                continue
+            draws = group.draws.first(count)
+            for node in cut.draw(parent, draws, group.proposers):
+                renamed[self._children[group.parent, cut.tokens[node]]] = node
+        return cut
+
+    def _group_depth(self, group: DrawGroup) -> int:
+        """Depth of the children."""
+        return 1 if group.parent == ROOT else self.depths[group.parent] + 1
+
+    def room_for(self, parent: int, draws: Draws, max_nodes: int) -> int:
+        """How many of some draws may be added, each where `max_nodes` was not reached before it."""
+        new: set[int] = set()
+        for count, token in enumerate(draws.drawn):
+            if len(self) + len(new) >= max_nodes:
+                return count
+            if self.child(parent, token) is None:
+                new.add(token)
+        return len(draws.drawn)
 
     def prune(self, max_nodes: int, max_depth: int = MAX_DEPTH) -> TokenTree:
         """Keep the nodes of highest path confidence; a parent always outranks its child."""
@@ -201,13 +271,15 @@ class TokenTree:
             self.confidence.copy(),
             self.proposers.copy(),
             self.depths.copy(),
+            self.groups.copy(),
             self._children.copy(),
         )
 
     def graft(self, other: TokenTree) -> None:
         """Add `other`'s sequences, in place.
 
-        A node found in both keeps the higher confidence and all its proposers.
+        A node found in both keeps the higher confidence and all its proposers; groups of draws are
+        all kept, each with its own distribution and its repeats.
         """
         renamed = {ROOT: ROOT}
         rows = zip(other.tokens, other.parents, other.confidence, other.proposers, strict=True)
@@ -219,14 +291,15 @@ class TokenTree:
                 self.confidence[found] = max(self.confidence[found], confidence)
                 self.proposers[found] |= proposers
             renamed[node] = found
+        self.groups += [replace(group, parent=renamed[group.parent]) for group in other.groups]
 
 
 def merge(trees: Sequence[TokenTree], max_nodes: int = MAX_NODES) -> TokenTree:
     """Union of trees by token sequence (SpecInfer, definition 3.2).
 
-    Over `max_nodes`, the nodes of lowest path confidence go.
+    Over `max_nodes` it is cut; see `TokenTree.limit`.
     """
     union = trees[0].copy() if trees else TokenTree()
     for tree in trees[1:]:
         union.graft(tree)
-    return union if len(union) <= max_nodes else union.prune(max_nodes)
+    return union if len(union) <= max_nodes else union.limit(max_nodes)

@@ -8,7 +8,7 @@ import pytest
 
 from tests.scripted_router import ScriptedRouter, delta, fail, finished, hang, play, started
 from treecast import AsyncClient, Client, SamplingParams
-from treecast.client import Chunk, FinishReason, Result, RetryPolicy
+from treecast.client import Chunk, FinishReason, Law, Result, RetryPolicy
 from treecast.errors import (
     Cancelled,
     DeadlineExceeded,
@@ -77,6 +77,8 @@ async def test_the_request_carries_every_option_when_they_are_given(caller):
             num_samples=1,
             request_id="mine",
             model="toy",
+            law=Law.MSS,
+            growth="<2,2>",
             truncate_prompt=True,
         )
     (sent,) = router.requests
@@ -86,6 +88,7 @@ async def test_the_request_carries_every_option_when_they_are_given(caller):
     assert (sent.session_id, sent.priority, sent.request_id) == ("s1", -2, "mine")
     assert sent.HasField("max_nodes")
     assert (sent.max_nodes, sent.num_samples, sent.model) == (0, 1, "toy")
+    assert (sent.law, sent.proposal, sent.growth) == (2, 4, "<2,2>")
     assert sent.truncate_prompt
 
 

@@ -34,6 +34,7 @@ from treecast.errors import (
 )
 from treecast.sampling.logprobs import TokenLogprobs
 from treecast.sampling.noise import noise_key
+from treecast.sampling.params import Law, Proposal, Speculation
 from treecast.services.router.__main__ import main
 from treecast.services.router.dispatch import Dispatcher
 from treecast.services.router.metrics import RouterMetrics
@@ -64,6 +65,8 @@ from .scripted_verifier import ScriptedVerifier, output_of, text_of
 HELLO = (BOS, *b"hello")
 ROUTERS = itertools.count(1)
 LAW_MSS = sampling_pb2.LAW_MSS
+PROPOSAL_COUPLED = sampling_pb2.PROPOSAL_COUPLED
+PROPOSAL_TOPK = sampling_pb2.PROPOSAL_TOPK
 
 
 @dataclass
@@ -246,13 +249,20 @@ async def test_start_says_all_that_the_client_said(
         "logit_bias": {5: 1.5},
     }
     reply = await client.generate(
-        request_id="r", sampling=sampling, max_nodes=0, truncate_prompt=True, tokens={"ids": [1, 2]}
+        request_id="r",
+        sampling=sampling,
+        max_nodes=0,
+        truncate_prompt=True,
+        tokens={"ids": [1, 2]},
+        proposal=PROPOSAL_TOPK,
+        growth="<1,1,3>",
     ).read_all()
     [start] = verifier.started
     assert (start.request_id, start.prompt, start.committed) == ("r", (1, 2), ())
     assert start.session is None
     assert start.deadline_ms is None
-    assert (start.max_nodes, start.truncate_prompt) == (0, True)
+    assert start.speculation == Speculation(Law.REPLAY, Proposal.TOPK, "<1,1,3>", max_nodes=0)
+    assert start.truncate_prompt
     assert start.noise_key == noise_key(7, 0)
     assert (start.sampling.temperature, start.sampling.top_p) == (0.8, 0.95)
     assert (start.sampling.stop, start.sampling.logit_bias) == (("zz",), {5: 1.5})
@@ -420,6 +430,16 @@ TOO_LONG = "x" * 512  # and the token that begins every text
             "token id in stop_token_ids is 258; allowed: below the vocabulary size 258",
         ),
         ({"law": 9}, InvalidRequest, "law is 9; known: 1 (replay), 2 (mss)"),
+        (
+            {"law": LAW_MSS, "proposal": PROPOSAL_COUPLED},
+            InvalidRequest,
+            "proposal under law mss is coupled; allowed: without_replacement, iid",
+        ),
+        (
+            {"growth": "9" * 257},
+            InvalidRequest,
+            "number of characters in growth is 257; allowed: at most 256",
+        ),
         (
             {"law": LAW_MSS},
             NotServed,

@@ -25,7 +25,7 @@ from prometheus_client import CollectorRegistry
 from treecast.engine.base import Segment
 from treecast.engine.toy import ToyEngine
 from treecast.errors import SettingsError
-from treecast.sampling.params import Law, SamplingParams
+from treecast.sampling.params import Law, SamplingParams, Speculation
 from treecast.services.speculator.server import Speculator
 from treecast.services.speculator.settings import SpeculatorSettings
 from treecast.tree import ROOT, TokenTree
@@ -312,7 +312,10 @@ async def test_attach_is_refused_when_the_pool_is_full() -> None:
         (attach(1, 1, 2, 97), "token 2 of attach is 97; the vocabulary has 97"),
         (attach(1, 1, 2, prompt_len=3), "attach has prompt_len 3; allowed: 1..2, its tokens"),
         (attach(1), "attach has prompt_len 0; allowed: 1..0, its tokens"),
-        (attach(1, 1, 2, law=Law.MSS), "law mss is not served here; replay is"),
+        (
+            attach(1, 1, 2, speculation=Speculation.of(Law.MSS, growth="best-first")),
+            "growth under law mss is 'best-first'; allowed: widths by level such as <3,2,1,1>",
+        ),
     ],
 )
 async def test_only_its_session_ends_when_a_frame_is_bad(frame: Any, why: str) -> None:

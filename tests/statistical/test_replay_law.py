@@ -12,10 +12,11 @@ import pytest
 from numpy.typing import NDArray
 from scipy import special, stats
 
+from treecast.sampling.laws import walk
 from treecast.sampling.noise import gumbel, noise_key
 from treecast.sampling.params import SamplingParams
 from treecast.sampling.pick import Picker
-from treecast.sampling.replay import walk
+from treecast.sampling.replay import Replay
 from treecast.sampling.transforms import Context
 from treecast.tree import ROOT, TokenTree
 
@@ -81,7 +82,7 @@ def test_walks_equal_plain_decoding_when_trees_are_random(sampling: SamplingPara
         picker, text = Picker(sampling, noise_key(seed), Context(PROMPT)), list(PROMPT)
         for _ in range(2):
             tree = random_tree(vocab_size, source)
-            walked = walk(tree, rows_of(tree, model, text), picker, never)
+            walked = walk(tree, rows_of(tree, model, text), picker, never, Replay())
             assert [tree.tokens[node] for node in walked.accepted] == walked.tokens[:-1]
             text += walked.tokens
             accepted += len(walked.accepted)
@@ -112,7 +113,7 @@ def test_draft_noise_changes_acceptance_and_never_output() -> None:
         for name, draft_key in (("same key", noise_key(seed)), ("other key", noise_key(seed, 1))):
             tree = coupled_tree(model, draft_key, width=1)
             picker = Picker(sampling, noise_key(seed), Context(PROMPT))
-            walked = walk(tree, rows_of(tree, model, PROMPT), picker, never)
+            walked = walk(tree, rows_of(tree, model, PROMPT), picker, never, Replay())
             accepted[name] += len(walked.accepted)
             outputs.append(walked.tokens)
         expected = plainly(model, sampling, noise_key(seed), MAX_DEPTH + 1)
@@ -141,7 +142,7 @@ def pair_p_value(pairs: Counter[tuple[int, ...]]) -> float:
 def next_two(key: int, tree: TokenTree) -> tuple[int, ...]:
     picker, text = Picker(SamplingParams(), key, Context(PROMPT)), list(PROMPT)
     while len(text) < len(PROMPT) + 2:
-        text += walk(tree, rows_of(tree, SMALL, text), picker, never).tokens
+        text += walk(tree, rows_of(tree, SMALL, text), picker, never, Replay()).tokens
         tree = TokenTree()
     return tuple(text[len(PROMPT) : len(PROMPT) + 2])
 

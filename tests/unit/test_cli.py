@@ -53,7 +53,8 @@ def test_generate_asks_as_the_options_say_when_given(router):
         *("--top-p", "0.9", "--min-p", "0.1", "--repetition-penalty", "1.1", "--seed", "9"),
         *("--presence-penalty", "0.2", "--frequency-penalty", "0.3", "--stop", "a", "--stop", "b"),
         *("--ignore-eos", "--logprobs", "2", "--max-nodes", "0", "--session", "s", "--priority"),
-        *("3", "--router", router.address),
+        *("3", "--law", "mss", "--proposal", "iid", "--growth", "<2,1>"),
+        *("--router", router.address),
     )
     (sent,) = router.requests
     turns = [(message.role, message.content) for message in sent.chat.messages]
@@ -67,7 +68,16 @@ def test_generate_asks_as_the_options_say_when_given(router):
     assert list(sampling.stop) == ["a", "b"]
     assert sampling.ignore_eos
     assert sampling.logprobs == 2
+    assert (sent.law, sent.proposal, sent.growth) == (2, 3, "<2,1>")
     assert (sent.max_nodes, sent.session_id, sent.priority) == (0, "s", 3)
+
+
+def test_generate_refuses_a_proposal_when_the_law_cannot_serve_it(router):
+    result = run("generate", "x", "--law", "mss", "--proposal", "topk", "--router", router.address)
+    assert result.exit_code != 0
+    assert "proposal under law mss is topk" in result.stderr
+    assert "allowed: without_replacement, iid" in result.stderr
+    assert router.requests == []
 
 
 def test_generate_streams_json_lines_when_asked(router):

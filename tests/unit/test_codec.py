@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from treecast.errors import InvalidFrame, InvalidRequest, InvalidTree, Overloaded, TreecastError
 from treecast.sampling.logprobs import TokenLogprobs
-from treecast.sampling.params import Law, SamplingParams
+from treecast.sampling.params import PROPOSALS, Law, Proposal, SamplingParams, Speculation
 from treecast.tree import ROOT, TokenTree
 from treecast.v1 import pair_pb2, sampling_pb2, speculator_pb2, tree_pb2, verifier_pb2
 from treecast.wire import codec
@@ -99,6 +100,13 @@ usages = depths.flatmap(
 
 
 @st.composite
+def speculations(draw: st.DrawFn, max_nodes: st.SearchStrategy[int | None]) -> Speculation:
+    law = draw(st.sampled_from(Law))
+    proposal = draw(st.sampled_from(PROPOSALS[law]))
+    return Speculation(law, proposal, draw(st.text(max_size=256)), draw(max_nodes))
+
+
+@st.composite
 def attaches(draw: st.DrawFn) -> Attach:
     text = draw(st.lists(st.integers(0, 9), min_size=1, max_size=8))
     return Attach(
@@ -108,7 +116,7 @@ def attaches(draw: st.DrawFn) -> Attach:
         sampling=draw(samplings),
         noise_key=draw(uint64),
         node_budget=draw(st.integers(0, 256)),
-        law=draw(st.sampled_from(Law)),
+        speculation=draw(speculations(st.none())),
     )
 
 
@@ -163,9 +171,8 @@ router_frames = st.one_of(
         noise_key=uint64,
         committed=tokens,
         session=st.none() | sessions,
-        law=st.sampled_from(Law),
+        speculation=speculations(st.none() | uint32),
         deadline_ms=st.none() | uint32,
-        max_nodes=st.none() | uint32,
         truncate_prompt=st.booleans(),
     ),
     st.builds(Cancel, uint64),
@@ -268,6 +275,39 @@ def test_law_is_replay_when_unspecified_and_refused_when_unknown() -> None:
     assert codec.decode_law(0) is Law.REPLAY
     with pytest.raises(InvalidRequest, match=r"law is 9; known: 1 \(replay\), 2 \(mss\)"):
         codec.decode_law(9)
+
+
+def test_proposal_is_the_laws_own_when_unspecified() -> None:
+    own = {1: Proposal.COUPLED, 2: Proposal.WITHOUT_REPLACEMENT}
+    for law, proposal in own.items():
+        attach = speculator_pb2.Attach(law=law)  # type: ignore[arg-type]
+        assert codec.decode_speculation(attach) == Speculation(Law(law), proposal)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"proposal": 5},
+            "proposal is 5; known: 1 (coupled), 2 (topk), 3 (iid), 4 (without_replacement)",
+        ),
+        (
+            {"law": 2, "proposal": 1},
+            "proposal under law mss is coupled; allowed: without_replacement, iid",
+        ),
+        (
+            {"law": 2, "proposal": 2},
+            "proposal under law mss is topk; allowed: without_replacement, iid",
+        ),
+        ({"growth": "1" * 257}, "number of characters in growth is 257; allowed: at most 256"),
+    ],
+)
+def test_speculation_is_refused_by_name_when_it_cannot_be_served(
+    fields: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        codec.decode_speculation(speculator_pb2.Attach(**fields))
+    assert refused.value.message == message
 
 
 def test_confidence_byte_is_eighths_of_a_nat_when_encoded() -> None:

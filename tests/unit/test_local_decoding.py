@@ -9,12 +9,14 @@ import pytest
 
 from treecast.decoding.local import generate
 from treecast.drafting.base import Drafter
+from treecast.drafting.growth import ExpansionVector
+from treecast.drafting.ssm import SSMDrafter
 from treecast.drafting.toy import ToyDrafter
 from treecast.engine.base import Segment
 from treecast.engine.toy import ToyEngine, toy_logits
-from treecast.errors import InvalidRequest, Overloaded, PromptTooLong
+from treecast.errors import InvalidRequest, InvalidTree, Overloaded, PromptTooLong
 from treecast.sampling.noise import noise_key
-from treecast.sampling.params import SamplingParams
+from treecast.sampling.params import Law, SamplingParams, Speculation
 from treecast.sampling.pick import Picker
 from treecast.sampling.stops import FinishReason, Stop
 from treecast.sampling.transforms import Context
@@ -196,3 +198,29 @@ def test_pages_are_freed_when_the_drafter_is_full() -> None:
     with pytest.raises(Overloaded):
         generate(engine, PROMPT, GREEDY_6, KEY, ToyDrafter(capacity=0))
     assert engine.usage.free == engine.usage.total
+
+
+# --- the law mss --------------------------------------------------------------------------------
+
+MSS = Speculation.of(Law.MSS)
+
+
+def test_nearly_every_path_is_accepted_when_draws_are_from_the_targets_law() -> None:
+    drafter = SSMDrafter(ToyEngine(), ExpansionVector((1, 1, 1)))
+    noisy = SamplingParams(max_tokens=40)
+    done = generate(ToyEngine(), PROMPT, noisy, KEY, drafter, speculation=MSS)
+    # The draft differs from the target by the mass that its cut leaves out, below 1e-13.
+    assert (len(done.tokens), done.steps, done.accepted) == (40, 10, 30)
+    assert done.tokens != generate(ToyEngine(), PROMPT, noisy, KEY).tokens
+
+
+def test_output_is_that_worked_out_by_hand_when_mss_is_greedy() -> None:
+    drafter = SSMDrafter(ToyEngine(), ExpansionVector((2, 2)))
+    assert generate(ToyEngine(), PROMPT, GREEDY_6, KEY, speculation=MSS).tokens == SIX
+    done = generate(ToyEngine(), PROMPT, GREEDY_6, KEY, drafter, speculation=MSS)
+    assert (done.tokens, done.steps) == (SIX, 2)
+
+
+def test_tree_is_refused_when_it_carries_no_draws() -> None:
+    with pytest.raises(InvalidTree, match="node 0 is no draw of a group"):
+        generate(ToyEngine(), PROMPT, GREEDY_6, KEY, ToyDrafter(), speculation=MSS)

@@ -39,14 +39,14 @@ def test_check_is_green_when_nothing_changed(protos: Path) -> None:
 
 
 def test_check_is_green_when_a_field_is_added(protos: Path) -> None:
-    edit(protos, "tree.proto", "bytes proposers = 4;", "bytes proposers = 4;\n  bytes more = 5;")
+    edit(protos, "tree.proto", "bytes proposers = 4;", "bytes proposers = 4;\n  bytes more = 9;")
     assert run(protos).returncode == 0
 
 
 @pytest.mark.parametrize(
     ("old", "new", "complaint"),
     [
-        ("bytes proposers = 4;", "bytes proposers = 5;", 'Previously present field "4" with name'),
+        ("bytes proposers = 4;", "bytes proposers = 9;", 'Previously present field "4" with name'),
         ("bytes proposers = 4;", "uint64 proposers = 4;", 'changed type from "bytes" to "uint64"'),
         ("repeated uint32 parents = 2;", "", 'Previously present field "2" with name "parents"'),
         ("bytes proposers = 4;", "bytes Proposers = 4;", "should be lower_snake_case"),

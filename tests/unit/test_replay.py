@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from treecast.sampling.laws import Walk, walk
 from treecast.sampling.noise import noise_key
 from treecast.sampling.params import SamplingParams
 from treecast.sampling.pick import Picker
-from treecast.sampling.replay import Walk, walk
+from treecast.sampling.replay import Replay
 from treecast.sampling.stops import FinishReason, Stop, StopRules
 from treecast.sampling.transforms import Context
 from treecast.tree import ROOT, TokenTree
@@ -44,7 +45,7 @@ def follow(
 ) -> tuple[Walk, Picker]:
     sampling = sampling or SamplingParams(temperature=0, max_tokens=100)
     picker = Picker(sampling, noise_key(0), Context([0, 0]))
-    return walk(tree, rows, picker, StopRules(eos, sampling).check), picker
+    return walk(tree, rows, picker, StopRules(eos, sampling).check, Replay()), picker
 
 
 def test_walk_yields_the_bonus_token_alone_when_there_is_no_tree() -> None:

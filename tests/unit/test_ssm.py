@@ -10,7 +10,7 @@ import pytest
 
 from treecast.drafting.base import DraftRequest
 from treecast.drafting.growth import BestFirst, ExpansionVector, Growth
-from treecast.drafting.proposal import likeliest, propose
+from treecast.drafting.proposal import likeliest, propose_coupled
 from treecast.drafting.ssm import PREFILL_ROWS, SSMDrafter
 from treecast.engine.toy import ToyEngine, toy_logits
 from treecast.errors import InvalidRequest, Overloaded, PromptTooLong
@@ -169,7 +169,7 @@ def test_every_belief_is_the_models_when_grown_in_few_passes() -> None:
 def test_proposals_are_top_k_of_perturbed_scores_when_temperature_is_set() -> None:
     logits = np.random.default_rng(0).normal(size=200).astype(np.float32)
     sampling = SamplingParams(temperature=0.5)
-    proposal = propose(logits, Context([1]), 9, sampling, 77, num_children=4)
+    proposal = propose_coupled(logits, Context([1]), 9, sampling, 77, num_children=4)
     perturbed = logits.astype(np.float64) / 0.5 + gumbel(77, 9, 200)
     assert proposal.tokens == np.argsort(-perturbed)[:4].tolist()
     shares = np.exp(perturbed - perturbed.max())
@@ -181,7 +181,7 @@ def test_proposals_obey_top_k_and_penalties_when_asked() -> None:
     logits = np.zeros(100, np.float32)
     logits[[10, 20, 30]] = [5, 4, 3]
     sampling = SamplingParams(temperature=1, top_k=2, presence_penalty=3)
-    proposal = propose(logits, Context([1], [10]), 2, sampling, 1, num_children=4)
+    proposal = propose_coupled(logits, Context([1], [10]), 2, sampling, 1, num_children=4)
     # 10 falls to 2, so 20 and 30 are the two likeliest.
     assert sorted(proposal.tokens) == [20, 30]
 

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from treecast.bench.report import Report
     from treecast.bench.run import Contender, Run
     from treecast.client import Client
+    from treecast.sampling.params import Speculation
     from treecast.services.local import MeshSettings
 
 PLAIN = ("transformers", "treecast-plain")
@@ -49,6 +50,9 @@ def bench(
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Use only this many of them.")] = None,
     max_tokens: options.MaxTokens = 96,
+    law: options.LawName = "replay",
+    proposal: options.ProposalName = None,
+    growth: options.Growth = "",
     rounds: Annotated[int, typer.Option(min=1, help="Timed answers per prompt.")] = 3,
     contenders: Annotated[
         str, typer.Option(metavar="A,B", help=f"Some of: {', '.join(CONTENDERS)}.")
@@ -79,6 +83,7 @@ def bench(
         treecast bench --contenders treecast-plain,treecast --numerics fast
     """
     from treecast.bench.prompts import DEFAULT_PROMPTS, read_prompts
+    from treecast.sampling.params import Speculation
     from treecast.services.local import MeshSettings
 
     names = _check_names(contenders)
@@ -92,8 +97,9 @@ def bench(
         dtype=dtype,
         torch_threads=threads,
     )
+    speculation = Speculation.of(options.law_of(law), options.proposal_of(proposal), growth)
     with termination_as_interrupt():
-        report = _measure(settings, names, chosen, max_tokens, rounds)
+        report = _measure(settings, speculation, names, chosen, max_tokens, rounds)
     if out is not None:
         stderr().print(f"saved to {report.save(out)}", soft_wrap=True)
     if as_json:
@@ -104,6 +110,7 @@ def bench(
 
 def _measure(
     settings: MeshSettings,
+    speculation: Speculation,
     names: Sequence[str],
     prompts: Sequence[BenchPrompt],
     max_tokens: int,
@@ -121,10 +128,10 @@ def _measure(
         TransformersPeer(mesh.settings) as peer,
     ):
         prompt_ids = {prompt.id: peer.encode(prompt.text) for prompt in prompts}
-        field = _contenders(names, client, peer)
+        field = _contenders(names, client, peer, speculation)
         with _progress(len(prompts) * len(field) * rounds) as show:
             runs = interleave(field, prompt_ids, max_tokens, rounds, show)
-        return Report.of(mesh.settings, max_tokens, rounds, names, runs, peer.versions)
+        return Report.of(mesh.settings, speculation, max_tokens, rounds, names, runs, peer.versions)
 
 
 def _check_names(text: str) -> list[str]:
@@ -147,15 +154,20 @@ def check_draft(model: str, draft: str, speculators: str) -> None:
         raise InvalidRequest(f"--speculators is {speculators!r}; the comparison needs ssm in it")
 
 
-def _contenders(names: Sequence[str], client: Client, peer: TransformersPeer) -> list[Contender]:
+def _contenders(
+    names: Sequence[str], client: Client, peer: TransformersPeer, speculation: Speculation
+) -> list[Contender]:
     from treecast.bench.peer import PeerContender
     from treecast.bench.run import MeshContender
+    from treecast.sampling.params import Speculation
+
+    plain = Speculation(max_nodes=0)
 
     make: dict[str, Callable[[str], Contender]] = {
         "transformers": lambda name: PeerContender(name, peer, "generate"),
         "transformers-assisted": lambda name: PeerContender(name, peer, "assisted"),
-        "treecast-plain": lambda name: MeshContender(name, client, 0),
-        "treecast": lambda name: MeshContender(name, client),
+        "treecast-plain": lambda name: MeshContender(name, client, plain),
+        "treecast": lambda name: MeshContender(name, client, speculation),
     }
     return [make[name](name) for name in names]
 

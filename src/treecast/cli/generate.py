@@ -57,6 +57,9 @@ def generate(
     ] = None,
     num_samples: Annotated[int, typer.Option(help="Answers to the same prompt.")] = 1,
     max_nodes: options.MaxNodes = None,
+    law: options.LawName = "replay",
+    proposal: options.ProposalName = None,
+    growth: options.Growth = "",
     session: options.Session = None,
     priority: Annotated[int, typer.Option(help="-10..10; higher goes first.")] = 0,
     timeout: options.Timeout = None,
@@ -108,6 +111,9 @@ def generate(
             priority=priority,
             timeout_s=timeout,
             max_nodes=max_nodes,
+            law=options.law_of(law),
+            proposal=options.proposal_of(proposal),
+            growth=growth,
             num_samples=num_samples,
         )
         with stream:

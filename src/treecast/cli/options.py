@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
+
+from treecast.sampling.params import Law, Proposal
 
 Router = Annotated[
     str | None,
@@ -45,6 +47,27 @@ MaxNodes = Annotated[
         show_default="the verifier's choice",
     ),
 ]
+LawName = Annotated[
+    Literal["replay", "mss"],
+    typer.Option("--law", help="How trees are accepted; mss needs trusted speculators."),
+]
+ProposalName = Annotated[
+    Literal["coupled", "topk", "iid", "without_replacement"] | None,
+    typer.Option(
+        "--proposal",
+        help="How drafts choose children; mss serves iid and without_replacement.",
+        show_default="coupled, under mss without_replacement",
+    ),
+]
+Growth = Annotated[
+    str,
+    typer.Option(
+        "--growth",
+        metavar="POLICY",
+        help="How trees grow: best-first, or widths by level such as '<1,1,3>'.",
+        show_default="the speculator's own",
+    ),
+]
 Timeout = Annotated[
     float | None, typer.Option("--timeout", metavar="SECONDS", help="Give up after this long.")
 ]
@@ -68,3 +91,13 @@ Draft = Annotated[
     ),
 ]
 Threads = Annotated[int, typer.Option("--threads", min=1, help="Threads of each forward pass.")]
+
+
+def law_of(name: str) -> Law:
+    """What `--law` names."""
+    return Law[name.upper()]
+
+
+def proposal_of(name: str | None) -> Proposal | None:
+    """What `--proposal` names; None is the law's own."""
+    return None if name is None else Proposal[name.upper()]

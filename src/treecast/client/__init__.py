@@ -1,6 +1,6 @@
 """The SDK: a blocking and an asyncio client of a mesh's router."""
 
-from treecast.sampling.params import Law, SamplingParams
+from treecast.sampling.params import Law, Proposal, SamplingParams
 from treecast.sampling.stops import FinishReason
 from treecast.wire.frames import Usage
 
@@ -20,6 +20,7 @@ __all__ = [
     "Law",
     "Model",
     "Prompt",
+    "Proposal",
     "Result",
     "RetryPolicy",
     "Sample",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Self, TypeVar
 import grpc
 
 from treecast.errors import Cancelled, TreecastError, Unavailable
-from treecast.sampling.params import Law, SamplingParams
+from treecast.sampling.params import Law, Proposal, SamplingParams, Speculation
 from treecast.v1 import router_pb2, router_pb2_grpc
 from treecast.wire.channel import open_channel
 from treecast.wire.status import from_rpc_error
@@ -130,6 +130,8 @@ class AsyncClient:
         request_id: str | None = None,
         model: str | None = None,
         law: Law = Law.REPLAY,
+        proposal: Proposal | None = None,
+        growth: str = "",
         truncate_prompt: bool = False,
     ) -> AsyncStream:
         """Start generating, as `Client.generate`; not a coroutine, nothing is sent yet."""
@@ -139,8 +141,7 @@ class AsyncClient:
             session_id=session_id,
             priority=priority,
             num_samples=num_samples,
-            max_nodes=max_nodes,
-            law=law,
+            speculation=Speculation.of(law, proposal, growth, max_nodes),
             truncate_prompt=truncate_prompt,
         )
         request = build_request(prompt, sampling or SamplingParams(), options)

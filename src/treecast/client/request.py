@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TypedDict
 
 from treecast.errors import InvalidRequest
-from treecast.sampling.params import Law, SamplingParams
+from treecast.sampling.params import SamplingParams, Speculation
 from treecast.v1 import router_pb2
 from treecast.wire import codec
 
@@ -33,7 +33,7 @@ class RequestOptions:
         session_id: requests of one session reuse the KV cache of what their prompts share.
         priority: -10..10, higher goes first.
         num_samples: continuations of the same prompt, 1..16.
-        max_nodes: most tree nodes per step; 0 decodes plainly.
+        speculation: law, proposal, growth and size of the trees.
         truncate_prompt: keep the end of a prompt that is too long, instead of refusing it.
     """
 
@@ -42,8 +42,7 @@ class RequestOptions:
     session_id: str | None = None
     priority: int = 0
     num_samples: int | None = None
-    max_nodes: int | None = None
-    law: Law = Law.REPLAY
+    speculation: Speculation = Speculation()  # noqa: RUF009  frozen
     truncate_prompt: bool = False
 
 
@@ -62,10 +61,12 @@ def build_request(
             session_id=options.session_id,
             priority=options.priority,
             num_samples=options.num_samples,
-            max_nodes=options.max_nodes,
+            max_nodes=options.speculation.max_nodes,
             truncate_prompt=options.truncate_prompt,
             sampling=codec.encode_sampling(sampling),
-            law=codec.encode_law(options.law),
+            law=codec.encode_law(options.speculation.law),
+            proposal=codec.encode_proposal(options.speculation.proposal),
+            growth=options.speculation.growth,
         )
         _set_prompt(request, prompt)
     except ValueError as error:  # protobuf's, for a number out of its field's range

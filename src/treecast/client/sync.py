@@ -10,7 +10,7 @@ from typing import Self, TypeVar
 import grpc
 
 from treecast.errors import Cancelled, TreecastError, Unavailable
-from treecast.sampling.params import Law, SamplingParams
+from treecast.sampling.params import Law, Proposal, SamplingParams, Speculation
 from treecast.v1 import router_pb2, router_pb2_grpc
 from treecast.wire.channel import channel_options
 from treecast.wire.status import from_rpc_error
@@ -137,15 +137,19 @@ class Client:
         request_id: str | None = None,
         model: str | None = None,
         law: Law = Law.REPLAY,
+        proposal: Proposal | None = None,
+        growth: str = "",
         truncate_prompt: bool = False,
     ) -> Stream:
         """Start generating; nothing is sent before the first chunk is asked for.
 
         The prompt is text, a list of chat messages, or a list of token ids. `timeout_s` is for the
-        whole request, over all attempts; the other options are those of `RequestOptions`.
+        whole request, over all attempts; the other options are those of `RequestOptions` and of
+        `Speculation`, whose proposal is by default the law's own.
 
         Raises:
-            InvalidRequest: the prompt is of no known kind, or a number does not fit its field.
+            InvalidRequest: the prompt is of no known kind, a number does not fit its field, or the
+                law cannot serve the proposal.
         """
         options = RequestOptions(
             request_id=request_id,
@@ -153,8 +157,7 @@ class Client:
             session_id=session_id,
             priority=priority,
             num_samples=num_samples,
-            max_nodes=max_nodes,
-            law=law,
+            speculation=Speculation.of(law, proposal, growth, max_nodes),
             truncate_prompt=truncate_prompt,
         )
         request = build_request(prompt, sampling or SamplingParams(), options)

@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from treecast.drafting.base import Drafter, DraftRequest
 from treecast.engine.base import Engine, KVSequence, LogitRows, ModelInfo, Segment
 from treecast.errors import InvalidRequest, PromptTooLong
+from treecast.sampling.laws import Acceptance, Walk, acceptance, walk
 from treecast.sampling.logprobs import TokenLogprobs
-from treecast.sampling.params import SamplingParams
+from treecast.sampling.noise import derived_key
+from treecast.sampling.params import SamplingParams, Speculation
 from treecast.sampling.pick import Picker
-from treecast.sampling.replay import Walk, walk
 from treecast.sampling.stops import Stop, StopRules
 from treecast.sampling.transforms import Context
 from treecast.tree import MAX_DEPTH, ROOT, TokenTree
@@ -59,6 +60,7 @@ def generate(
     max_nodes: int = 16,
     chunk_tokens: int = 64,
     decode: Callable[[Sequence[int]], str] | None = None,
+    speculation: Speculation = Speculation(),  # noqa: B008  frozen
 ) -> Generation:
     """Answer one prompt; plain decoding when there is no drafter. Blocks.
 
@@ -68,19 +70,25 @@ def generate(
         sampling: what is asked; `seed` has gone into `noise_key`.
         noise_key: of `noise.noise_key`.
         drafter: opened and closed here.
-        max_nodes: most tree nodes per step.
+        max_nodes: most tree nodes per step, where `speculation` leaves that open.
         chunk_tokens: most prompt tokens per prefill pass.
         decode: text of output tokens, for stop strings.
+        speculation: the law, and what it asks of the drafter.
 
     Raises:
         InvalidRequest: no prompt, or a token id that the model lacks.
         PromptTooLong: prompt and output do not fit the context.
         Overloaded: too few free pages.
+        InvalidTree: the drafter does not serve the law.
     """
     check_prompt(prompt, sampling, engine.info)
     stops = StopRules(engine.info.eos_token_ids, sampling, decode)
     picker = Picker(sampling, noise_key, Context(prompt))
-    draft = _Draft(drafter, DraftRequest(prompt, len(prompt), sampling, noise_key))
+    draft_key = derived_key(noise_key, "local")
+    request = DraftRequest(prompt, len(prompt), sampling, noise_key, speculation, draft_key)
+    max_nodes = max_nodes if speculation.max_nodes is None else speculation.max_nodes
+    law = acceptance(speculation.law)
+    draft = _Draft(drafter, request, law)
     sequence = engine.allocate(len(prompt) + sampling.max_tokens + max_nodes)
     try:
         draft.open()
@@ -132,7 +140,7 @@ def _decode(
         tokens_left = picker.sampling.max_tokens - len(done.tokens)
         tree = draft.tree(max_nodes, max_depth=tokens_left - 1)
         rows = _forward(engine, sequence, root, tree)
-        walked = walk(tree, rows, picker, stops.check)
+        walked = walk(tree, rows, picker, stops.check, draft.law)
         engine.commit(sequence, [0, *(node + 1 for node in walked.accepted)])
         draft.commit(walked.tokens)
         done.add(tree, walked)
@@ -152,6 +160,7 @@ class _Draft:
 
     drafter: Drafter | None
     request: DraftRequest
+    law: Acceptance
 
     def open(self) -> None:
         if self.drafter:
@@ -161,7 +170,8 @@ class _Draft:
         if not self.drafter or max_nodes == 0:
             return TokenTree()
         tree = self.drafter.draft({_HANDLE: max_nodes}).get(_HANDLE, TokenTree())
-        return tree.prune(max_nodes, min(max_depth, MAX_DEPTH))
+        self.law.check(tree)
+        return tree.limit(max_nodes, min(max_depth, MAX_DEPTH))
 
     def commit(self, tokens: Sequence[int]) -> None:
         if self.drafter:

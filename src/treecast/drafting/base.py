@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-from treecast.sampling.params import SamplingParams
+from treecast.sampling.params import SamplingParams, Speculation
 from treecast.tree import TokenTree
 
 
@@ -18,12 +18,15 @@ class DraftRequest:
         tokens: all committed text, prompt first.
         prompt_len: how many of them are the prompt.
         noise_key: the target's own noise key, for coupled proposals.
+        draft_key: of the drafter's own draws; no two drafters of a session share one.
     """
 
     tokens: Sequence[int]
     prompt_len: int
     sampling: SamplingParams
     noise_key: int
+    speculation: Speculation = Speculation()  # noqa: RUF009  frozen
+    draft_key: int = 0
 
 
 class Drafter(Protocol):

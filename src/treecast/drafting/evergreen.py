@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from zlib import crc32
 
-from treecast.drafting.growth import Expansion
-from treecast.drafting.proposal import propose
+from treecast.drafting.base import DraftRequest
+from treecast.drafting.growth import Expansion, Growth
+from treecast.drafting.proposal import Place, propose
 from treecast.engine.base import Engine, KVSequence, LogitRows, Segment
-from treecast.sampling.params import SamplingParams
 from treecast.sampling.transforms import Context
 from treecast.tree import MAX_DEPTH
 
@@ -23,14 +24,17 @@ class Evergreen:
 
     Attributes:
         tokens: the committed text.
+        growth: how the trees offered grow.
+        ahead: how run-ahead grows them.
         last_position: no row is computed behind it (end of the context, or of the reservation).
     """
 
     sequence: KVSequence
     tokens: list[int]
     context: Context
-    sampling: SamplingParams
-    noise_key: int
+    request: DraftRequest
+    growth: Growth
+    ahead: Growth
     last_position: int
     expansions: list[Expansion] = field(default_factory=list)
 
@@ -80,9 +84,7 @@ class Evergreen:
         engine.commit(self.sequence, path[:-1], keep=kept)
         self.expansions = _renumber(self.expansions, kept)
 
-    def take_chunk(
-        self, engine: Engine, chunk: Segment, logits: LogitRows, num_children: int
-    ) -> None:
+    def take_chunk(self, engine: Engine, chunk: Segment, logits: LogitRows) -> None:
         """Make computed text permanent; the text's last row stays, as the root."""
         count = len(chunk.tokens)
         if not chunk.wanted:
@@ -90,28 +92,25 @@ class Evergreen:
             return
         if count > 1:
             engine.commit(self.sequence, range(count - 1), keep=[count - 1])
-        self._expand(logits, [0], num_children)
+        self._expand(logits, [0], [0])
 
-    def take_nodes(
-        self, nodes: Segment, logits: LogitRows, depths: Sequence[int], num_children: int
-    ) -> None:
+    def take_nodes(self, nodes: Segment, logits: LogitRows, depths: Sequence[int]) -> None:
         """Take in nodes that were computed below others."""
+        branches: list[int] = []
         children = zip(nodes.tokens, nodes.parents, strict=True)
         for row, (token, parent) in enumerate(children, start=len(self.expansions)):
             self.expansions[parent].computed[token] = row
-        self._expand(logits, depths, num_children)
+            branches.append(crc32(token.to_bytes(4, "little"), self.expansions[parent].branch))
+        self._expand(logits, depths, branches)
 
-    def _expand(self, logits: LogitRows, depths: Sequence[int], num_children: int) -> None:
-        for row, depth in enumerate(depths):
-            proposal = propose(
-                logits[row],
-                self.context,
-                len(self.tokens) + depth,
-                self.sampling,
-                self.noise_key,
-                num_children,
+    def _expand(self, logits: LogitRows, depths: Sequence[int], branches: Sequence[int]) -> None:
+        num_children = max(self.growth.num_children, self.ahead.num_children)
+        for row, (depth, branch) in enumerate(zip(depths, branches, strict=True)):
+            place = Place(len(self.tokens) + depth, branch)
+            found = propose(logits[row], self.context, place, self.request, num_children)
+            self.expansions.append(
+                Expansion(found.tokens, found.confidence, draws=found.draws, branch=branch)
             )
-            self.expansions.append(Expansion(proposal.tokens, proposal.confidence))
 
 
 def _below(expansions: Sequence[Expansion], top: int) -> list[int]:
@@ -128,10 +127,9 @@ def _below(expansions: Sequence[Expansion], top: int) -> list[int]:
 def _renumber(expansions: Sequence[Expansion], kept: Sequence[int]) -> list[Expansion]:
     places = {index: place for place, index in enumerate(kept)}
     return [
-        Expansion(
-            expansions[index].tokens,
-            expansions[index].confidence,
-            {token: places[below] for token, below in expansions[index].computed.items()},
+        replace(
+            expansions[index],
+            computed={token: places[below] for token, below in expansions[index].computed.items()},
         )
         for index in kept
     ]

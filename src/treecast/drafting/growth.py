@@ -14,6 +14,7 @@ from itertools import accumulate
 from operator import mul
 from typing import Protocol
 
+from treecast.draws import Draws
 from treecast.errors import InvalidRequest
 from treecast.tree import MAX_DEPTH, MAX_NODES, ROOT, TokenTree
 
@@ -25,14 +26,18 @@ class Expansion:
     """A computed node: its children as the draft proposed them, best first.
 
     Attributes:
-        tokens: the children's tokens.
-        confidence: the belief in each child, given this node; never rising.
+        tokens: the children's tokens; in the order of drawing, with repeats, if they are draws.
+        confidence: the belief in each child, given this node; never rising, unless they are draws.
         computed: index of a child's own expansion, by its token.
+        draws: what the children were drawn from, where the law needs to know.
+        branch: tells the nodes of one position apart.
     """
 
     tokens: Sequence[int]
     confidence: Sequence[float]
     computed: dict[int, int] = field(default_factory=dict)
+    draws: Draws | None = None
+    branch: int = 0
 
 
 @dataclass(slots=True)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 from treecast.drafting.base import Drafter, DraftRequest, ModelDrafter
 from treecast.errors import TreecastError
+from treecast.sampling.noise import derived_key
 from treecast.tree import TokenTree, merge
 
 MAX_DRAFTERS = 8
@@ -21,7 +23,8 @@ class MergedDrafter:
     """Drafts with all its drafters; bit k of a node's proposers stands for `names[k]`.
 
     Each drafter may fill the whole budget; of the union the nodes of highest path confidence stay,
-    so a drafter that knows nothing of a text leaves its share to the others.
+    so a drafter that knows nothing of a text leaves its share to the others. Draws are never chosen
+    among: their union is cut level by level.
     """
 
     def __init__(
@@ -62,8 +65,9 @@ class MergedDrafter:
         refusals: list[TreecastError] = []
         members: list[int] = []
         for index, drafter in enumerate(self._drafters):
+            own = replace(request, draft_key=derived_key(request.draft_key, f"{index}"))
             try:
-                drafter.open(handle, request)
+                drafter.open(handle, own)
                 members.append(index)
             except TreecastError as error:
                 refusals.append(error)
@@ -122,4 +126,5 @@ class MergedDrafter:
 def _sign(tree: TokenTree, index: int) -> TokenTree:
     """The tree with bit `index` for its proposer; changes the given one."""
     tree.proposers = [1 << index] * len(tree)
+    tree.groups = [replace(group, proposers=1 << index) for group in tree.groups]
     return tree

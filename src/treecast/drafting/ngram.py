@@ -16,7 +16,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from treecast.drafting.base import DraftRequest
+from treecast.draws import DrawGroup, Draws
 from treecast.errors import Overloaded
+from treecast.sampling.params import Law
 from treecast.tree import MAX_DEPTH, ROOT, TokenTree
 
 LONGEST_MATCH = 16
@@ -130,6 +132,7 @@ class NgramDrafter:
         self._capacity = capacity
         self._max_depth = max_depth
         self._texts: dict[int, TextIndex] = {}
+        self._laws: dict[int, Law] = {}
 
     def open(self, handle: int, request: DraftRequest) -> None:
         """Index the session's text.
@@ -144,6 +147,7 @@ class NgramDrafter:
         text = TextIndex()
         text.extend(request.tokens)
         self._texts[handle] = text
+        self._laws[handle] = request.speculation.law
 
     def commit(self, handle: int, tokens: Sequence[int]) -> None:
         """Append what the target committed."""
@@ -151,11 +155,24 @@ class NgramDrafter:
 
     def draft(self, budgets: dict[int, int]) -> dict[int, TokenTree]:
         """Grow one tree per budgeted session; a text that repeats nothing gets an empty one."""
-        return {
+        trees = {
             handle: grow(self._texts[handle], max_nodes, self._max_depth)
             for handle, max_nodes in budgets.items()
         }
+        for handle, tree in trees.items():
+            if self._laws[handle] is Law.MSS:
+                _declare_certain(tree)
+        return trees
 
     def close(self, handle: int) -> None:
         """Forget a session's text."""
         self._texts.pop(handle, None)
+        self._laws.pop(handle, None)
+
+
+def _declare_certain(tree: TokenTree) -> None:
+    """Each node as a group of its own, in place: the text alone made the guess, with no chance in
+    it, so it counts as drawn from a distribution that has nothing else.
+    """
+    for token, parent in zip(tree.tokens, tree.parents, strict=True):
+        tree.groups.append(DrawGroup(parent, Draws.certain(token)))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from treecast.drafting.base import DraftRequest
+from treecast.drafting.drawn import DrawnVector, growth_for
 from treecast.drafting.evergreen import Evergreen
 from treecast.drafting.growth import Growth, Selection
 from treecast.engine.base import Engine, Segment
@@ -39,7 +40,6 @@ class SSMDrafter:
         self._engine = engine
         self._growth = growth
         self._ahead = ahead or growth
-        self._num_children = max(growth.num_children, self._ahead.num_children)
         self._capacity = capacity
         self._max_rows = max_rows
         self._sessions: dict[int, Evergreen] = {}
@@ -54,7 +54,8 @@ class SSMDrafter:
         Raises:
             Overloaded: too many sessions, or not enough free pages.
             PromptTooLong: the text does not fit the draft's context.
-            InvalidRequest: a token that the draft does not have.
+            InvalidRequest: a token that the draft does not have, or a growth that the law cannot
+                serve.
         """
         if len(self._sessions) >= self._capacity:
             raise Overloaded(
@@ -68,14 +69,16 @@ class SSMDrafter:
         self._check_tokens(request.tokens)
         longest = min(limit, request.prompt_len + request.sampling.max_tokens)
         longest = max(longest, len(request.tokens))
+        growth = growth_for(request.speculation, self._growth)
         self._sessions[handle] = Evergreen(
             sequence=self._engine.allocate(longest + self._max_rows),
             tokens=list(request.tokens),
             context=Context(
                 request.tokens[: request.prompt_len], request.tokens[request.prompt_len :]
             ),
-            sampling=request.sampling,
-            noise_key=request.noise_key,
+            request=request,
+            growth=growth,
+            ahead=growth if isinstance(growth, DrawnVector) else self._ahead,
             last_position=longest - 1,
         )
 
@@ -95,7 +98,7 @@ class SSMDrafter:
         the end of the draft's context gets an empty tree.
         """
         ready = self._compute_roots(budgets)
-        selections = self._grow(self._growth, ready, self._growth.max_passes)
+        selections = self._grow(_offered, ready)
         spent = {handle for handle in budgets if self._sessions[handle].is_spent}
         empty = {handle: TokenTree() for handle in spent}
         return empty | {handle: selected.tree for handle, selected in selections.items()}
@@ -107,10 +110,11 @@ class SSMDrafter:
             Sessions that have more to compute.
         """
         ready = self._compute_roots(budgets)
-        selections = self._grow(self._ahead, ready, max_passes=1)
+        selections = self._grow(_ahead, ready, most_passes=1)
         unfinished = {handle for handle in budgets if self.is_behind(handle)}
         for handle, selection in selections.items():
-            if self._frontier(self._ahead, self._sessions[handle], selection, budgets[handle]):
+            session = self._sessions[handle]
+            if self._frontier(session.ahead, session, selection, budgets[handle]):
                 unfinished.add(handle)
         return unfinished
 
@@ -147,7 +151,7 @@ class SSMDrafter:
                 allowance -= len(chunks[handle].tokens)
         rows = self._engine.forward(list(chunks.values())) if chunks else []
         for (handle, chunk), logits in zip(chunks.items(), rows, strict=True):
-            self._sessions[handle].take_chunk(self._engine, chunk, logits, self._num_children)
+            self._sessions[handle].take_chunk(self._engine, chunk, logits)
         return {
             handle: budget
             for handle, budget in budgets.items()
@@ -155,19 +159,26 @@ class SSMDrafter:
         }
 
     def _grow(
-        self, growth: Growth, budgets: dict[int, int], max_passes: int
+        self,
+        growth_of: Callable[[Evergreen], Growth],
+        budgets: dict[int, int],
+        most_passes: int = MAX_NODES,
     ) -> dict[int, Selection]:
         """Compute frontiers, pass by pass; returns what is selected at the end."""
 
         def select(handle: int) -> Selection:
             session = self._sessions[handle]
+            growth = growth_of(session)
             return growth.select(session.expansions, budgets[handle], session.max_depth)
 
         selections = {handle: select(handle) for handle in budgets}
-        for _ in range(max_passes):
+        for done in range(most_passes):
             frontiers = {}
             for handle, selection in selections.items():
                 session = self._sessions[handle]
+                growth = growth_of(session)
+                if done >= growth.max_passes:
+                    continue
                 if nodes := self._frontier(growth, session, selection, budgets[handle]):
                     frontiers[handle] = nodes
             if not frontiers:
@@ -196,4 +207,12 @@ class SSMDrafter:
             frontiers.items(), segments, rows, strict=True
         ):
             depths = [selections[handle].tree.depths[node] for node in frontier]
-            self._sessions[handle].take_nodes(segment, logits, depths, self._num_children)
+            self._sessions[handle].take_nodes(segment, logits, depths)
+
+
+def _offered(session: Evergreen) -> Growth:
+    return session.growth
+
+
+def _ahead(session: Evergreen) -> Growth:
+    return session.ahead

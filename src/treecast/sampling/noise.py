@@ -50,6 +50,12 @@ def noise_key(seed: int, sample_index: int = 0) -> int:
     return int.from_bytes(blake2b(message, digest_size=8).digest(), "little")
 
 
+def derived_key(key: int, name: str) -> int:
+    """A key whose numbers have nothing to do with those of `key`, nor of another name's."""
+    message = key.to_bytes(8, "little") + name.encode()
+    return int.from_bytes(blake2b(message, digest_size=8, person=b"derived").digest(), "little")
+
+
 def gumbel(key: int, position: int, vocab_size: int) -> NDArray[np.float32]:
     """[vocab] float32: the noise of every token at one absolute position, as a numpy array."""
     return gumbel_of(key, position, np.arange(vocab_size))

@@ -7,6 +7,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
 from enum import Enum
 
+from treecast.draws import DRAWN
+from treecast.draws import Proposal as Proposal
 from treecast.errors import InvalidRequest
 
 _BOUNDS = {
@@ -21,6 +23,7 @@ _MAX_BIASES = 1024
 _MAX_STOPS = 16
 _MAX_STOP_CHARACTERS = 256
 _MAX_STOP_TOKENS = 64
+MAX_GROWTH_CHARACTERS = 256
 
 
 class Law(Enum):
@@ -28,6 +31,48 @@ class Law(Enum):
 
     REPLAY = 1
     MSS = 2
+
+
+PROPOSALS = {
+    Law.REPLAY: tuple(Proposal),
+    Law.MSS: DRAWN,
+}
+"""What each law can serve; `replay` anything, `mss` real draws only. The first is the default."""
+
+
+@dataclass(frozen=True, slots=True)
+class Speculation:
+    """How a request is speculated on; values that cannot be served raise `InvalidRequest`.
+
+    Attributes:
+        growth: a growth policy such as "best-first" or "<1,1,3>"; empty is the speculator's own.
+        max_nodes: most tree nodes per step; 0 decodes plainly, None is the verifier's choice.
+    """
+
+    law: Law = Law.REPLAY
+    proposal: Proposal = Proposal.COUPLED
+    growth: str = ""
+    max_nodes: int | None = None
+
+    def __post_init__(self) -> None:
+        served = PROPOSALS[self.law]
+        names = ", ".join(proposal.name.lower() for proposal in served)
+        under = f"proposal under law {self.law.name.lower()}"
+        _check(self.proposal in served, under, self.proposal.name.lower(), names)
+        bound = f"at most {MAX_GROWTH_CHARACTERS}"
+        fits = len(self.growth) <= MAX_GROWTH_CHARACTERS
+        _check(fits, "number of characters in growth", len(self.growth), bound)
+
+    @classmethod
+    def of(
+        cls,
+        law: Law = Law.REPLAY,
+        proposal: Proposal | None = None,
+        growth: str = "",
+        max_nodes: int | None = None,
+    ) -> Speculation:
+        """The same with the law's own proposal where none is given."""
+        return cls(law, proposal or PROPOSALS[law][0], growth, max_nodes)
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,12 +34,26 @@ def pick(
         TreecastError: the row holds NaN or infinity, or no finite value: the model broke down.
     Source: Gumbel-max; Daliri et al. 2024 (arXiv 2408.07978).
     """
-    scores = process(logits, context, sampling)
-    if not np.isfinite(scores.max()):
-        raise TreecastError(f"the largest logit at position {context.length} is {scores.max()}")
+    scores = scores_of(logits, context, sampling)
     if np.float32(sampling.temperature) == 0:
         return int(scores.argmax())
     return perturbed_argmax(warp(scores, sampling), noise_key, context.length)
+
+
+def scores_of(
+    logits: NDArray[np.float32],  # [vocab]
+    context: Context,
+    sampling: SamplingParams,
+) -> NDArray[np.float32]:
+    """Logits with bias and penalties.
+
+    Raises:
+        TreecastError: the row holds NaN or infinity, or no finite value: the model broke down.
+    """
+    scores = process(logits, context, sampling)
+    if not np.isfinite(scores.max()):
+        raise TreecastError(f"the largest logit at position {context.length} is {scores.max()}")
+    return scores
 
 
 def perturbed_argmax(candidates: Candidates, noise_key: int, position: int) -> int:

@@ -7,7 +7,7 @@ from enum import Enum
 
 from treecast.errors import InvalidFrame, TreecastError
 from treecast.sampling.logprobs import TokenLogprobs
-from treecast.sampling.params import Law, SamplingParams
+from treecast.sampling.params import Law, SamplingParams, Speculation
 from treecast.sampling.stops import FinishReason as FinishReason
 from treecast.tree import TokenTree
 
@@ -65,7 +65,7 @@ class Attach:
     sampling: SamplingParams
     noise_key: int
     node_budget: int
-    law: Law = Law.REPLAY
+    speculation: Speculation = Speculation()  # noqa: RUF009  frozen
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,9 +126,8 @@ class Start:
     noise_key: int
     committed: tuple[int, ...] = ()
     session: SessionKey | None = None
-    law: Law = Law.REPLAY
+    speculation: Speculation = Speculation()  # noqa: RUF009  frozen
     deadline_ms: int | None = None
-    max_nodes: int | None = None
     truncate_prompt: bool = False
 
 

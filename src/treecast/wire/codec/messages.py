@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import numpy as np
 
 from treecast.errors import InvalidFrame, InvalidRequest
 from treecast.sampling.logprobs import TokenLogprobs
-from treecast.sampling.params import Law, SamplingParams
+from treecast.sampling.params import Law, Proposal, SamplingParams, Speculation
 from treecast.tree import MAX_DEPTH, MAX_NODES
 from treecast.v1 import pair_pb2, sampling_pb2, verifier_pb2
 from treecast.wire.codec.bounds import (
@@ -106,6 +108,39 @@ def decode_law(value: int) -> Law:
         return Law(value)
     except ValueError:
         raise InvalidRequest(f"law is {value}; known: 1 (replay), 2 (mss)") from None
+
+
+def encode_proposal(proposal: Proposal) -> sampling_pb2.Proposal.ValueType:
+    return sampling_pb2.Proposal.ValueType(proposal.value)
+
+
+class SpeculationMessage(Protocol):
+    """A message with the fields that say how a request is speculated on."""
+
+    law: sampling_pb2.Law.ValueType
+    proposal: sampling_pb2.Proposal.ValueType
+    growth: str
+
+
+def decode_speculation(message: SpeculationMessage, max_nodes: int | None = None) -> Speculation:
+    """An unspecified proposal is the law's own.
+
+    Raises:
+        InvalidRequest: a law or proposal that this version does not know, a proposal that the law
+            cannot serve, or a growth of too many characters.
+    """
+    law, proposal = decode_law(message.law), _decode_proposal(message.proposal)
+    return Speculation.of(law, proposal, message.growth, max_nodes)
+
+
+def _decode_proposal(value: int) -> Proposal | None:
+    if value == sampling_pb2.PROPOSAL_UNSPECIFIED:
+        return None
+    try:
+        return Proposal(value)
+    except ValueError:
+        known = ", ".join(f"{one.value} ({one.name.lower()})" for one in Proposal)
+        raise InvalidRequest(f"proposal is {value}; known: {known}") from None
 
 
 def encode_logprobs(logprobs: TokenLogprobs) -> sampling_pb2.TokenLogprobs:

@@ -18,15 +18,16 @@ from treecast.wire.codec.framing import Decoder, Encoder, decode_frames, encode_
 from treecast.wire.codec.messages import (
     decode_cost,
     decode_finish_reason,
-    decode_law,
     decode_logprobs,
     decode_sampling,
     decode_session_key,
+    decode_speculation,
     decode_usage,
     encode_cost,
     encode_finish_reason,
     encode_law,
     encode_logprobs,
+    encode_proposal,
     encode_sampling,
     encode_session_key,
     encode_usage,
@@ -79,9 +80,11 @@ def encode_start(start: Start) -> pb.Start:
         committed=start.committed,
         sampling=encode_sampling(start.sampling),
         noise_key=start.noise_key,
-        law=encode_law(start.law),
+        law=encode_law(start.speculation.law),
+        proposal=encode_proposal(start.speculation.proposal),
+        growth=start.speculation.growth,
+        max_nodes=start.speculation.max_nodes,
         deadline_ms=start.deadline_ms,
-        max_nodes=start.max_nodes,
         truncate_prompt=start.truncate_prompt,
     )
 
@@ -90,11 +93,13 @@ def decode_start(message: pb.Start, limits: Limits) -> Start:
     """Whether the model can take the prompt is for the verifier's admission to say.
 
     Raises:
-        InvalidRequest: too many tokens, or a sampling value out of its bounds.
+        InvalidRequest: too many tokens, a sampling value out of its bounds, or a speculation that
+            cannot be served.
         InvalidFrame: a name that is too long.
     """
     check_at_most(len(message.prompt), MAX_TOKENS, "number of prompt tokens", InvalidRequest)
     check_at_most(len(message.committed), MAX_TOKENS, "number of committed tokens", InvalidRequest)
+    max_nodes = message.max_nodes if message.HasField("max_nodes") else None
     return Start(
         handle=message.handle,
         request_id=check_text(message.request_id, "request_id"),
@@ -103,9 +108,8 @@ def decode_start(message: pb.Start, limits: Limits) -> Start:
         session=decode_session_key(message.session) if message.HasField("session") else None,
         sampling=decode_sampling(message.sampling),
         noise_key=message.noise_key,
-        law=decode_law(message.law),
+        speculation=decode_speculation(message, max_nodes),
         deadline_ms=message.deadline_ms if message.HasField("deadline_ms") else None,
-        max_nodes=message.max_nodes if message.HasField("max_nodes") else None,
         truncate_prompt=message.truncate_prompt,
     )
 

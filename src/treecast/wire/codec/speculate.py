@@ -15,7 +15,13 @@ from treecast.wire.codec.bounds import (
     check_tokens,
 )
 from treecast.wire.codec.framing import Decoder, Encoder, decode_frames, encode_body
-from treecast.wire.codec.messages import decode_law, decode_sampling, encode_law, encode_sampling
+from treecast.wire.codec.messages import (
+    decode_sampling,
+    decode_speculation,
+    encode_law,
+    encode_proposal,
+    encode_sampling,
+)
 from treecast.wire.codec.trees import decode_tree, encode_tree
 from treecast.wire.frames import (
     Attach,
@@ -67,16 +73,18 @@ def encode_attach(attach: Attach) -> pb.Attach:
         sampling=encode_sampling(attach.sampling),
         noise_key=attach.noise_key,
         node_budget=attach.node_budget,
-        law=encode_law(attach.law),
+        law=encode_law(attach.speculation.law),
+        proposal=encode_proposal(attach.speculation.proposal),
+        growth=attach.speculation.growth,
     )
 
 
 def decode_attach(message: pb.Attach, limits: Limits) -> Attach:
-    """A node budget over the receiver's cap is taken as the cap.
+    """A node budget over the receiver's cap is taken as the cap; `max_nodes` does not travel.
 
     Raises:
         InvalidFrame: no tokens, too many, or a prompt that is none of them or longer.
-        InvalidRequest: a sampling value out of its bounds.
+        InvalidRequest: a sampling value out of its bounds, or a speculation that cannot be served.
     """
     tokens = check_tokens(message.tokens, "attach", limits)
     if not 1 <= message.prompt_len <= len(tokens):
@@ -90,7 +98,7 @@ def decode_attach(message: pb.Attach, limits: Limits) -> Attach:
         sampling=decode_sampling(message.sampling),
         noise_key=message.noise_key,
         node_budget=min(message.node_budget, limits.max_nodes),
-        law=decode_law(message.law),
+        speculation=decode_speculation(message),
     )
 
 

@@ -1,4 +1,4 @@
-"""Token trees on the wire: four flat arrays, refused before anything is built of them."""
+"""Token trees on the wire: flat arrays, refused before anything is built of them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from treecast.errors import InvalidTree
 from treecast.tree import ROOT, TokenTree
 from treecast.v1 import tree_pb2
 from treecast.wire.codec.bounds import Limits
+from treecast.wire.codec.draws import check_groups, decode_group, encode_group
 
 _STEPS_PER_NAT = 8
 _CONFIDENCE = tuple(math.exp(-byte / _STEPS_PER_NAT) for byte in range(256))
@@ -20,6 +21,7 @@ def encode_tree(tree: TokenTree) -> tree_pb2.TokenTree:
         parents=[parent + 1 for parent in tree.parents],
         log_confidence=bytes(confidence_byte(belief) for belief in tree.confidence),
         proposers=bytes(tree.proposers),
+        groups=[encode_group(group) for group in tree.groups],
     )
 
 
@@ -33,18 +35,22 @@ def decode_tree(message: tree_pb2.TokenTree, limits: Limits | None = None) -> To
 
     Raises:
         InvalidTree: arrays of unequal length, a parent that does not precede its child, an unknown
-            token or proposer, two equal siblings, or a tree over its caps.
+            token or proposer, two equal siblings, a group that is none of draws from its
+            distribution, or a tree over its caps.
     """
     limits = limits or Limits()
     _check_sizes(message, limits)
     _check_parents(message, limits)
     _check_values(message, limits)
-    return TokenTree.build(
+    tree = TokenTree.build(
         message.tokens,
         [parent - 1 for parent in message.parents],
         [_CONFIDENCE[byte] for byte in message.log_confidence],
         list(message.proposers),
     )
+    check_groups(message.groups, tree, limits)
+    tree.groups = [decode_group(group) for group in message.groups]
+    return tree
 
 
 def _check_sizes(message: tree_pb2.TokenTree, limits: Limits) -> None:
