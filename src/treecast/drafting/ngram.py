@@ -10,14 +10,14 @@ Source: prompt lookup (Saxena 2023); matching inside a growing tree is SuffixDec
 
 from __future__ import annotations
 
-import heapq
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from treecast.drafting.base import DraftRequest
+from treecast.drafting.lookup import grow
 from treecast.errors import Overloaded
-from treecast.tree import MAX_DEPTH, ROOT, TokenTree
+from treecast.tree import MAX_DEPTH, TokenTree
 
 LONGEST_MATCH = 16
 """Longer suffixes are told apart no further."""
@@ -39,18 +39,18 @@ class TextIndex:
     """A growing text and where its suffix occurred before; a token costs constant time."""
 
     tokens: list[int] = field(default_factory=list)
-    matches: Matches = field(default_factory=dict)
+    end: Matches = field(default_factory=dict)
     _recent: dict[int, deque[int]] = field(default_factory=dict)
 
     def extend(self, tokens: Sequence[int]) -> None:
         """Append to the text."""
         skipped = max(0, len(tokens) - WARM_UP)
         if skipped:
-            self.matches = {}
+            self.end = {}
         for token in tokens[:skipped]:
             self._append(token)
         for token in tokens[skipped:]:
-            self.matches = self.follow(self.matches, (), token)
+            self.end = self.follow(self.end, (), token)
             self._append(token)
 
     def follow(self, matches: Matches, path: Sequence[int], token: int) -> Matches:
@@ -95,29 +95,6 @@ class TextIndex:
             if self.tokens[place - 1 - length] != tail[-length]:
                 return length
         return longest
-
-
-def grow(index: TextIndex, max_nodes: int, max_depth: int = MAX_DEPTH) -> TokenTree:
-    """The tree of highest path confidence that the text's repetitions suggest."""
-    tree = TokenTree()
-    frontier: list[tuple[float, int, int, int, float, Matches]] = []
-    serial = 0
-
-    def propose(parent: int, path: Sequence[int], above: float, matches: Matches) -> None:
-        nonlocal serial
-        for token, belief in index.next_tokens(matches, path).items():
-            serial += 1  # equal beliefs: first come, first served
-            entry = (-above * belief, serial, parent, token, belief, matches)
-            heapq.heappush(frontier, entry)
-
-    propose(ROOT, (), 1.0, index.matches)
-    while frontier and len(tree) < max_nodes:
-        negative, _, parent, token, belief, matches = heapq.heappop(frontier)
-        path = tree.sequence(parent)
-        node = tree.add(token, parent, belief)
-        if tree.depths[node] < max_depth:
-            propose(node, [*path, token], -negative, index.follow(matches, path, token))
-    return tree
 
 
 class NgramDrafter:
