@@ -152,7 +152,7 @@ class SuffixDrafter:
 
         Args:
             capacity: most sessions at a time.
-            memory_tokens: output tokens of ended sessions that are remembered; about 1 kB each.
+            memory_tokens: output tokens of ended sessions that are remembered; about .5 kB each.
         """
         self._capacity = capacity
         self._max_depth = max_depth
