@@ -18,12 +18,14 @@ class DraftRequest:
         tokens: all committed text, prompt first.
         prompt_len: how many of them are the prompt.
         noise_key: the target's own noise key, for coupled proposals.
+        growth: how trees are to grow, as `parse_growth` reads it; empty: the drafter's own policy.
     """
 
     tokens: Sequence[int]
     prompt_len: int
     sampling: SamplingParams
     noise_key: int
+    growth: str = ""
 
 
 class Drafter(Protocol):

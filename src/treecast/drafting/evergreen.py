@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from treecast.drafting.growth import Expansion
+from treecast.drafting.growth import Expansion, Growth
 from treecast.drafting.proposal import propose
 from treecast.engine.base import Engine, KVSequence, LogitRows, Segment
 from treecast.sampling.params import SamplingParams
@@ -23,6 +23,8 @@ class Evergreen:
 
     Attributes:
         tokens: the committed text.
+        growth: policy of the trees offered.
+        num_children: proposals kept below a node, as many as any policy that is used asks for.
         last_position: no row is computed behind it (end of the context, or of the reservation).
     """
 
@@ -31,6 +33,8 @@ class Evergreen:
     context: Context
     sampling: SamplingParams
     noise_key: int
+    growth: Growth
+    num_children: int
     last_position: int
     expansions: list[Expansion] = field(default_factory=list)
 
@@ -54,12 +58,28 @@ class Evergreen:
         """Committed tokens that are not in the KV."""
         return len(self.tokens) - self.sequence.length
 
+    def mend(self, engine: Engine) -> None:
+        """Drop rows that a draft which broke off has left; without one, changes nothing."""
+        if self.sequence.num_rows != len(self.expansions):
+            engine.truncate(self.sequence, self.sequence.length)
+            self.expansions = []
+
     def next_chunk(self, max_rows: int) -> Segment:
         """The next rows of committed text; its last one is wanted if that is the text's end."""
         start = self.sequence.length
         chunk = self.tokens[start : start + max_rows]
         wanted = [len(chunk) - 1] if len(chunk) == self.num_pending else []
         return Segment.chain(self.sequence, chunk, wanted)
+
+    def ranks(self, tokens: Sequence[int]) -> Iterator[int | None]:
+        """Which proposal each token was, as far as they were computed; None: not among them."""
+        index: int | None = 0 if self.expansions else None
+        for token in tokens:
+            if index is None:
+                return
+            expansion = self.expansions[index]
+            yield expansion.rank(token)
+            index = expansion.computed.get(token)
 
     def commit(self, engine: Engine, tokens: Sequence[int]) -> None:
         """Append committed tokens; what was computed of them, and below them, is kept."""
@@ -80,9 +100,7 @@ class Evergreen:
         engine.commit(self.sequence, path[:-1], keep=kept)
         self.expansions = _renumber(self.expansions, kept)
 
-    def take_chunk(
-        self, engine: Engine, chunk: Segment, logits: LogitRows, num_children: int
-    ) -> None:
+    def take_chunk(self, engine: Engine, chunk: Segment, logits: LogitRows) -> None:
         """Make computed text permanent; the text's last row stays, as the root."""
         count = len(chunk.tokens)
         if not chunk.wanted:
@@ -90,18 +108,16 @@ class Evergreen:
             return
         if count > 1:
             engine.commit(self.sequence, range(count - 1), keep=[count - 1])
-        self._expand(logits, [0], num_children)
+        self._expand(logits, [0])
 
-    def take_nodes(
-        self, nodes: Segment, logits: LogitRows, depths: Sequence[int], num_children: int
-    ) -> None:
+    def take_nodes(self, nodes: Segment, logits: LogitRows, depths: Sequence[int]) -> None:
         """Take in nodes that were computed below others."""
         children = zip(nodes.tokens, nodes.parents, strict=True)
         for row, (token, parent) in enumerate(children, start=len(self.expansions)):
             self.expansions[parent].computed[token] = row
-        self._expand(logits, depths, num_children)
+        self._expand(logits, depths)
 
-    def _expand(self, logits: LogitRows, depths: Sequence[int], num_children: int) -> None:
+    def _expand(self, logits: LogitRows, depths: Sequence[int]) -> None:
         for row, depth in enumerate(depths):
             proposal = propose(
                 logits[row],
@@ -109,7 +125,7 @@ class Evergreen:
                 len(self.tokens) + depth,
                 self.sampling,
                 self.noise_key,
-                num_children,
+                self.num_children,
             )
             self.expansions.append(Expansion(proposal.tokens, proposal.confidence))
 

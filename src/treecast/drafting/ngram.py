@@ -100,10 +100,12 @@ class TextIndex:
 class NgramDrafter:
     """Grows trees out of each session's own text; needs no model and accepts any vocabulary."""
 
-    name = "ngram"
     vocab_size = 0
 
-    def __init__(self, capacity: int = 256, max_depth: int = MAX_DEPTH) -> None:
+    def __init__(
+        self, capacity: int = 256, max_depth: int = MAX_DEPTH, name: str = "ngram"
+    ) -> None:
+        self.name = name
         self._capacity = capacity
         self._max_depth = max_depth
         self._texts: dict[int, TextIndex] = {}
@@ -116,7 +118,8 @@ class NgramDrafter:
         """
         if len(self._texts) >= self._capacity:
             raise Overloaded(
-                f"ngram drafter has {len(self._texts)} sessions; the limit is {self._capacity}"
+                f"{self.name} drafter has {len(self._texts)} sessions; "
+                f"the limit is {self._capacity}"
             )
         text = TextIndex()
         text.extend(request.tokens)

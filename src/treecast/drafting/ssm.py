@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 
 from treecast.drafting.base import DraftRequest
 from treecast.drafting.evergreen import Evergreen
-from treecast.drafting.growth import Growth, Selection
+from treecast.drafting.growth import Acceptance, Growth, Selection, parse_growth
 from treecast.engine.base import Engine, Segment
 from treecast.errors import InvalidRequest, Overloaded, PromptTooLong
 from treecast.sampling.transforms import Context
-from treecast.tree import MAX_NODES, TokenTree
+from treecast.tree import MAX_DEPTH, MAX_NODES, TokenTree
 
 PREFILL_ROWS = 256
 """Prompt rows that one draft computes, over all sessions: what a long prompt delays the others."""
@@ -19,27 +20,32 @@ PREFILL_ROWS = 256
 class SSMDrafter:
     """Grows trees with a draft model, batched over sessions."""
 
-    name = "ssm"
-
     def __init__(
         self,
         engine: Engine,
-        growth: Growth,
+        growth: Growth | str,
         capacity: int = 64,
         max_rows: int = MAX_NODES,
         ahead: Growth | None = None,
+        name: str = "ssm",
     ) -> None:
         """Draft with `engine`, which nobody else may call.
 
         Args:
+            growth: policy of sessions that ask for none; as text, `dp` learns from all sessions.
             capacity: sessions open at once.
             max_rows: computed nodes that a session keeps at most.
-            ahead: policy of `run_ahead`, where time is free; by default the same.
+            ahead: policy of `run_ahead`, where time is free; by default the session's own.
+            name: tells it from other draft models.
+
+        Raises:
+            InvalidRequest: the text names no policy.
         """
+        self.name = name
         self._engine = engine
-        self._growth = growth
-        self._ahead = ahead or growth
-        self._num_children = max(growth.num_children, self._ahead.num_children)
+        self._acceptance = Acceptance()
+        self._growth = self._policy(growth) if isinstance(growth, str) else growth
+        self._ahead = ahead
         self._capacity = capacity
         self._max_rows = max_rows
         self._sessions: dict[int, Evergreen] = {}
@@ -54,11 +60,12 @@ class SSMDrafter:
         Raises:
             Overloaded: too many sessions, or not enough free pages.
             PromptTooLong: the text does not fit the draft's context.
-            InvalidRequest: a token that the draft does not have.
+            InvalidRequest: a token that the draft does not have, or an unknown growth policy.
         """
         if len(self._sessions) >= self._capacity:
             raise Overloaded(
-                f"ssm drafter has {len(self._sessions)} sessions; the limit is {self._capacity}"
+                f"{self.name} drafter has {len(self._sessions)} sessions; "
+                f"the limit is {self._capacity}"
             )
         limit = self._engine.info.context_tokens
         if len(request.tokens) > limit:
@@ -66,6 +73,7 @@ class SSMDrafter:
                 f"text has {len(request.tokens)} tokens; the draft's limit is {limit}"
             )
         self._check_tokens(request.tokens)
+        growth = self._policy(request.growth) if request.growth else self._growth
         longest = min(limit, request.prompt_len + request.sampling.max_tokens)
         longest = max(longest, len(request.tokens))
         self._sessions[handle] = Evergreen(
@@ -76,6 +84,8 @@ class SSMDrafter:
             ),
             sampling=request.sampling,
             noise_key=request.noise_key,
+            growth=growth,
+            num_children=max(policy.num_children for policy in (growth, self._ahead or growth)),
             last_position=longest - 1,
         )
 
@@ -86,7 +96,10 @@ class SSMDrafter:
             InvalidRequest: a token that the draft does not have; nothing is changed.
         """
         self._check_tokens(tokens)
-        self._sessions[handle].commit(self._engine, tokens)
+        session = self._sessions[handle]
+        for rank in session.ranks(tokens):
+            self._acceptance.saw(rank)
+        session.commit(self._engine, tokens)
 
     def draft(self, budgets: dict[int, int]) -> dict[int, TokenTree]:
         """Grow until the policy is content or has used up its passes.
@@ -95,7 +108,7 @@ class SSMDrafter:
         the end of the draft's context gets an empty tree.
         """
         ready = self._compute_roots(budgets)
-        selections = self._grow(self._growth, ready, self._growth.max_passes)
+        selections = self._grow({handle: self._sessions[handle].growth for handle in ready}, ready)
         spent = {handle for handle in budgets if self._sessions[handle].is_spent}
         empty = {handle: TokenTree() for handle in spent}
         return empty | {handle: selected.tree for handle, selected in selections.items()}
@@ -107,10 +120,11 @@ class SSMDrafter:
             Sessions that have more to compute.
         """
         ready = self._compute_roots(budgets)
-        selections = self._grow(self._ahead, ready, max_passes=1)
+        policies = {handle: self._ahead or self._sessions[handle].growth for handle in ready}
+        selections = self._grow(policies, ready, max_passes=1)
         unfinished = {handle for handle in budgets if self.is_behind(handle)}
         for handle, selection in selections.items():
-            if self._frontier(self._ahead, self._sessions[handle], selection, budgets[handle]):
+            if self._frontier(policies[handle], self._sessions[handle], selection, budgets[handle]):
                 unfinished.add(handle)
         return unfinished
 
@@ -128,6 +142,9 @@ class SSMDrafter:
         if session is not None:
             self._engine.free(session.sequence)
 
+    def _policy(self, text: str) -> Growth:
+        return parse_growth(text, self._acceptance)
+
     def _check_tokens(self, tokens: Iterable[int]) -> None:
         for token in tokens:
             if not 0 <= token < self.vocab_size:
@@ -137,6 +154,8 @@ class SSMDrafter:
 
     def _compute_roots(self, budgets: dict[int, int]) -> dict[int, int]:
         """Compute committed text where some is left; returns the budgets of rooted sessions."""
+        for handle in budgets:
+            self._sessions[handle].mend(self._engine)
         behind = [handle for handle in budgets if self._sessions[handle].is_behind]
         chunks: dict[int, Segment] = {}
         allowance = PREFILL_ROWS
@@ -147,7 +166,7 @@ class SSMDrafter:
                 allowance -= len(chunks[handle].tokens)
         rows = self._engine.forward(list(chunks.values())) if chunks else []
         for (handle, chunk), logits in zip(chunks.items(), rows, strict=True):
-            self._sessions[handle].take_chunk(self._engine, chunk, logits, self._num_children)
+            self._sessions[handle].take_chunk(self._engine, chunk, logits)
         return {
             handle: budget
             for handle, budget in budgets.items()
@@ -155,19 +174,23 @@ class SSMDrafter:
         }
 
     def _grow(
-        self, growth: Growth, budgets: dict[int, int], max_passes: int
+        self, policies: dict[int, Growth], budgets: dict[int, int], max_passes: int = MAX_DEPTH
     ) -> dict[int, Selection]:
-        """Compute frontiers, pass by pass; returns what is selected at the end."""
+        """Compute frontiers, pass by pass, each session as its policy wants; returns what is
+        selected at the end.
+        """
 
         def select(handle: int) -> Selection:
             session = self._sessions[handle]
-            return growth.select(session.expansions, budgets[handle], session.max_depth)
+            return policies[handle].select(session.expansions, budgets[handle], session.max_depth)
 
         selections = {handle: select(handle) for handle in budgets}
-        for _ in range(max_passes):
+        for num_passes in itertools.count():
             frontiers = {}
             for handle, selection in selections.items():
-                session = self._sessions[handle]
+                growth, session = policies[handle], self._sessions[handle]
+                if num_passes >= min(growth.max_passes, max_passes):
+                    continue
                 if nodes := self._frontier(growth, session, selection, budgets[handle]):
                     frontiers[handle] = nodes
             if not frontiers:
@@ -196,4 +219,4 @@ class SSMDrafter:
             frontiers.items(), segments, rows, strict=True
         ):
             depths = [selections[handle].tree.depths[node] for node in frontier]
-            self._sessions[handle].take_nodes(segment, logits, depths, self._num_children)
+            self._sessions[handle].take_nodes(segment, logits, depths)

@@ -142,11 +142,14 @@ class SuffixDrafter:
     comes, never which one.
     """
 
-    name = "suffix"
     vocab_size = 0
 
     def __init__(
-        self, capacity: int = 256, memory_tokens: int = 0, max_depth: int = MAX_DEPTH
+        self,
+        capacity: int = 256,
+        memory_tokens: int = 0,
+        max_depth: int = MAX_DEPTH,
+        name: str = "suffix",
     ) -> None:
         """Make a drafter.
 
@@ -154,6 +157,7 @@ class SuffixDrafter:
             capacity: most sessions at a time.
             memory_tokens: output tokens of ended sessions that are remembered; about .5 kB each.
         """
+        self.name = name
         self._capacity = capacity
         self._max_depth = max_depth
         self._memory = Memory(memory_tokens) if memory_tokens else None
@@ -167,7 +171,8 @@ class SuffixDrafter:
         """
         if len(self._sessions) >= self._capacity:
             raise Overloaded(
-                f"suffix drafter has {len(self._sessions)} sessions; the limit is {self._capacity}"
+                f"{self.name} drafter has {len(self._sessions)} sessions; "
+                f"the limit is {self._capacity}"
             )
         session = _Session()
         session.append(request.tokens)

@@ -15,6 +15,7 @@ from treecast.drafting.growth.vector import ExpansionVector
 from treecast.errors import InvalidRequest
 
 __all__ = [
+    "FORM",
     "UNEXPANDED",
     "Acceptance",
     "BestFirst",

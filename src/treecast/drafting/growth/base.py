@@ -25,6 +25,10 @@ class Expansion:
     confidence: Sequence[float]
     computed: dict[int, int] = field(default_factory=dict)
 
+    def rank(self, token: int) -> int | None:
+        """Which proposal a token is, 0 the surest; None if it is none of them."""
+        return self.tokens.index(token) if token in self.tokens else None
+
 
 @dataclass(slots=True)
 class Selection:
