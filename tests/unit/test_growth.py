@@ -101,6 +101,7 @@ def test_vector_is_taken_when_just_at_the_limit() -> None:
 
 def test_policy_is_best_first_when_named() -> None:
     assert parse_growth("best-first") == BestFirst()
+    assert parse_growth("best-first:0.03") == BestFirst(min_confidence=0.03)
 
 
 @pytest.mark.parametrize(
@@ -120,6 +121,12 @@ def test_policy_is_best_first_when_named() -> None:
             "wide",
             "growth is 'wide'; it must be best-first, dp, dp:NODES or dp:NODES:FIXED_MS,"
             "ROW_MS,PASS_MS, or widths by level such as <1,1,3>",
+        ),
+        ("best-first:1", "best-first computes above 1.0; allowed: 0..1"),
+        ("best-first:nan", "best-first computes above nan; allowed: 0..1"),
+        (
+            "best-first:x",
+            "growth is 'best-first:x'; it must be best-first or best-first:CONFIDENCE",
         ),
         ("dp:0", "dp plans 0 nodes; allowed: 1..256"),
         ("dp:257", "dp plans 257 nodes; allowed: 1..256"),

@@ -34,7 +34,7 @@ __all__ = [
 
 
 def parse_growth(text: str, acceptance: Acceptance | None = None) -> Growth:
-    """Read a policy: `best-first`, `dp` (see `Planned.parse`), or widths such as `<1,1,3>`.
+    """Read a policy: `best-first`, `dp` (see their `parse`), or widths such as `<1,1,3>`.
 
     Args:
         acceptance: what `dp` plans with, kept by whoever drafts; None leaves it at its prior.
@@ -43,9 +43,10 @@ def parse_growth(text: str, acceptance: Acceptance | None = None) -> Growth:
         InvalidRequest: none of these, or out of bounds.
     """
     text = text.strip()
-    if text == "best-first":
-        return BestFirst()
-    if text.partition(":")[0] == "dp":
+    kind = text.partition(":")[0]
+    if kind == "best-first":
+        return BestFirst.parse(text)
+    if kind == "dp":
         return Planned.parse(text, acceptance or Acceptance())
     if text.strip("<>, 0123456789-") or not text:
         raise InvalidRequest(

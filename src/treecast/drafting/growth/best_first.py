@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from treecast.drafting.growth.base import UNEXPANDED, Expansion, Selection
+from treecast.errors import InvalidRequest
 from treecast.tree import MAX_DEPTH, ROOT
 
 
@@ -32,6 +33,25 @@ class BestFirst:
     max_passes: int = 5
     num_children: int = 8
     min_confidence: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.min_confidence < 1:
+            raise InvalidRequest(f"best-first computes above {self.min_confidence}; allowed: 0..1")
+
+    @classmethod
+    def parse(cls, text: str) -> BestFirst:
+        """Read `best-first`, or with another `min_confidence`, `best-first:0.03`.
+
+        Raises:
+            InvalidRequest: not a number below 1.
+        """
+        _, given, confidence = text.partition(":")
+        try:
+            return cls(min_confidence=float(confidence)) if given else cls()
+        except ValueError:
+            raise InvalidRequest(
+                f"growth is {text!r}; it must be best-first or best-first:CONFIDENCE"
+            ) from None
 
     def select(
         self, expansions: Sequence[Expansion], max_nodes: int, max_depth: int = MAX_DEPTH
