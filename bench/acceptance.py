@@ -92,15 +92,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Tokens per step on recorded greedy texts.")
     parser.add_argument("corpus", type=Path, help="records as bench.record or `tune` write them")
     parser.add_argument("--drafters", default="ssm,ngram", help="as of the speculator")
+    parser.add_argument("--model", default="default", help="as of the speculator")
     parser.add_argument("--growth", default="best-first", help="as of the speculator")
     parser.add_argument("--max-nodes", type=int, nargs="+", default=[16])
     parser.add_argument("--records", type=int, default=50, help="how many, evenly spread")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     records = read_corpus(arguments.corpus).records
-    settings = SpeculatorSettings(
-        drafters=arguments.drafters, growth=arguments.growth, torch_threads=arguments.threads
-    )
+    flags = {
+        "drafters": arguments.drafters,
+        "growth": arguments.growth,
+        "model": arguments.model,
+        "torch-threads": arguments.threads,
+    }
+    settings = SpeculatorSettings.load([f"--{k}={v}" for k, v in flags.items()], parser.prog)
     engines = load_engines(settings)
     for max_nodes in arguments.max_nodes:
         drafter, tally = make_drafter(settings, engines, SpeculatorMetrics()), Tally()

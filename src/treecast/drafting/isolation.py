@@ -6,11 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-import structlog
-
 Done = TypeVar("Done")
-
-log = structlog.get_logger()
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,5 +32,4 @@ def each_alone(
             done = {handle: result for turn in turns for handle, result in turn.done.items()}
             failures = {handle: why for turn in turns for handle, why in turn.failures.items()}
             return Turn(done, failures)
-        log.warning("draft.failed", session=next(iter(budgets)), exc_info=error)
         return Turn({}, dict.fromkeys(budgets, error))

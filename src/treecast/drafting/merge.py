@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from typing import TypeVar
 
+import structlog
+
 from treecast.drafting.base import Drafter, DraftRequest, ModelDrafter
 from treecast.drafting.growth import parse_growth
 from treecast.drafting.isolation import Turn, each_alone
@@ -17,6 +19,8 @@ MAX_DRAFTERS = 8
 """A node's proposers are one byte of bits."""
 
 Grown = TypeVar("Grown")
+
+log = structlog.get_logger()
 
 
 def _ignore(name: str, seconds: float) -> None:
@@ -181,8 +185,10 @@ class MergedDrafter:
         """A drafter goes on without a session; the session, without it."""
         self._drafters[index].close(handle)
         self._members[handle].remove(index)
-        if not self._members[handle]:
-            self._lost[handle] = error
+        if self._members[handle]:
+            log.error("draft.failed", drafter=self.names[index], session=handle, exc_info=error)
+        else:
+            self._lost[handle] = error  # told to the caller
 
     def _computing(self, handle: int) -> Iterator[ModelDrafter]:
         drafters = (self._drafters[index] for index in self._members[handle])
