@@ -46,8 +46,8 @@ class MergedDrafter:
         Args:
             observe: called with a drafter's name and the seconds that each of its drafts took.
             threads: where models draft side by side, for those with devices of their own; None
-                lets them take turns, which on shared cores is the quicker way. Lookups take
-                microseconds and never need a thread.
+                lets them take turns, each with all of the cores that they share. Lookups take
+                less than a millisecond and never need a thread.
 
         Raises:
             InvalidRequest: two of the same name, or vocabularies of different sizes.
