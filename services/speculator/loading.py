@@ -15,8 +15,8 @@ from treecast.drafting.merge import MergedDrafter
 from treecast.drafting.ngram import NgramDrafter
 from treecast.drafting.ssm import PREFILL_ROWS, SSMDrafter
 from treecast.drafting.suffix import SuffixDrafter
-from treecast.engine.base import Engine
-from treecast.errors import InvalidRequest, SettingsError
+from treecast.engine.base import Engine, ModelInfo
+from treecast.errors import InvalidRequest, ModelError, SettingsError
 from treecast.sampling.params import SamplingParams
 
 from .metrics import SpeculatorMetrics
@@ -33,9 +33,26 @@ def load_engines(settings: SpeculatorSettings) -> list[Engine]:
     """Load a draft model for each `ssm` drafter, in order. Blocks.
 
     Raises:
-        ModelError: a folder is missing or holds no causal LM.
+        ModelError: a folder is missing or holds no causal LM, or their tokenizers differ.
     """
-    return [_load(settings, spec.model) for spec in settings.specs if spec.kind == "ssm"]
+    specs = [spec for spec in settings.specs if spec.kind == "ssm"]
+    engines = [_load(settings, spec.model) for spec in specs]
+    check_tokenizers([spec.name for spec in specs], [engine.info for engine in engines])
+    return engines
+
+
+def check_tokenizers(names: Sequence[str], models: Sequence[ModelInfo]) -> None:
+    """Draft models of one pod speak of the same tokens: it says one hello for all of them.
+
+    Raises:
+        ModelError: two tokenizers differ.
+    """
+    for name, model in zip(names[1:], models[1:], strict=True):
+        if model.tokenizer_hash != models[0].tokenizer_hash:
+            raise ModelError(
+                f"draft model {name} has tokenizer {model.tokenizer_hash!r}; that of {names[0]} is "
+                f"{models[0].tokenizer_hash!r}"
+            )
 
 
 def _load(settings: SpeculatorSettings, model: str) -> Engine:

@@ -14,6 +14,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 from urllib.request import urlopen
 
@@ -24,8 +25,9 @@ from prometheus_client import CollectorRegistry
 
 from treecast.engine.base import Segment
 from treecast.engine.toy import ToyEngine
-from treecast.errors import SettingsError
+from treecast.errors import ModelError, SettingsError
 from treecast.sampling.params import Law, SamplingParams
+from treecast.services.speculator.loading import check_tokenizers
 from treecast.services.speculator.server import Speculator
 from treecast.services.speculator.settings import SpeculatorSettings
 from treecast.tree import ROOT, TokenTree
@@ -546,6 +548,14 @@ def test_drafters_are_numbered_when_several_are_of_one_kind() -> None:
         ("ssm-1", ""),
         ("suffix", ""),
     ]
+
+
+def test_models_are_refused_when_their_tokenizers_differ() -> None:
+    info = ToyEngine().info
+    check_tokenizers(["ssm-0", "ssm-1"], [info, info])
+    other = replace(info, tokenizer_hash="other")
+    with pytest.raises(ModelError, match="draft model ssm-1 has tokenizer 'other'; that of ssm-0"):
+        check_tokenizers(["ssm-0", "ssm-1"], [info, other])
 
 
 def test_torch_stays_unloaded_when_only_lookup_drafts() -> None:
