@@ -1,6 +1,6 @@
 """Tokens per step of drafters on recorded greedy texts: no target is computed, so it is quick.
 
-python -m bench.acceptance corpus.jsonl.gz --drafter ngram --drafter ssm --model draft/
+python -m treecast.bench.acceptance corpus.jsonl.gz --drafters ssm,ngram --max-nodes 16 24
 """
 
 from __future__ import annotations
@@ -8,16 +8,17 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from treecast.checkpoints import ensure_default_draft
-from treecast.drafting.base import Drafter, DraftRequest
-from treecast.drafting.growth import parse_growth
+import numpy as np
+
+from treecast.drafting.base import DraftRequest
 from treecast.drafting.merge import MergedDrafter
-from treecast.drafting.ngram import NgramDrafter
-from treecast.drafting.ssm import SSMDrafter
 from treecast.sampling.params import SamplingParams
+from treecast.services.speculator.loading import load_engines, make_drafter
+from treecast.services.speculator.metrics import SpeculatorMetrics
+from treecast.services.speculator.settings import SpeculatorSettings
 from treecast.tree import ROOT, TokenTree
 from treecast.tuning.corpus import Record, read_corpus
 
@@ -26,17 +27,25 @@ _HANDLE = 0
 
 @dataclass(slots=True)
 class Tally:
-    """What verifying some texts would have taken."""
+    """What verifying some texts would have taken.
+
+    Attributes:
+        rates: tokens per step of each text.
+    """
 
     tokens: int = 0
     steps: int = 0
     nodes: int = 0
     draft_s: float = 0.0
+    rates: list[float] = field(default_factory=list)
 
     def __str__(self) -> str:
+        error = np.std(self.rates) / max(1, len(self.rates) - 1) ** 0.5
         return (
-            f"{self.tokens / self.steps:.3f} tokens/step, {self.nodes / self.steps:.1f} nodes/step,"
-            f" {1000 * self.draft_s / self.steps:.2f} ms/draft, {self.steps} steps"
+            f"{np.mean(self.rates):.2f} +- {error:.2f} tokens/step over {len(self.rates)} texts, "
+            f"{self.tokens / self.steps:.3f} over {self.steps} steps, "
+            f"{self.nodes / self.steps:.1f} nodes/step, "
+            f"{1000 * self.draft_s / self.steps:.2f} ms/draft"
         )
 
 
@@ -45,7 +54,7 @@ def replay(drafter: MergedDrafter, record: Record, max_nodes: int, tally: Tally)
     prompt, output = record.prompt_ids, record.completion_ids
     sampling = SamplingParams(temperature=0, max_tokens=len(output))
     drafter.open(_HANDLE, DraftRequest(prompt, len(prompt), sampling, noise_key=0))
-    done = 0
+    done, first_step = 0, tally.steps
     while done < len(output):
         began = time.perf_counter()
         tree = _draft(drafter, max_nodes)
@@ -56,6 +65,7 @@ def replay(drafter: MergedDrafter, record: Record, max_nodes: int, tally: Tally)
         tally.steps += 1
         tally.nodes += len(tree)
     tally.tokens += len(output)
+    tally.rates.append(len(output) / (tally.steps - first_step))
     drafter.close(_HANDLE)
 
 
@@ -77,34 +87,31 @@ def _accepted(tree: TokenTree, output: Sequence[int]) -> int:
     return len(output)
 
 
-def _drafters(arguments: argparse.Namespace) -> MergedDrafter:
-    drafters: list[Drafter] = []
-    for kind in arguments.drafter:
-        if kind == "ngram":
-            drafters.append(NgramDrafter())
-            continue
-        from treecast.engine.hf import HFEngine
-
-        engine = HFEngine.load(arguments.model or ensure_default_draft(), numerics="fast")
-        drafters.append(SSMDrafter(engine, parse_growth(arguments.growth)))
-    return MergedDrafter(drafters)
-
-
 def main() -> None:
-    """Print one line."""
+    """Print one line for each number of nodes."""
     parser = argparse.ArgumentParser(description="Tokens per step on recorded greedy texts.")
-    parser.add_argument("corpus", type=Path, help="records as `treecast tune` writes them")
-    parser.add_argument("--drafter", choices=["ssm", "ngram"], action="append", required=True)
-    parser.add_argument("--model", type=Path, help="draft model's folder; default: the one shipped")
-    parser.add_argument("--growth", default="best-first")
-    parser.add_argument("--max-nodes", type=int, default=16)
+    parser.add_argument("corpus", type=Path, help="records as bench.record or `tune` write them")
+    parser.add_argument("--drafters", default="ssm,ngram", help="as of the speculator")
+    parser.add_argument("--model", default="default", help="as of the speculator")
+    parser.add_argument("--growth", default="best-first", help="as of the speculator")
+    parser.add_argument("--max-nodes", type=int, nargs="+", default=[16])
     parser.add_argument("--records", type=int, default=50, help="how many, evenly spread")
+    parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     records = read_corpus(arguments.corpus).records
-    drafter, tally = _drafters(arguments), Tally()
-    for record in records[:: max(1, len(records) // arguments.records)]:
-        replay(drafter, record, arguments.max_nodes, tally)
-    print(f"{drafter.name}: {tally}")
+    flags = {
+        "drafters": arguments.drafters,
+        "growth": arguments.growth,
+        "model": arguments.model,
+        "torch-threads": arguments.threads,
+    }
+    settings = SpeculatorSettings.load([f"--{k}={v}" for k, v in flags.items()], parser.prog)
+    engines = load_engines(settings)
+    for max_nodes in arguments.max_nodes:
+        drafter, tally = make_drafter(settings, engines, SpeculatorMetrics()), Tally()
+        for record in records[:: max(1, len(records) // arguments.records)]:
+            replay(drafter, record, max_nodes, tally)
+        print(f"{drafter.name} {settings.growth} {max_nodes} nodes: {tally}", flush=True)
 
 
 if __name__ == "__main__":

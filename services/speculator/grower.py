@@ -179,11 +179,13 @@ class Grower:
         }
         if not budgets:
             return []
-        try:
-            trees = self._timed(lambda: self._drafter.draft(budgets))
-        except Exception as error:
-            return [self._lose(session, error) for session in budgets]
-        return [self._grown(session, tree) for session, tree in trees.items()]
+        trees = self._timed(lambda: self._drafter.draft(budgets))
+        grown = [self._grown(session, tree) for session, tree in trees.items()]
+        return self._take_lost() + grown
+
+    def _take_lost(self) -> list[Result]:
+        """Give up the sessions that every drafter failed at."""
+        return [self._lose(session, why) for session, why in self._drafter.take_lost().items()]
 
     def _grown(self, session: int, tree: TokenTree) -> Grown:
         growing = self._growing[session]
@@ -198,11 +200,8 @@ class Grower:
             for session, growing in self._growing.items()
             if growing.may_run_ahead and growing.max_nodes > 0
         }
-        try:
-            unfinished = self._drafter.run_ahead(budgets) if budgets else set()
-        except Exception as error:
-            self._send([self._lose(session, error) for session in budgets])
-            return
+        unfinished = self._drafter.run_ahead(budgets) if budgets else set()
+        self._send(self._take_lost())
         for session, growing in self._growing.items():
             growing.may_run_ahead = session in unfinished
 

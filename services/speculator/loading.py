@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import structlog
 
 from treecast.drafting.base import Drafter, DraftRequest
-from treecast.drafting.growth import BestFirst, parse_growth
+from treecast.drafting.growth import BestFirst
 from treecast.drafting.merge import MergedDrafter
 from treecast.drafting.ngram import NgramDrafter
 from treecast.drafting.ssm import PREFILL_ROWS, SSMDrafter
-from treecast.engine.base import Engine
+from treecast.drafting.suffix import SuffixDrafter
+from treecast.engine.base import Engine, ModelInfo
+from treecast.errors import InvalidRequest, ModelError, SettingsError
 from treecast.sampling.params import SamplingParams
 
 from .metrics import SpeculatorMetrics
-from .settings import SpeculatorSettings
+from .settings import DrafterSpec, SpeculatorSettings
 
 log = structlog.get_logger()
 
@@ -25,14 +29,33 @@ _AHEAD_CONFIDENCE = 0.01
 _WARM_UP = -1
 
 
-def load_engine(settings: SpeculatorSettings) -> Engine | None:
-    """Load the draft model, or None where no drafter needs one. Blocks.
+def load_engines(settings: SpeculatorSettings) -> list[Engine]:
+    """Load a draft model for each `ssm` drafter, in order. Blocks.
 
     Raises:
-        ModelError: the folder is missing or holds no causal LM.
+        ModelError: a folder is missing or holds no causal LM, or their tokenizers differ.
     """
-    if "ssm" not in settings.drafters:
-        return None
+    specs = [spec for spec in settings.specs if spec.kind == "ssm"]
+    engines = [_load(settings, spec.model) for spec in specs]
+    check_tokenizers([spec.name for spec in specs], [engine.info for engine in engines])
+    return engines
+
+
+def check_tokenizers(names: Sequence[str], models: Sequence[ModelInfo]) -> None:
+    """Draft models of one pod speak of the same tokens: it says one hello for all of them.
+
+    Raises:
+        ModelError: two tokenizers differ.
+    """
+    for name, model in zip(names[1:], models[1:], strict=True):
+        if model.tokenizer_hash != models[0].tokenizer_hash:
+            raise ModelError(
+                f"draft model {name} has tokenizer {model.tokenizer_hash!r}; that of {names[0]} is "
+                f"{models[0].tokenizer_hash!r}"
+            )
+
+
+def _load(settings: SpeculatorSettings, model: str) -> Engine:
     if settings.engine == "toy":
         from treecast.engine.toy import ToyEngine
 
@@ -40,7 +63,8 @@ def load_engine(settings: SpeculatorSettings) -> Engine | None:
     from treecast.checkpoints import ensure_default_draft
     from treecast.engine.hf import HFEngine
 
-    folder = ensure_default_draft() if settings.model == "default" else Path(settings.model)
+    model = model or settings.model
+    folder = ensure_default_draft() if model == "default" else Path(model)
     log.info("model.loading", folder=str(folder), dtype=settings.dtype)
     engine = HFEngine.load(
         folder,
@@ -54,37 +78,49 @@ def load_engine(settings: SpeculatorSettings) -> Engine | None:
 
 
 def make_drafter(
-    settings: SpeculatorSettings, engine: Engine | None, metrics: SpeculatorMetrics
+    settings: SpeculatorSettings, engines: Sequence[Engine], metrics: SpeculatorMetrics
 ) -> MergedDrafter:
-    """One drafter of each kind asked for, merged in that order."""
-    drafters: list[Drafter] = []
-    for kind in dict.fromkeys(settings.drafters):
-        if kind == "ngram":
-            drafters.append(NgramDrafter(settings.max_sessions))
-        else:
-            assert engine is not None
-            drafters.append(_ssm(settings, engine))
-    return MergedDrafter(
-        drafters, observe=lambda name, seconds: metrics.draft.labels(name).observe(seconds)
-    )
+    """The drafters asked for, merged in that order.
+
+    Raises:
+        SettingsError: draft models whose vocabularies differ.
+    """
+    models = iter(engines)
+    drafters = [_make(settings, spec, models) for spec in settings.specs]
+    each = settings.draft_threads == "each" and len(engines) > 1
+    threads = ThreadPoolExecutor(len(engines), thread_name_prefix="draft") if each else None
+    try:
+        return MergedDrafter(
+            drafters,
+            observe=lambda name, seconds: metrics.draft.labels(name).observe(seconds),
+            threads=threads,
+        )
+    except InvalidRequest as error:
+        raise SettingsError(error.message) from error
 
 
-def warm_up(drafter: MergedDrafter, engine: Engine | None) -> float:
+def _make(settings: SpeculatorSettings, spec: DrafterSpec, models: Iterator[Engine]) -> Drafter:
+    match spec.kind:
+        case "ngram":
+            return NgramDrafter(settings.max_sessions, name=spec.name)
+        case "suffix":
+            return SuffixDrafter(settings.max_sessions, settings.suffix_memory, name=spec.name)
+        case _:
+            return SSMDrafter(
+                next(models),
+                settings.growth,
+                settings.max_sessions,
+                ahead=BestFirst(min_confidence=_AHEAD_CONFIDENCE),
+                name=spec.name,
+            )
+
+
+def warm_up(drafter: MergedDrafter, engines: Sequence[Engine]) -> float:
     """Draft for a text as long as one draft reads at most; returns the seconds it took."""
-    longest = engine.info.context_tokens if engine else PREFILL_ROWS
-    text = [0] * min(PREFILL_ROWS, longest)
+    text = [0] * min([PREFILL_ROWS, *(engine.info.context_tokens for engine in engines)])
     sampling = SamplingParams(temperature=0, max_tokens=1)
     began = time.perf_counter()
     drafter.open(_WARM_UP, DraftRequest(text, len(text), sampling, noise_key=0))
     drafter.draft({_WARM_UP: 16})
     drafter.close(_WARM_UP)
     return time.perf_counter() - began
-
-
-def _ssm(settings: SpeculatorSettings, engine: Engine) -> SSMDrafter:
-    return SSMDrafter(
-        engine,
-        parse_growth(settings.growth),
-        settings.max_sessions,
-        ahead=BestFirst(min_confidence=_AHEAD_CONFIDENCE),
-    )

@@ -22,7 +22,7 @@ from treecast.wire.pair import SPECULATE, Acceptor
 from treecast.wire.server import Server
 
 from .grower import Grower
-from .loading import load_engine, make_drafter, warm_up
+from .loading import load_engines, make_drafter, warm_up
 from .metrics import SpeculatorMetrics
 from .orders import Result
 from .sessions import Sessions
@@ -35,15 +35,15 @@ class Speculator(speculator_pb2_grpc.SpeculatorServiceServicer):
     def __init__(
         self,
         settings: SpeculatorSettings,
-        engine: Engine | None,
+        engines: Sequence[Engine],
         instance_id: str,
         thread: ThreadPoolExecutor,
     ) -> None:
         self._settings = settings
-        self._engine = engine
+        self._engines = engines
         self._instance_id = instance_id
         self.metrics = SpeculatorMetrics()
-        self._drafter = make_drafter(settings, engine, self.metrics)
+        self._drafter = make_drafter(settings, engines, self.metrics)
         self.grower = Grower(
             self._drafter, self._deliver, self.metrics, thread, settings.run_ahead_nodes
         )
@@ -59,7 +59,7 @@ class Speculator(speculator_pb2_grpc.SpeculatorServiceServicer):
 
     def warm_up(self) -> None:
         """Draft once before the first session does; blocks. The first passes are the slowest."""
-        self.grower.slowest_draft_s = warm_up(self._drafter, self._engine)
+        self.grower.slowest_draft_s = warm_up(self._drafter, self._engines)
 
     def start(self) -> None:
         """Begin drafting; on the event loop that serves."""
@@ -86,7 +86,7 @@ class Speculator(speculator_pb2_grpc.SpeculatorServiceServicer):
 
     def _hello(self) -> Hello:
         """A lookup has no vocabulary of its own: size 0 and no tokenizer fit every verifier."""
-        info = self._engine.info if self._engine else None
+        info = self._engines[0].info if self._engines else None
         return Hello(
             instance_id=self._instance_id,
             role=Role.SPECULATOR,
@@ -95,23 +95,23 @@ class Speculator(speculator_pb2_grpc.SpeculatorServiceServicer):
             laws=tuple(Law),
             capacity=self._settings.capacity,
             proposers=self._drafter.names,
-            model=info.name if info else "",
-            model_revision=info.revision if info else "",
-            context_tokens=info.context_tokens if info else 0,
+            model="+".join(engine.info.name for engine in self._engines),
+            model_revision="+".join(engine.info.revision for engine in self._engines),
+            context_tokens=min((e.info.context_tokens for e in self._engines), default=0),
             shares_cores=self._settings.shares_cores,
         )
 
     def _heartbeat(self) -> Heartbeat:
         attached = len(self.sessions)
-        usage = self._engine.usage if self._engine else None
+        usages = [engine.usage for engine in self._engines]
         return Heartbeat(
             steps=self.grower.num_drafts,
             step_age_ms=round(1000 * self.grower.draft_age_s),
             step_predicted_ms=round(1000 * self.grower.slowest_draft_s),
             free_capacity=max(0, self._settings.max_sessions - attached),
             running=attached,
-            kv_pages_free=usage.free if usage else 0,
-            kv_pages_total=usage.total if usage else 0,
+            kv_pages_free=sum(usage.free for usage in usages),
+            kv_pages_total=sum(usage.total for usage in usages),
             draining=self.sessions.draining,
         )
 
@@ -133,8 +133,8 @@ async def serve(settings: SpeculatorSettings) -> None:
         SettingsError: an address cannot be bound.
     """
     instance_id = begin(settings, Role.SPECULATOR)
-    thread, engine = load_on_thread(lambda: load_engine(settings))
-    speculator = Speculator(settings, engine, instance_id, thread)
+    thread, engines = load_on_thread(lambda: load_engines(settings))
+    speculator = Speculator(settings, engines, instance_id, thread)
     server = Server()
     server.add(
         speculator_pb2_grpc.add_SpeculatorServiceServicer_to_server,
@@ -152,7 +152,7 @@ async def serve(settings: SpeculatorSettings) -> None:
             GuardedRedis(settings.redis_url),
             speculator.metrics.registry,
             speculator.drain,
-            "+".join(settings.drafters),
+            "+".join(spec.name for spec in settings.specs),
         )
     finally:
         speculator.close()

@@ -2,20 +2,49 @@
 
 from __future__ import annotations
 
+import itertools
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, field_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator
 from pydantic_settings import NoDecode, SettingsConfigDict
 
-from treecast.drafting.growth import parse_growth
+from treecast.drafting.growth import FORM, parse_growth
+from treecast.drafting.merge import MAX_DRAFTERS
 from treecast.errors import InvalidRequest
 from treecast.settings import ServiceSettings, split_commas
 
-DrafterKinds = Annotated[
-    tuple[Literal["ssm", "ngram"], ...],
+KINDS = ("ssm", "ngram", "suffix")
+
+
+@dataclass(frozen=True, slots=True)
+class DrafterSpec:
+    """One drafter to make.
+
+    Attributes:
+        name: unique in the pod: the kind, with a number where there are several of one.
+        model: its model's folder; empty for the setting `model`, and for lookups.
+    """
+
+    kind: str
+    name: str
+    model: str = ""
+
+
+def _check_drafter(text: str) -> str:
+    kind, given, model = text.partition("=")
+    if kind not in KINDS:
+        raise ValueError(f"drafter is {kind!r}; it must be one of {', '.join(KINDS)}")
+    if given and (kind != "ssm" or not model):
+        raise ValueError("a model's folder is given as ssm=FOLDER")
+    return text
+
+
+Drafters = Annotated[
+    tuple[Annotated[str, AfterValidator(_check_drafter)], ...],
     NoDecode,
     BeforeValidator(split_commas),
-    Field(min_length=1),
+    Field(min_length=1, max_length=MAX_DRAFTERS),
 ]
 
 
@@ -24,8 +53,10 @@ class SpeculatorSettings(ServiceSettings):
 
     model_config = SettingsConfigDict(cli_shortcuts={"drafters": "drafter"})
 
-    drafters: DrafterKinds = Field(
-        ("ssm",), description="ssm (a draft model) and ngram (lookup); several are merged"
+    drafters: Drafters = Field(
+        ("ssm",),
+        description="ssm (a draft model; ssm=FOLDER for another than --model), ngram (lookup of "
+        "what came lately) and suffix (lookup by counts); any number of them are merged",
     )
     engine: Literal["hf", "toy"] = Field("hf", description="hf: a real model; toy: for tests")
     model: str = Field("default", description="draft model's folder; 'default' is the one shipped")
@@ -35,7 +66,20 @@ class SpeculatorSettings(ServiceSettings):
     )
     torch_threads: int = Field(2, ge=1, description="threads of the draft's passes")
     pool_tokens: int = Field(65536, ge=256, description="the draft's KV pool size in tokens")
-    growth: str = Field("best-first", description="best-first, or widths by level such as <1,1,3>")
+    growth: str = Field(
+        "best-first", description=f"best-first, {FORM}, or widths by level such as <1,1,3>"
+    )
+    draft_threads: Literal["one", "each"] = Field(
+        "one",
+        description="one: draft models take turns, as on shared cores; each: side by side, for "
+        "models with devices of their own",
+    )
+    suffix_memory: int = Field(
+        0,
+        ge=0,
+        description="tokens of ended outputs that suffix proposes to all sessions; 0: a session's "
+        "text is proposed to that session alone",
+    )
 
     capacity: int = Field(32, ge=1, description="sessions that each verifier may attach")
     max_sessions: int = Field(128, ge=1, description="sessions of all verifiers together")
@@ -56,6 +100,19 @@ class SpeculatorSettings(ServiceSettings):
         except InvalidRequest as error:
             raise ValueError(error.message) from error
         return text
+
+    @property
+    def specs(self) -> tuple[DrafterSpec, ...]:
+        """The drafters to make, in order, named."""
+        pairs = [text.partition("=")[::2] for text in self.drafters]
+        kinds = [kind for kind, _ in pairs]
+        numbers: dict[str, itertools.count[int]] = {kind: itertools.count() for kind in kinds}
+        return tuple(
+            DrafterSpec(
+                kind, kind if kinds.count(kind) == 1 else f"{kind}-{next(numbers[kind])}", model
+            )
+            for kind, model in pairs
+        )
 
     @property
     def run_ahead_nodes(self) -> int:

@@ -2,13 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.core import CounterMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from treecast.telemetry.metrics import LATENCY_BUCKETS_S
+
+from .calibration import Reliability
 
 _STEP_BUCKETS_S = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 5)
 _COUNT_BUCKETS = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256)
 MAX_DEPTH_LABEL = 16
+MAX_PROPOSER_LABELS = 32
+
+
+class _ReliabilityCollector(Collector):
+    """Turns calibration sums into metrics at each scrape, so that a step pays nothing for them."""
+
+    def __init__(self, reliability: Callable[[], Iterable[Reliability]]) -> None:
+        self._reliability = reliability
+
+    def collect(self) -> Iterator[Metric]:
+        labels = ["proposer", "confidence"]
+        predicted = CounterMetricFamily(
+            "treecast_verifier_predicted_by_confidence",
+            "Confidence summed over tree nodes whose parent was accepted, by proposer and bin; the "
+            "label is the middle of the bin.",
+            labels=labels,
+        )
+        accepted = CounterMetricFamily(
+            "treecast_verifier_accepted_by_confidence",
+            "How many of those nodes were accepted; equal sums mean a well calibrated proposer.",
+            labels=labels,
+        )
+        for each in self._reliability():
+            at = [each.proposer, f"{each.centre:.3f}"]
+            predicted.add_metric(at, each.predicted)
+            accepted.add_metric(at, each.accepted)
+        yield predicted
+        yield accepted
 
 
 class VerifierMetrics:
@@ -76,6 +110,12 @@ class VerifierMetrics:
             "Tree nodes accepted.",
             registry=registry,
         )
+        self.verified_by_proposer = Counter(
+            "treecast_verifier_verified_by_proposer_total",
+            "Tree nodes that a step computed, by the drafters that proposed them.",
+            ["proposer"],
+            registry=registry,
+        )
         self.accepted_by_proposer = Counter(
             "treecast_verifier_accepted_by_proposer_total",
             "Tree nodes accepted, by the drafters that proposed them; a node counts for each.",
@@ -131,6 +171,25 @@ class VerifierMetrics:
         self.retained = Gauge(
             "treecast_verifier_retained_sessions", "Idle sessions with KV.", registry=registry
         )
+
+        self._proposers: set[str] = set()
+
+    def proposer_label(self, name: str) -> str:
+        """A proposer's name, or "other" once there are too many: names come from peers."""
+        if len(self._proposers) < MAX_PROPOSER_LABELS:
+            self._proposers.add(name)
+        return name if name in self._proposers else "other"
+
+    def watch(self, reliability: Callable[[], Iterable[Reliability]]) -> None:
+        """Export predicted and accepted sums; they are read when metrics are asked for."""
+        self.registry.register(_ReliabilityCollector(reliability))
+
+    def proposed(self, names: Iterable[str], verified: int, accepted: int) -> None:
+        """Count nodes that these drafters agreed on."""
+        for name in names:
+            label = self.proposer_label(name)
+            self.verified_by_proposer.labels(label).inc(verified)
+            self.accepted_by_proposer.labels(label).inc(accepted)
 
     def tree_verified(self, num_nodes: int, depth: int, accepted: int) -> None:
         """Count one tree of a step."""

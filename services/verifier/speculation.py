@@ -15,7 +15,7 @@ import structlog
 
 from treecast.errors import InvalidTree
 from treecast.sampling.params import Law
-from treecast.tree import MAX_DEPTH, ROOT, TokenTree, merge
+from treecast.tree import MAX_DEPTH, TokenTree, merge
 from treecast.wire.codec.bounds import MAX_PROPOSERS
 from treecast.wire.frames import (
     Attach,
@@ -31,6 +31,7 @@ from treecast.wire.frames import (
 )
 from treecast.wire.link import Link
 
+from .calibration import Calibration, PodCalibration
 from .metrics import VerifierMetrics
 from .requests import Request
 
@@ -38,7 +39,6 @@ SpeculatorLink = Link[VerifierFrame, SpeculatorFrame]
 
 _HALF_LIFE_STEPS = 16
 _DECAY = 0.5 ** (1 / _HALF_LIFE_STEPS)
-_MEMORY = 0.998  # per child; a step tries several at each node that it visits
 
 log = structlog.get_logger()
 
@@ -65,21 +65,6 @@ class Pace:
     def saw_gain(self, alone: int, others: int) -> None:
         self.alone_tokens += (1 - _DECAY) * (alone - self.alone_tokens)
         self.added_tokens += (1 - _DECAY) * (max(0, alone - others) - self.added_tokens)
-
-
-@dataclass(slots=True)
-class Calibration:
-    """Predicted against observed acceptance, forgetting slowly; a boastful draft gains nothing."""
-
-    predicted: float = 8.0
-    accepted: float = 8.0
-
-    def saw(self, confidence: float, accepted: bool) -> None:
-        self.predicted = _MEMORY * self.predicted + confidence
-        self.accepted = _MEMORY * self.accepted + accepted
-
-    def apply(self, confidence: float) -> float:
-        return min(1.0, max(1e-3, confidence * self.accepted / self.predicted))
 
 
 @dataclass(slots=True, eq=False)
@@ -116,12 +101,12 @@ class Attachment:
 
     speculator: Speculator
     place: int
+    calibration: Calibration
     tree: TokenTree = field(default_factory=TokenTree)
     offered: TokenTree = field(default_factory=TokenTree)
     answered: bool = False
     asked_at: float | None = None
     base_len: int = -1
-    calibration: Calibration = field(default_factory=Calibration)
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +156,8 @@ class Speculation:
         self._trusted = trusted
         self._vocab_size = vocab_size
         self._metrics = metrics
+        self._calibration = PodCalibration(metrics.proposer_label)
+        metrics.watch(self._calibration.reliability)
         self._speculators: dict[int, Speculator] = {}
         self._requests: dict[int, Request] = {}
         self._attachments: dict[int, list[Attachment]] = {}
@@ -206,7 +193,8 @@ class Speculation:
             if speculator is None:
                 return
             free = set(range(self._per_session)) - {a.place for a in attached}
-            attachment = Attachment(speculator, min(free))
+            calibration = Calibration(self._calibration, speculator.link.peer.proposers)
+            attachment = Attachment(speculator, min(free), calibration)
             attached.append(attachment)
             speculator.sessions.add(request.handle)
             self._sync(request, attachment)
@@ -392,31 +380,17 @@ def _best_addition(
 
 def _learn(attachments: Sequence[Attachment], tokens: Sequence[int]) -> None:
     """Compare what was offered with what the target picked."""
-    hits = [_score(attachment, tokens) for attachment in attachments]
+    hits = [each.calibration.learn(each.offered, tokens) for each in attachments]
     for index, attachment in enumerate(attachments):
         others = max(hits[:index] + hits[index + 1 :], default=0)
         if attachment.answered:
             attachment.speculator.pace.saw_gain(hits[index], others)
 
 
-def _score(attachment: Attachment, tokens: Sequence[int]) -> int:
-    """How many of the target's picks an offered tree held; calibrates along the way."""
-    tree, node, hits = attachment.offered, ROOT, 0
-    for token in tokens:
-        for child, parent in enumerate(tree.parents):
-            if parent == node:
-                attachment.calibration.saw(tree.confidence[child], tree.tokens[child] == token)
-        found = tree.child(node, token)
-        if found is None:
-            break
-        node, hits = found, hits + 1
-    return hits
-
-
 def _calibrated(attachment: Attachment) -> TokenTree:
     tree, shift = attachment.tree, attachment.place * MAX_PROPOSERS
     calibrated = tree.copy()
-    calibrated.confidence = [attachment.calibration.apply(one) for one in tree.confidence]
+    calibrated.confidence = attachment.calibration.apply(tree)
     calibrated.proposers = [bits << shift for bits in tree.proposers]
     calibrated.groups = [replace(g, proposers=g.proposers << shift) for g in tree.groups]
     return calibrated

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -308,9 +308,10 @@ class StepLoop:
     def _account(self, work: Work, walked: Walk) -> None:
         request, count = work.request, len(walked.tokens)
         request.tally.add(work.tree, len(walked.accepted))
-        for node in walked.accepted:
-            for name in self._speculation.proposers(request, work.tree.proposers[node]):
-                self._metrics.accepted_by_proposer.labels(name).inc()
+        accepted = Counter(work.tree.proposers[node] for node in walked.accepted)
+        for bits, verified in Counter(work.tree.proposers).items():
+            names = self._speculation.proposers(request, bits)
+            self._metrics.proposed(names, verified, accepted[bits])
         depth = max(work.tree.depths, default=0)
         self._metrics.tree_verified(len(work.tree), depth, len(walked.accepted))
         self._metrics.tokens.inc(count)

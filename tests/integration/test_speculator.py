@@ -14,6 +14,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 from urllib.request import urlopen
 
@@ -24,8 +25,9 @@ from prometheus_client import CollectorRegistry
 
 from treecast.engine.base import Segment
 from treecast.engine.toy import ToyEngine
-from treecast.errors import SettingsError
+from treecast.errors import ModelError, SettingsError
 from treecast.sampling.params import Law, SamplingParams, Speculation
+from treecast.services.speculator.loading import check_tokenizers
 from treecast.services.speculator.server import Speculator
 from treecast.services.speculator.settings import SpeculatorSettings
 from treecast.tree import ROOT, TokenTree
@@ -128,7 +130,10 @@ async def speculator_rig(engine: ToyEngine | None = None, **fields: Any) -> Asyn
     engine = engine or ToyEngine()
     settings = SpeculatorSettings(engine="toy", **({"growth": "<2,1>"} | fields))
     speculator = Speculator(
-        settings, engine if "ssm" in settings.drafters else None, "spec-1", ThreadPoolExecutor(1)
+        settings,
+        [engine for spec in settings.specs if spec.kind == "ssm"],
+        "spec-1",
+        ThreadPoolExecutor(1),
     )
     server = Server()
     server.add(
@@ -369,6 +374,39 @@ async def test_sessions_of_the_pass_are_refused_when_the_engine_fails() -> None:
         await rig.until(lambda: rig.engine.usage.used == 0)
 
 
+async def test_one_session_is_lost_when_the_batch_fails_over_it() -> None:
+    batches: list[int] = []
+
+    def fail(segments: Sequence[Segment]) -> None:
+        batches.append(len(segments))
+        if any(13 in segment.tokens for segment in segments):
+            raise RuntimeError("the model broke down")
+
+    async with speculator_rig(ToyEngine(on_forward=fail)) as rig, rig.verifier() as v:
+        v.send(attach(1, 1, 2), attach(2, 1, 13), attach(3, 1, 4))
+        assert (await v.hear(Refused, 2)).why == "drafting failed"
+        # They were one batch, and it was the middle one that broke it.
+        assert batches[0] == 3
+        assert (await v.draft(1, base_len=2)).tokens[:2] == [8, 9]
+        assert (await v.draft(3, base_len=2)).tokens[:2] == [14, 15]
+        v.send(commit(1, 2, 8), commit(3, 2, 14))
+        assert (await v.draft(1, base_len=3)).tokens[0] == 27
+        assert (await v.draft(3, base_len=3)).tokens[0] == 47
+        assert Refused not in v.heard(1) + v.heard(3)
+        assert (await v.draft(3, base_len=3)).tokens[0] == 47
+
+
+async def test_two_models_draft_for_one_session_when_both_are_asked_for() -> None:
+    fields = {"drafters": "ssm,ssm,suffix", "draft_threads": "each"}
+    async with speculator_rig(**fields) as rig, rig.verifier() as v:
+        assert v.link.peer.proposers == ("ssm-0", "ssm-1", "suffix")
+        v.send(attach(1, 1, 2, 50, 1, 2))
+        tree = await v.draft(1, base_len=5)
+        top = [node for node, depth in enumerate(tree.depths) if depth == 1]
+        by_token = {tree.tokens[node]: tree.proposers[node] for node in top}
+        assert by_token == {8: 0b011, 9: 0b011, 50: 0b100}
+
+
 async def test_everything_is_freed_when_the_stream_dies() -> None:
     async with speculator_rig(drafters="ssm,ngram") as rig:
         async with rig.verifier() as v:
@@ -483,7 +521,18 @@ async def test_new_sessions_are_refused_when_draining() -> None:
         ),
         (
             ["--drafters", "ssm,magic"],
-            "--drafters.1 (or TREECAST_DRAFTERS.1) is 'magic': Input should be 'ssm' or 'ngram'",
+            "--drafters.1 (or TREECAST_DRAFTERS.1) is 'magic': Value error, "
+            "drafter is 'magic'; it must be one of ssm, ngram, suffix",
+        ),
+        (
+            ["--drafters", "ngram=folder"],
+            "--drafters.0 (or TREECAST_DRAFTERS.0) is 'ngram=folder': Value error, "
+            "a model's folder is given as ssm=FOLDER",
+        ),
+        (
+            ["--growth", "dp:999"],
+            "--growth (or TREECAST_GROWTH) is 'dp:999': "
+            "Value error, dp plans 999 nodes; allowed: 1..256",
         ),
     ],
 )
@@ -493,11 +542,30 @@ def test_start_is_refused_when_a_setting_is_bad(arguments: list[str], message: s
     assert str(refused.value) == message
 
 
+def test_drafters_are_numbered_when_several_are_of_one_kind() -> None:
+    arguments = ["--drafters", "ssm=one,ngram", "--drafters", "ssm,suffix"]
+    specs = SpeculatorSettings.load(arguments, "treecast-speculator").specs
+    assert [(spec.name, spec.model) for spec in specs] == [
+        ("ssm-0", "one"),
+        ("ngram", ""),
+        ("ssm-1", ""),
+        ("suffix", ""),
+    ]
+
+
+def test_models_are_refused_when_their_tokenizers_differ() -> None:
+    info = ToyEngine().info
+    check_tokenizers(["ssm-0", "ssm-1"], [info, info])
+    other = replace(info, tokenizer_hash="other")
+    with pytest.raises(ModelError, match="draft model ssm-1 has tokenizer 'other'; that of ssm-0"):
+        check_tokenizers(["ssm-0", "ssm-1"], [info, other])
+
+
 def test_torch_stays_unloaded_when_only_lookup_drafts() -> None:
     code = (
         "import sys; from treecast.services.speculator.server import Speculator; "
         "from treecast.services.speculator.settings import SpeculatorSettings; "
-        "Speculator(SpeculatorSettings(drafters='ngram'), None, 'x', None); "
+        "Speculator(SpeculatorSettings(drafters='ngram,suffix'), [], 'x', None); "
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0

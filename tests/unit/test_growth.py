@@ -101,6 +101,7 @@ def test_vector_is_taken_when_just_at_the_limit() -> None:
 
 def test_policy_is_best_first_when_named() -> None:
     assert parse_growth("best-first") == BestFirst()
+    assert parse_growth("best-first:0.03") == BestFirst(min_confidence=0.03)
 
 
 @pytest.mark.parametrize(
@@ -110,11 +111,41 @@ def test_policy_is_best_first_when_named() -> None:
         ("<-2>", "expansion width is -2; the least is 1"),
         ("<16,16>", "expansion <16,16> makes trees of 272 nodes; the limit is 256"),
         (",".join(["1"] * 33), "expansion has 33 levels; allowed: 1..32"),
-        ("", "expansion is ''; it must be widths by level such as <1,1,3>"),
-        ("wide", "expansion is 'wide'; it must be widths by level such as <1,1,3>"),
+        ("1,,3", "expansion is '1,,3'; it must be widths by level such as <1,1,3>"),
+        (
+            "",
+            "growth is ''; it must be best-first, dp, dp:NODES or dp:NODES:FIXED_MS,ROW_MS,"
+            "PASS_MS, or widths by level such as <1,1,3>",
+        ),
+        (
+            "wide",
+            "growth is 'wide'; it must be best-first, dp, dp:NODES or dp:NODES:FIXED_MS,"
+            "ROW_MS,PASS_MS, or widths by level such as <1,1,3>",
+        ),
+        ("best-first:1", "best-first computes above 1.0; allowed: 0..1"),
+        ("best-first:nan", "best-first computes above nan; allowed: 0..1"),
+        (
+            "best-first:x",
+            "growth is 'best-first:x'; it must be best-first or best-first:CONFIDENCE",
+        ),
+        ("dp:0", "dp plans 0 nodes; allowed: 1..256"),
+        ("dp:257", "dp plans 257 nodes; allowed: 1..256"),
+        (
+            "dp:many",
+            "growth is 'dp:many'; it must be dp, dp:NODES or dp:NODES:FIXED_MS,ROW_MS,PASS_MS",
+        ),
+        (
+            "dp:24:1,2",
+            "growth is 'dp:24:1,2'; it must be dp, dp:NODES or dp:NODES:FIXED_MS,ROW_MS,PASS_MS",
+        ),
+        (
+            "dp:24:0,1,1",
+            "dp has costs StepCost(fixed_s=0.0, row_s=0.001, pass_s=0.001); "
+            "a step takes time, no part of it less than 0",
+        ),
     ],
 )
-def test_vector_is_refused_when_malformed(text: str, message: str) -> None:
+def test_growth_is_refused_when_malformed(text: str, message: str) -> None:
     with pytest.raises(InvalidRequest) as refused:
         parse_growth(text)
     assert str(refused.value) == message

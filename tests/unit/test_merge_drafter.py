@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
 import pytest
 
 from treecast.drafting.base import Drafter, DraftRequest
@@ -9,9 +14,11 @@ from treecast.drafting.growth import ExpansionVector
 from treecast.drafting.merge import MergedDrafter
 from treecast.drafting.ngram import NgramDrafter
 from treecast.drafting.ssm import PREFILL_ROWS, SSMDrafter
+from treecast.engine.base import Segment
 from treecast.engine.toy import ToyEngine
 from treecast.errors import InvalidRequest, Overloaded
-from treecast.sampling.params import SamplingParams
+from treecast.sampling.params import SamplingParams, Speculation
+from treecast.tree import ROOT
 
 # After 1 2 8 1 2 the lookup says 8 1 2 ..; the toy model says 3*2+1+1 = 8, then 27.
 TEXT = [1, 2, 8, 1, 2]
@@ -79,6 +86,94 @@ def test_lookup_answers_at_once_when_the_model_is_behind() -> None:
     assert drafter.is_behind(1)
     assert any(bits & 0b01 for bits in drafter.draft({1: 64})[1].proposers)
     assert not drafter.is_behind(1)
+
+
+def test_name_is_refused_when_two_drafters_have_it() -> None:
+    with pytest.raises(InvalidRequest, match="2 drafters are named 'ngram'; one may be"):
+        MergedDrafter([NgramDrafter(), NgramDrafter()])
+
+
+def test_models_are_refused_when_their_vocabularies_differ() -> None:
+    other = SSMDrafter(ToyEngine(vocab_size=50), ExpansionVector((1,)), name="other")
+    with pytest.raises(
+        InvalidRequest, match="drafter other has a vocabulary of 50 tokens; that of ssm has 97"
+    ):
+        MergedDrafter([model(), NgramDrafter(), other])
+
+
+@pytest.mark.parametrize("growth", ["wide", "<1,0>", "dp:0"])
+def test_session_is_refused_when_its_growth_is_unknown(growth: str) -> None:
+    asked = replace(request(TEXT), speculation=Speculation(growth=growth))
+    drafter = MergedDrafter([model(), NgramDrafter()])
+    with pytest.raises(InvalidRequest):
+        drafter.open(1, asked)
+    drafter.open(1, request(TEXT))
+
+
+def failing(tokens: int) -> SSMDrafter:
+    """A model that breaks down over one token."""
+
+    def fail(segments: Sequence[Segment]) -> None:
+        if any(tokens in segment.tokens for segment in segments):
+            raise RuntimeError(f"token {tokens}")
+
+    engine = ToyEngine(on_forward=fail)
+    return SSMDrafter(engine, ExpansionVector((1, 1)), name="failing")
+
+
+def test_others_get_their_trees_when_one_session_fails() -> None:
+    drafter = MergedDrafter([failing(13)])
+    for handle, text in ((1, [1, 2]), (2, [1, 13]), (3, [1, 4])):
+        drafter.open(handle, request(text))
+    trees = drafter.draft({1: 4, 2: 4, 3: 4})
+    # 3*2+1+1 = 8, then 27; 3*4+1+1 = 14, then 47.
+    assert {handle: tree.tokens for handle, tree in trees.items()} == {1: [8, 27], 3: [14, 47]}
+    assert {handle: str(why) for handle, why in drafter.take_lost().items()} == {2: "token 13"}
+    assert drafter.take_lost() == {}
+    drafter.commit(1, [8])
+    assert drafter.draft({1: 4})[1].tokens == [27, 90]
+
+
+def test_session_goes_on_when_one_of_its_drafters_fails() -> None:
+    drafter = MergedDrafter([failing(8), NgramDrafter()])
+    drafter.open(1, request(TEXT))
+    assert set(drafter.draft({1: 4})[1].proposers) == {0b10}
+    assert drafter.take_lost() == {}
+    drafter.commit(1, [8])
+    assert drafter.draft({1: 1})[1].tokens == [1]
+
+
+def test_session_recovers_when_a_draft_broke_off_in_the_middle() -> None:
+    broken = iter([False, True])
+
+    def fail(segments: Sequence[Segment]) -> None:
+        if next(broken, False):
+            raise RuntimeError("once")
+
+    drafter = MergedDrafter([SSMDrafter(ToyEngine(on_forward=fail), ExpansionVector((1, 1)))])
+    for handle in (1, 2):
+        drafter.open(handle, request([1, 2]))
+    trees = drafter.draft({1: 4, 2: 4})
+    assert [trees[handle].tokens for handle in (1, 2)] == [[8, 27], [8, 27]]
+    assert drafter.take_lost() == {}
+
+
+def test_models_draft_side_by_side_when_given_threads() -> None:
+    together = threading.Barrier(2, timeout=10)
+
+    def meet(segments: Sequence[Segment]) -> None:
+        together.wait()  # nobody comes alone: one after the other, this would time out
+
+    models = [
+        SSMDrafter(ToyEngine(on_forward=meet), ExpansionVector((width,)), name=f"ssm-{width}")
+        for width in (1, 2)
+    ]
+    with ThreadPoolExecutor(2) as threads:
+        drafter = MergedDrafter([models[0], NgramDrafter(), models[1]], threads=threads)
+        drafter.open(1, request(TEXT))
+        tree = drafter.draft({1: 8})[1]
+    assert tree.proposers[tree.child(ROOT, 8) or 0] == 0b111
+    assert tree.proposers[tree.child(ROOT, 9) or 0] == 0b100
 
 
 def test_each_drafters_time_is_reported_when_drafting() -> None:

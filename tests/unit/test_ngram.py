@@ -10,13 +10,13 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from treecast.drafting.base import DraftRequest
+from treecast.drafting.lookup import grow
 from treecast.drafting.ngram import (
     LONGEST_MATCH,
     MAX_MATCHES,
     Matches,
     NgramDrafter,
     TextIndex,
-    grow,
 )
 from treecast.errors import Overloaded
 from treecast.sampling.params import SamplingParams
@@ -50,8 +50,8 @@ def request(tokens: list[int]) -> DraftRequest:
 
 def test_follower_is_proposed_when_suffix_occurred_before() -> None:
     index = index_of([1, 2, 3, 9, 1, 2])
-    assert index.matches == {2: 2}
-    assert index.next_tokens(index.matches, ()) == {3: pytest.approx(4 / (5 + 4))}
+    assert index.end == {2: 2}
+    assert index.next_tokens(index.end, ()) == {3: pytest.approx(4 / (5 + 4))}
 
 
 def test_votes_add_up_when_matches_agree() -> None:
@@ -94,8 +94,8 @@ def test_long_match_survives_when_its_tokens_are_common() -> None:
     noise = [0 if rng.random() < 0.5 else rng.randrange(50, 1000) for _ in range(2000)]
     passage = [0, 11, 0, 0, 12, 0, 13, 0]
     index = index_of([*passage, 99, *noise, *passage])
-    assert index.matches[len(passage)] == len(passage)
-    assert max(index.next_tokens(index.matches, ()).items(), key=lambda item: item[1])[0] == 99
+    assert index.end[len(passage)] == len(passage)
+    assert max(index.next_tokens(index.end, ()).items(), key=lambda item: item[1])[0] == 99
 
 
 @given(texts, st.integers(0, 130))
@@ -103,7 +103,7 @@ def test_matches_equal_a_search_of_the_whole_text_when_pieces_vary(
     text: list[int], cut: int
 ) -> None:
     assume(max(Counter(text).values()) <= MAX_MATCHES)
-    assert index_of(text[:cut], text[cut:]).matches == search(text)
+    assert index_of(text[:cut], text[cut:]).end == search(text)
 
 
 @given(texts, st.lists(st.integers(0, 12), max_size=6))
@@ -112,7 +112,7 @@ def test_matches_of_a_path_equal_a_search_when_path_is_followed(
 ) -> None:
     assume(max(Counter(text).values()) <= MAX_MATCHES // 2)
     index = index_of(text)
-    matches = index.matches
+    matches = index.end
     for count, token in enumerate(path):
         matches = index.follow(matches, path[:count], token)
     expected = search([*text, *path])
@@ -123,7 +123,7 @@ def test_matches_of_a_path_equal_a_search_when_path_is_followed(
 @given(texts)
 def test_belief_is_a_sub_distribution_when_text_is_random(text: list[int]) -> None:
     index = index_of(text)
-    belief = index.next_tokens(index.matches, ())
+    belief = index.next_tokens(index.end, ())
     assert all(0 < share < 1 for share in belief.values())
     assert sum(belief.values()) < 1
 

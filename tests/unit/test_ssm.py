@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from treecast.drafting.base import DraftRequest
 from treecast.drafting.growth import BestFirst, ExpansionVector, Growth
+from treecast.drafting.growth.acceptance import PERIOD
 from treecast.drafting.proposal import likeliest, propose_coupled
 from treecast.drafting.ssm import PREFILL_ROWS, SSMDrafter
 from treecast.engine.toy import ToyEngine, toy_logits
 from treecast.errors import InvalidRequest, Overloaded, PromptTooLong
 from treecast.sampling.noise import gumbel
-from treecast.sampling.params import SamplingParams
+from treecast.sampling.params import SamplingParams, Speculation
 from treecast.sampling.transforms import Context
 from treecast.tree import ROOT, TokenTree
 
@@ -292,3 +294,49 @@ def test_run_ahead_foresees_when_it_grows_beyond_the_offer() -> None:
     assert beliefs(offered).keys() == {(8,), (9,)}
     drafter.commit(1, [8, 28])
     assert drafter.foresaw(1)
+
+
+# --- growth by request ----------------------------------------------------------------------------
+
+
+def test_each_session_grows_as_it_asked_when_policies_differ() -> None:
+    drafter = SSMDrafter(ToyEngine(), "<1>")
+    for handle, growth in ((1, ""), (2, "<2,1>"), (3, "<1,1,1>"), (4, "<12>")):
+        drafter.open(handle, replace(request([1, 2]), speculation=Speculation(growth=growth)))
+    trees = drafter.draft(dict.fromkeys((1, 2, 3, 4), 16))
+    assert trees[1].tokens == [8]
+    assert trees[2].tokens == [8, 9, 27, 30]
+    assert trees[3].tokens == [8, 27, 90]
+    assert len(trees[4]) == 12
+
+
+def test_session_is_refused_when_its_growth_is_unknown() -> None:
+    engine = ToyEngine()
+    drafter = SSMDrafter(engine, "best-first")
+    with pytest.raises(InvalidRequest, match="growth is 'wide'; it must be best-first, dp"):
+        drafter.open(1, replace(request([1, 2]), speculation=Speculation(growth="wide")))
+    assert engine.usage.used == 0
+
+
+def test_plan_follows_what_was_committed_when_growing_by_dp() -> None:
+    drafter = SSMDrafter(ToyEngine(context_tokens=4096), "dp")
+    drafter.open(1, replace(request([1, 2]), sampling=SamplingParams(0, max_tokens=2000)))
+    # By the prior, .40 .11 ..: the first below the first is worth .16, the second child .11, and
+    # the next below .064.
+    assert drafter.draft({1: 4})[1].depths == [1, 1, 2, 3]
+    for _ in range(PERIOD):
+        drafter.commit(1, [drafter.draft({1: 4})[1].tokens[0]])
+    # The first proposal was always right: a chain.
+    assert drafter.draft({1: 4})[1].depths == [1, 2, 3, 4]
+
+
+def test_plan_turns_to_breadth_when_the_second_proposal_is_right() -> None:
+    drafter = SSMDrafter(ToyEngine(context_tokens=4096), "dp")
+    drafter.open(1, replace(request([1, 2]), sampling=SamplingParams(0, max_tokens=2000)))
+    for _ in range(PERIOD):
+        tree = drafter.draft({1: 4})[1]
+        first = tree.tokens[0]
+        drafter.commit(1, [(first + 1) % VOCAB])
+    # Below the second child, worth .8 or so, hang two more.
+    tree = drafter.draft({1: 4})[1]
+    assert tree.parents == [ROOT, ROOT, 1, 1]

@@ -29,7 +29,10 @@ Numerics = Annotated[
 ]
 Dtype = Annotated[Literal["bfloat16", "float32"], typer.Option(help="Weights and activations.")]
 Speculators = Annotated[
-    str, typer.Option(metavar="ssm,ngram", help="Drafters, a process each; '' for none.")
+    str,
+    typer.Option(
+        metavar="ssm,ngram", help="Drafters, a process each: ssm, ngram, suffix; '' for none."
+    ),
 ]
 
 

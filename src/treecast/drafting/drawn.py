@@ -11,7 +11,6 @@ from treecast.drafting.growth import (
     ExpansionVector,
     Growth,
     Selection,
-    parse_growth,
 )
 from treecast.errors import InvalidRequest
 from treecast.sampling.params import Law, Speculation
@@ -79,13 +78,12 @@ def _draw(
     return nodes
 
 
-def growth_for(speculation: Speculation, own: Growth) -> Growth:
-    """The growth that a request asks for, or `own`, as its law can serve it.
+def growth_for(speculation: Speculation, growth: Growth) -> Growth:
+    """A request's growth, asked for or its drafter's own, as its law can serve it.
 
     Raises:
-        InvalidRequest: no growth, or one that chooses nodes by what was drawn.
+        InvalidRequest: asked for one that chooses nodes by what was drawn.
     """
-    growth = parse_growth(speculation.growth) if speculation.growth else own
     if speculation.law is Law.REPLAY:
         return growth
     if isinstance(growth, ExpansionVector):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from zlib import crc32
 
@@ -58,12 +58,30 @@ class Evergreen:
         """Committed tokens that are not in the KV."""
         return len(self.tokens) - self.sequence.length
 
+    def mend(self, engine: Engine) -> None:
+        """Drop rows that a draft which broke off has left; without one, changes nothing."""
+        if self.sequence.num_rows != len(self.expansions):
+            engine.truncate(self.sequence, self.sequence.length)
+            self.expansions = []
+
     def next_chunk(self, max_rows: int) -> Segment:
         """The next rows of committed text; its last one is wanted if that is the text's end."""
         start = self.sequence.length
         chunk = self.tokens[start : start + max_rows]
         wanted = [len(chunk) - 1] if len(chunk) == self.num_pending else []
         return Segment.chain(self.sequence, chunk, wanted)
+
+    def ranks(self, tokens: Sequence[int]) -> Iterator[int | None]:
+        """Which proposal each token was, as far as they were computed; None: not among them."""
+        index: int | None = 0 if self.expansions else None
+        for token in tokens:
+            if index is None:
+                return
+            expansion = self.expansions[index]
+            if expansion.draws is not None:
+                return  # draws have no ranks
+            yield expansion.rank(token)
+            index = expansion.computed.get(token)
 
     def commit(self, engine: Engine, tokens: Sequence[int]) -> None:
         """Append committed tokens; what was computed of them, and below them, is kept."""

@@ -10,16 +10,15 @@ Source: prompt lookup (Saxena 2023); matching inside a growing tree is SuffixDec
 
 from __future__ import annotations
 
-import heapq
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from treecast.drafting.base import DraftRequest
-from treecast.draws import DrawGroup, Draws
+from treecast.drafting.lookup import grow
 from treecast.errors import Overloaded
 from treecast.sampling.params import Law
-from treecast.tree import MAX_DEPTH, ROOT, TokenTree
+from treecast.tree import MAX_DEPTH, TokenTree
 
 LONGEST_MATCH = 16
 """Longer suffixes are told apart no further."""
@@ -41,18 +40,18 @@ class TextIndex:
     """A growing text and where its suffix occurred before; a token costs constant time."""
 
     tokens: list[int] = field(default_factory=list)
-    matches: Matches = field(default_factory=dict)
+    end: Matches = field(default_factory=dict)
     _recent: dict[int, deque[int]] = field(default_factory=dict)
 
     def extend(self, tokens: Sequence[int]) -> None:
         """Append to the text."""
         skipped = max(0, len(tokens) - WARM_UP)
         if skipped:
-            self.matches = {}
+            self.end = {}
         for token in tokens[:skipped]:
             self._append(token)
         for token in tokens[skipped:]:
-            self.matches = self.follow(self.matches, (), token)
+            self.end = self.follow(self.end, (), token)
             self._append(token)
 
     def follow(self, matches: Matches, path: Sequence[int], token: int) -> Matches:
@@ -99,36 +98,15 @@ class TextIndex:
         return longest
 
 
-def grow(index: TextIndex, max_nodes: int, max_depth: int = MAX_DEPTH) -> TokenTree:
-    """The tree of highest path confidence that the text's repetitions suggest."""
-    tree = TokenTree()
-    frontier: list[tuple[float, int, int, int, float, Matches]] = []
-    serial = 0
-
-    def propose(parent: int, path: Sequence[int], above: float, matches: Matches) -> None:
-        nonlocal serial
-        for token, belief in index.next_tokens(matches, path).items():
-            serial += 1  # equal beliefs: first come, first served
-            entry = (-above * belief, serial, parent, token, belief, matches)
-            heapq.heappush(frontier, entry)
-
-    propose(ROOT, (), 1.0, index.matches)
-    while frontier and len(tree) < max_nodes:
-        negative, _, parent, token, belief, matches = heapq.heappop(frontier)
-        path = tree.sequence(parent)
-        node = tree.add(token, parent, belief)
-        if tree.depths[node] < max_depth:
-            propose(node, [*path, token], -negative, index.follow(matches, path, token))
-    return tree
-
-
 class NgramDrafter:
     """Grows trees out of each session's own text; needs no model and accepts any vocabulary."""
 
-    name = "ngram"
     vocab_size = 0
 
-    def __init__(self, capacity: int = 256, max_depth: int = MAX_DEPTH) -> None:
+    def __init__(
+        self, capacity: int = 256, max_depth: int = MAX_DEPTH, name: str = "ngram"
+    ) -> None:
+        self.name = name
         self._capacity = capacity
         self._max_depth = max_depth
         self._texts: dict[int, TextIndex] = {}
@@ -142,7 +120,8 @@ class NgramDrafter:
         """
         if len(self._texts) >= self._capacity:
             raise Overloaded(
-                f"ngram drafter has {len(self._texts)} sessions; the limit is {self._capacity}"
+                f"{self.name} drafter has {len(self._texts)} sessions; "
+                f"the limit is {self._capacity}"
             )
         text = TextIndex()
         text.extend(request.tokens)
@@ -155,24 +134,12 @@ class NgramDrafter:
 
     def draft(self, budgets: dict[int, int]) -> dict[int, TokenTree]:
         """Grow one tree per budgeted session; a text that repeats nothing gets an empty one."""
-        trees = {
-            handle: grow(self._texts[handle], max_nodes, self._max_depth)
+        return {
+            handle: grow(self._texts[handle], max_nodes, self._max_depth, self._laws[handle])
             for handle, max_nodes in budgets.items()
         }
-        for handle, tree in trees.items():
-            if self._laws[handle] is Law.MSS:
-                _declare_certain(tree)
-        return trees
 
     def close(self, handle: int) -> None:
         """Forget a session's text."""
         self._texts.pop(handle, None)
         self._laws.pop(handle, None)
-
-
-def _declare_certain(tree: TokenTree) -> None:
-    """Each node as a group of its own, in place: the text alone made the guess, with no chance in
-    it, so it counts as drawn from a distribution that has nothing else.
-    """
-    for token, parent in zip(tree.tokens, tree.parents, strict=True):
-        tree.groups.append(DrawGroup(parent, Draws.certain(token)))

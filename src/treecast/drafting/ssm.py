@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 
 from treecast.drafting.base import DraftRequest
 from treecast.drafting.drawn import DrawnVector, growth_for
 from treecast.drafting.evergreen import Evergreen
-from treecast.drafting.growth import Growth, Selection
+from treecast.drafting.growth import Acceptance, Growth, Selection, parse_growth
 from treecast.engine.base import Engine, Segment
 from treecast.errors import InvalidRequest, Overloaded, PromptTooLong
 from treecast.sampling.transforms import Context
-from treecast.tree import MAX_NODES, TokenTree
+from treecast.tree import MAX_DEPTH, MAX_NODES, TokenTree
 
 PREFILL_ROWS = 256
 """Prompt rows that one draft computes, over all sessions: what a long prompt delays the others."""
@@ -20,26 +21,32 @@ PREFILL_ROWS = 256
 class SSMDrafter:
     """Grows trees with a draft model, batched over sessions."""
 
-    name = "ssm"
-
     def __init__(
         self,
         engine: Engine,
-        growth: Growth,
+        growth: Growth | str,
         capacity: int = 64,
         max_rows: int = MAX_NODES,
         ahead: Growth | None = None,
+        name: str = "ssm",
     ) -> None:
         """Draft with `engine`, which nobody else may call.
 
         Args:
+            growth: policy of sessions that ask for none; as text, `dp` learns from all sessions.
             capacity: sessions open at once.
             max_rows: computed nodes that a session keeps at most.
-            ahead: policy of `run_ahead`, where time is free; by default the same.
+            ahead: policy of `run_ahead`, where time is free; by default the session's own.
+            name: tells it from other draft models.
+
+        Raises:
+            InvalidRequest: the text names no policy.
         """
+        self.name = name
         self._engine = engine
-        self._growth = growth
-        self._ahead = ahead or growth
+        self._acceptance = Acceptance()
+        self._growth = self._policy(growth) if isinstance(growth, str) else growth
+        self._ahead = ahead
         self._capacity = capacity
         self._max_rows = max_rows
         self._sessions: dict[int, Evergreen] = {}
@@ -54,12 +61,13 @@ class SSMDrafter:
         Raises:
             Overloaded: too many sessions, or not enough free pages.
             PromptTooLong: the text does not fit the draft's context.
-            InvalidRequest: a token that the draft does not have, or a growth that the law cannot
-                serve.
+            InvalidRequest: a token that the draft does not have, an unknown growth policy, or one
+                that the law cannot serve.
         """
         if len(self._sessions) >= self._capacity:
             raise Overloaded(
-                f"ssm drafter has {len(self._sessions)} sessions; the limit is {self._capacity}"
+                f"{self.name} drafter has {len(self._sessions)} sessions; "
+                f"the limit is {self._capacity}"
             )
         limit = self._engine.info.context_tokens
         if len(request.tokens) > limit:
@@ -67,9 +75,10 @@ class SSMDrafter:
                 f"text has {len(request.tokens)} tokens; the draft's limit is {limit}"
             )
         self._check_tokens(request.tokens)
+        asked = request.speculation.growth
+        growth = growth_for(request.speculation, self._policy(asked) if asked else self._growth)
         longest = min(limit, request.prompt_len + request.sampling.max_tokens)
         longest = max(longest, len(request.tokens))
-        growth = growth_for(request.speculation, self._growth)
         self._sessions[handle] = Evergreen(
             sequence=self._engine.allocate(longest + self._max_rows),
             tokens=list(request.tokens),
@@ -78,7 +87,7 @@ class SSMDrafter:
             ),
             request=request,
             growth=growth,
-            ahead=growth if isinstance(growth, DrawnVector) else self._ahead,
+            ahead=growth if isinstance(growth, DrawnVector) else self._ahead or growth,
             last_position=longest - 1,
         )
 
@@ -89,7 +98,10 @@ class SSMDrafter:
             InvalidRequest: a token that the draft does not have; nothing is changed.
         """
         self._check_tokens(tokens)
-        self._sessions[handle].commit(self._engine, tokens)
+        session = self._sessions[handle]
+        for rank in session.ranks(tokens):
+            self._acceptance.saw(rank)
+        session.commit(self._engine, tokens)
 
     def draft(self, budgets: dict[int, int]) -> dict[int, TokenTree]:
         """Grow until the policy is content or has used up its passes.
@@ -98,7 +110,7 @@ class SSMDrafter:
         the end of the draft's context gets an empty tree.
         """
         ready = self._compute_roots(budgets)
-        selections = self._grow(_offered, ready)
+        selections = self._grow({handle: self._sessions[handle].growth for handle in ready}, ready)
         spent = {handle for handle in budgets if self._sessions[handle].is_spent}
         empty = {handle: TokenTree() for handle in spent}
         return empty | {handle: selected.tree for handle, selected in selections.items()}
@@ -110,11 +122,11 @@ class SSMDrafter:
             Sessions that have more to compute.
         """
         ready = self._compute_roots(budgets)
-        selections = self._grow(_ahead, ready, most_passes=1)
+        policies = {handle: self._sessions[handle].ahead for handle in ready}
+        selections = self._grow(policies, ready, max_passes=1)
         unfinished = {handle for handle in budgets if self.is_behind(handle)}
         for handle, selection in selections.items():
-            session = self._sessions[handle]
-            if self._frontier(session.ahead, session, selection, budgets[handle]):
+            if self._frontier(policies[handle], self._sessions[handle], selection, budgets[handle]):
                 unfinished.add(handle)
         return unfinished
 
@@ -132,6 +144,9 @@ class SSMDrafter:
         if session is not None:
             self._engine.free(session.sequence)
 
+    def _policy(self, text: str) -> Growth:
+        return parse_growth(text, self._acceptance)
+
     def _check_tokens(self, tokens: Iterable[int]) -> None:
         for token in tokens:
             if not 0 <= token < self.vocab_size:
@@ -141,6 +156,8 @@ class SSMDrafter:
 
     def _compute_roots(self, budgets: dict[int, int]) -> dict[int, int]:
         """Compute committed text where some is left; returns the budgets of rooted sessions."""
+        for handle in budgets:
+            self._sessions[handle].mend(self._engine)
         behind = [handle for handle in budgets if self._sessions[handle].is_behind]
         chunks: dict[int, Segment] = {}
         allowance = PREFILL_ROWS
@@ -159,25 +176,22 @@ class SSMDrafter:
         }
 
     def _grow(
-        self,
-        growth_of: Callable[[Evergreen], Growth],
-        budgets: dict[int, int],
-        most_passes: int = MAX_NODES,
+        self, policies: dict[int, Growth], budgets: dict[int, int], max_passes: int = MAX_DEPTH
     ) -> dict[int, Selection]:
-        """Compute frontiers, pass by pass; returns what is selected at the end."""
+        """Compute frontiers, pass by pass, each session as its policy wants; returns what is
+        selected at the end.
+        """
 
         def select(handle: int) -> Selection:
             session = self._sessions[handle]
-            growth = growth_of(session)
-            return growth.select(session.expansions, budgets[handle], session.max_depth)
+            return policies[handle].select(session.expansions, budgets[handle], session.max_depth)
 
         selections = {handle: select(handle) for handle in budgets}
-        for done in range(most_passes):
+        for num_passes in itertools.count():
             frontiers = {}
             for handle, selection in selections.items():
-                session = self._sessions[handle]
-                growth = growth_of(session)
-                if done >= growth.max_passes:
+                growth, session = policies[handle], self._sessions[handle]
+                if num_passes >= min(growth.max_passes, max_passes):
                     continue
                 if nodes := self._frontier(growth, session, selection, budgets[handle]):
                     frontiers[handle] = nodes
@@ -208,11 +222,3 @@ class SSMDrafter:
         ):
             depths = [selections[handle].tree.depths[node] for node in frontier]
             self._sessions[handle].take_nodes(segment, logits, depths)
-
-
-def _offered(session: Evergreen) -> Growth:
-    return session.growth
-
-
-def _ahead(session: Evergreen) -> Growth:
-    return session.ahead
