@@ -35,10 +35,17 @@ Decode = Callable[[Sequence[int]], str]
 class Admission:
     """Turns what routers ask into requests of the step loop. A `PairHandler` for their streams."""
 
-    def __init__(self, engine: Engine, steps: StepLoop, decode: Decode | None) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        steps: StepLoop,
+        decode: Decode | None,
+        check_law: Callable[[Law], None],
+    ) -> None:
         self._engine = engine
         self._steps = steps
         self._decode = decode
+        self._check_law = check_law
         self._handles = itertools.count(1)
         self._requests: dict[RouterLink, dict[int, Request]] = {}
 
@@ -91,6 +98,7 @@ class Admission:
 
     def _request(self, link: RouterLink, start: Start) -> Request:
         info, sampling = self._engine.info, start.sampling
+        self._check_law(start.law)
         if start.law is not Law.REPLAY:
             raise NotServed(f"law {start.law.name.lower()} is not served; this verifier has replay")
         sampling.check_vocabulary(info.vocab_size)

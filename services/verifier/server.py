@@ -27,6 +27,7 @@ from treecast.wire.server import Server
 from treecast.wire.streams import Streams
 
 from .admission import Admission
+from .choice import make_policy
 from .loading import load_engine, read_tokenizer
 from .metrics import VerifierMetrics
 from .pace import measure_curve
@@ -56,15 +57,13 @@ class Verifier(verifier_pb2_grpc.VerifierServiceServicer):
         self._instance_id = instance_id
         self._draining = False
         self.metrics = VerifierMetrics()
-        self.speculation = Speculation(
-            settings.speculators_per_session,
-            settings.max_nodes,
-            engine.info.vocab_size,
-            self.metrics,
-        )
         curve = thread.submit(measure_curve, engine, settings.max_rows).result()
+        policy = make_policy(settings, self.metrics.registry, curve)
+        self.speculation = Speculation(
+            policy, settings.max_nodes, engine.info.vocab_size, self.metrics
+        )
         self.steps = StepLoop(engine, thread, settings, self.speculation, curve, self.metrics)
-        admission = Admission(engine, self.steps, tokenizer.decoder())
+        admission = Admission(engine, self.steps, tokenizer.decoder(), policy.check_law)
         self._routers = Acceptor(SERVE, self._hello, self._heartbeat, admission)
         self._registry = Registry(redis, Role.SPECULATOR, settings.speculators)
         self._speculators = Streams(SPECULATE, self._hello, self._heartbeat, self.speculation)

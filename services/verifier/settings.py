@@ -24,6 +24,14 @@ class VerifierSettings(ServiceSettings):
 
     speculators: Addresses = Field((), description="addresses of speculators, or dns:///name:port")
     speculators_per_session: int = Field(2, ge=0, le=4, description="how many draft one session")
+    policy: Literal["tree", "spin", "vote"] = Field(
+        "tree",
+        description="tree: verify the union of all drafts; spin: each request's best speculator "
+        "alone drafts it; vote: a weighted majority makes one chain of all drafts",
+    )
+    reassign_steps: int = Field(
+        16, ge=1, description="spin: steps between two decisions about who drafts which request"
+    )
     planner: Literal["goodput", "full"] = Field(
         "goodput",
         description="goodput: wait for trees and verify their nodes while that pays in tokens per "

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import structlog
 
 from treecast.errors import InvalidTree
-from treecast.tree import MAX_DEPTH, ROOT, TokenTree, merge
+from treecast.tree import MAX_DEPTH, ROOT, TokenTree
 from treecast.wire.codec.bounds import MAX_PROPOSERS
 from treecast.wire.frames import (
     Attach,
@@ -29,6 +29,8 @@ from treecast.wire.frames import (
 )
 from treecast.wire.link import Link
 
+from .choice import Offer, TreePolicy
+from .choice.vote import voter_names
 from .metrics import VerifierMetrics
 from .requests import Request
 
@@ -90,9 +92,13 @@ class Speculator:
     refused: set[int] = field(default_factory=set)
 
     @property
+    def willing(self) -> bool:
+        return self.link.alive and not self.link.last_heartbeat.draining
+
+    @property
     def has_room(self) -> bool:
         """Whether another session may be attached, as far as is known here."""
-        return self.link.alive and not self.link.last_heartbeat.draining and self.free_capacity > 0
+        return self.willing and self.free_capacity > 0
 
     @property
     def free_capacity(self) -> int:
@@ -110,6 +116,7 @@ class Attachment:
         answered: whether it was grown for the text as it was then, not re-rooted from an older one.
         asked_at: when the tree was asked for that has not come; None if nothing is owed.
         base_len: committed length that the newest tree hung off when it came.
+        replaces: whom it takes over from once its first tree is there; it is not waited for.
     """
 
     speculator: Speculator
@@ -120,6 +127,7 @@ class Attachment:
     asked_at: float | None = None
     base_len: int = -1
     calibration: Calibration = field(default_factory=Calibration)
+    replaces: Attachment | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,9 +158,9 @@ class Speculation:
     """All speculators, and all requests' attachments to them. A `PairHandler` for their streams."""
 
     def __init__(
-        self, per_session: int, max_nodes: int, vocab_size: int, metrics: VerifierMetrics
+        self, policy: TreePolicy, max_nodes: int, vocab_size: int, metrics: VerifierMetrics
     ) -> None:
-        self._per_session = per_session
+        self.policy = policy
         self._max_nodes = max_nodes
         self._vocab_size = vocab_size
         self._metrics = metrics
@@ -168,7 +176,7 @@ class Speculation:
     # --- requests come and go ---------------------------------------------------------------
 
     def admit(self, request: Request) -> None:
-        """Attach a request to the speculators that have most room, unlike proposers first."""
+        """Attach a request to the speculators that the policy chooses."""
         self._requests[request.handle] = request
         self._attachments[request.handle] = []
         self._attach_free(request)
@@ -181,20 +189,26 @@ class Speculation:
             attachment.speculator.link.send(Detach(request.handle))
         for speculator in self._speculators.values():
             speculator.refused.discard(request.handle)
+        self.policy.released(request)
 
     def _attach_free(self, request: Request) -> None:
         attached = self._attachments[request.handle]
-        while self._budget(request) > 0 and len(attached) < self._per_session:
+        while self._budget(request) > 0 and len(attached) < self.policy.per_session:
             taken = [attachment.speculator for attachment in attached]
             taken += [s for s in self._speculators.values() if request.handle in s.refused]
-            speculator = _best_addition(self._speculators.values(), taken)
-            if speculator is None:
+            free = [s for s in self._speculators.values() if s not in taken and s.has_room]
+            if not free:
                 return
-            free = set(range(self._per_session)) - {a.place for a in attached}
-            attachment = Attachment(speculator, min(free))
-            attached.append(attachment)
-            speculator.sessions.add(request.handle)
-            self._sync(request, attachment)
+            self._attach(request, self.policy.choose(request, free, taken))
+
+    def _attach(self, request: Request, speculator: Speculator) -> Attachment:
+        attached = self._attachments[request.handle]
+        free = set(range(len(attached) + 1)) - {a.place for a in attached}
+        attachment = Attachment(speculator, min(free))
+        attached.append(attachment)
+        speculator.sessions.add(request.handle)
+        self._sync(request, attachment)
+        return attachment
 
     def _sync(self, request: Request, attachment: Attachment) -> None:
         attachment.asked_at = time.monotonic()
@@ -223,10 +237,48 @@ class Speculation:
         for attachment in attachments:
             attachment.offered = attachment.tree
             attachment.answered = attachment.asked_at is None
-        trees = [_calibrated(attachment) for attachment in attachments if attachment.tree.tokens]
-        if not trees or budget <= 0:
+        offers = [_offer(attachment) for attachment in attachments if attachment.tree.tokens]
+        if not offers or budget <= 0:
             return TokenTree()
-        return merge(trees).prune(budget, min(MAX_DEPTH, request.tokens_left - 1))
+        depth = min(MAX_DEPTH, request.tokens_left - 1)
+        return self.policy.combine(request, offers, budget, depth)
+
+    def rearrange(self) -> None:
+        """Once per step: let the policy move requests to other speculators."""
+        wanting = {
+            handle: attachments
+            for handle, attachments in self._attachments.items()
+            if self._budget(self._requests[handle]) > 0
+        }
+        moves = self.policy.rearrange(wanting, tuple(self._speculators.values()))
+        for handle, speculator in moves.items():
+            self._move(self._requests[handle], speculator)
+
+    def _move(self, request: Request, speculator: Speculator) -> None:
+        """Begin a switch: the new speculator reads the text while the old one drafts on.
+
+        To the old one it is a way back: whoever has not taken over by now is let go.
+        """
+        attached = self._attachments[request.handle]
+        if attached and attached[0].speculator is speculator:
+            for late in attached[1:]:
+                late.speculator.link.send(Detach(request.handle))
+                self._drop(late.speculator, request)
+                self.policy.switched("abandoned")
+        elif speculator.has_room:
+            old = attached[0] if attached else None
+            self._attach(request, speculator).replaces = old
+            self.policy.switched("begun")
+
+    def _take_over(self, request: Request, attachment: Attachment) -> None:
+        """A switch's first tree is there: let the old one go."""
+        attached, old = self._attachments[request.handle], attachment.replaces
+        attachment.replaces = None
+        if old in attached:
+            attached.remove(old)
+            old.speculator.sessions.discard(request.handle)
+            old.speculator.link.send(Detach(request.handle))
+            self.policy.switched("done")
 
     def proposers(self, request: Request, bits: int) -> set[str]:
         """Names of those that proposed a node of the request's merged tree."""
@@ -243,20 +295,26 @@ class Speculation:
             owed
             for request in requests
             if request.decoding and request.tokens_left > 1
-            if (owed := Owed.of(self._attachments.get(request.handle, ()))) is not None
+            if (owed := Owed.of(self._drafting(request))) is not None
         ]
 
     def waited_in_vain(self, requests: Iterable[Request], waited_s: float) -> None:
         """Trees that were waited for did not come: their speculators are slower than that."""
         for request in requests:
-            for attachment in self._attachments.get(request.handle, ()):
+            for attachment in self._drafting(request):
                 if attachment.asked_at is not None:
                     attachment.speculator.pace.saw_latency(2 * waited_s)
+
+    def _drafting(self, request: Request) -> list[Attachment]:
+        """The request's attachments without one that reads the text to take over from another."""
+        attached = self._attachments.get(request.handle, [])
+        return [attachment for attachment in attached if attachment.replaces not in attached]
 
     def committed(self, request: Request, tokens: Sequence[int]) -> None:
         """Tokens were committed: learn, re-root, tell the speculators."""
         attachments = self._attachments.get(request.handle, [])
         _learn(attachments, tokens)
+        self.policy.committed(request, attachments, tokens)
         for attachment in attachments:
             attachment.tree = attachment.tree.reroot(tokens) or TokenTree()
             attachment.asked_at = time.monotonic()
@@ -280,6 +338,8 @@ class Speculation:
     def closed(self, link: SpeculatorLink) -> None:
         gone = self._speculators.pop(id(link), None)
         self._metrics.speculators.set(len(self._speculators))
+        if gone is not None:
+            self.policy.gone(gone)
         for handle, attachments in self._attachments.items():
             kept = [a for a in attachments if a.speculator is not gone]
             if len(kept) < len(attachments):
@@ -330,6 +390,7 @@ class Speculation:
             self._metrics.stale_frames.inc()
             return
         attachment.base_len, attachment.tree = frame.base_len, tree
+        self._take_over(request, attachment)
         asked_at = attachment.asked_at
         if behind == 0 and asked_at is not None:
             attachment.speculator.pace.saw_latency(time.monotonic() - asked_at)
@@ -352,17 +413,6 @@ class Speculation:
         speculator.refused.add(request.handle)
         self._attach_free(request)
         self.on_tree()
-
-
-def _best_addition(
-    speculators: Iterable[Speculator], taken: Sequence[Speculator]
-) -> Speculator | None:
-    """Unlike drafters merge best, so a new kind of proposer goes before more room."""
-    kinds = {name for speculator in taken for name in speculator.link.peer.proposers}
-    free = [s for s in speculators if s not in taken and s.has_room]
-    if not free:
-        return None
-    return max(free, key=lambda s: (not kinds.issuperset(s.link.peer.proposers), s.free_capacity))
 
 
 def _learn(attachments: Sequence[Attachment], tokens: Sequence[int]) -> None:
@@ -388,11 +438,13 @@ def _score(attachment: Attachment, tokens: Sequence[int]) -> int:
     return hits
 
 
-def _calibrated(attachment: Attachment) -> TokenTree:
-    tree = attachment.tree
-    return TokenTree.build(
+def _offer(attachment: Attachment) -> Offer:
+    """Its tree with calibrated confidence, its proposers' bits moved to its place."""
+    tree, first_bit = attachment.tree, attachment.place * MAX_PROPOSERS
+    calibrated = TokenTree.build(
         tree.tokens,
         tree.parents,
         [attachment.calibration.apply(confidence) for confidence in tree.confidence],
-        [bits << attachment.place * MAX_PROPOSERS for bits in tree.proposers],
+        [bits << first_bit for bits in tree.proposers],
     )
+    return Offer(voter_names(attachment.speculator.link.peer), first_bit, calibrated)
