@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-_MEMORY = 0.998
-_SPREAD = 0.5
+_MEMORY = 0.9995
+_SPREAD = 0.35
 _OTHERS_ROUNDS = 16.0
 
 
@@ -35,7 +35,7 @@ class RateBandit:
     worth trying, and one not tried for long is again, as its evidence fades. **Exploration is
     bounded**: the bonus for being little known is `best * min(1, spread * sqrt(2 ln(1 + N) /
     (1 + n)))`, n of N rounds being this arm's; it never more than doubles the best rate. With
-    memory 0.998 an arm half as good as the best is tried again every few hundred rounds.
+    rounds forgotten over some 2000, an arm that was found bad is still tried now and then.
 
     A request's bandit has the verifier's as its parent: others' record of an arm counts as 16
     rounds of the request's own at most.
