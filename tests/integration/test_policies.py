@@ -298,4 +298,5 @@ async def test_a_voter_is_forgotten_when_its_stream_ends() -> None:
             assert (await rig.router.run(PROMPT, GREEDY)).tokens == plain(PROMPT, GREEDY)
             assert metric(rig, name, voter=voter) > 0
         await rig.speculators(0)
+        await rig.router.run(PROMPT, GREEDY)
         assert metric(rig, name, voter=voter) == 0

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 _STAY = 1.1
 """A move must promise a tenth more than staying: building KV anew is not free."""
+_PATIENCE = 4
+"""Matchings by which a switch must have brought its first tree."""
 
 
 @dataclass(slots=True)
@@ -27,11 +29,13 @@ class _Ledger:
     Attributes:
         drafter: who drafted when the last tokens were committed.
         committed_at: when that was.
+        overdue: matchings that a switch under way has outlasted.
     """
 
     bandit: RateBandit
     drafter: Speculator | None = None
     committed_at: float = 0.0
+    overdue: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +52,7 @@ class SpinPolicy(TreePolicy):
 
     Every `reassign_steps` steps all requests are matched anew. A move begins only where the new
     speculator has a slot now: both draft while it reads the text, so a swap between two full ones
-    waits. A switch that has brought no tree by the next matching is given up.
+    waits. A switch that has brought no tree after four matchings is given up.
 
     Source: SPIN (arXiv 2503.15921).
     """
@@ -94,7 +98,11 @@ class SpinPolicy(TreePolicy):
         self._steps += 1
         if self._steps % self._reassign_steps or not attached or not speculators:
             return {}
-        moves = {h: now[0].speculator for h, now in attached.items() if len(now) > 1}
+        moves = {
+            handle: now[0].speculator
+            for handle, now in attached.items()
+            if self._is_overdue(handle, switching=len(now) > 1)
+        }
         board = self._board(attached, speculators)
         for handle, place in zip(board.handles, match(board.values, board.capacities), strict=True):
             if place is None:
@@ -108,9 +116,9 @@ class SpinPolicy(TreePolicy):
     def _board(
         self, attached: Mapping[int, Sequence[Attachment]], speculators: Sequence[Speculator]
     ) -> _Board:
-        """Requests whose switch is being given up keep their speculator, and so its slot."""
+        """Whoever is switching is left alone, and holds a slot on both sides."""
         settled = tuple(handle for handle, now in attached.items() if len(now) < 2)
-        held = [now[0].speculator for now in attached.values() if len(now) > 1]
+        held = [each.speculator for now in attached.values() if len(now) > 1 for each in now]
         return _Board(
             settled,
             tuple(
@@ -119,6 +127,11 @@ class SpinPolicy(TreePolicy):
             ),
             tuple(s.link.peer.capacity - held.count(s) for s in speculators),
         )
+
+    def _is_overdue(self, handle: int, switching: bool) -> bool:
+        ledger = self._ledger(handle)
+        ledger.overdue = ledger.overdue + 1 if switching else 0
+        return ledger.overdue >= _PATIENCE
 
     def _value(
         self, handle: int, attachments: Sequence[Attachment], speculator: Speculator

@@ -107,7 +107,11 @@ class VotePolicy(TreePolicy):
         self._polls.pop(request.handle, None)
 
     def gone(self, speculator: Speculator) -> None:
-        for voter in voter_names(speculator.link.peer):
+        """Forget its voters, what they said for the running step too."""
+        voters = voter_names(speculator.link.peer)
+        for poll in self._polls.values():
+            poll.offers = tuple(offer for offer in poll.offers if offer.voters != voters)
+        for voter in voters:
             self._all.forget(voter)
             self._metrics.forget(voter)
 
