@@ -52,7 +52,8 @@ class SpinPolicy(TreePolicy):
 
     Every `reassign_steps` steps all requests are matched anew. A move begins only where the new
     speculator has a slot now: both draft while it reads the text, so a swap between two full ones
-    waits. A switch that has brought no tree after four matchings is given up.
+    waits. A switch that has brought no tree after four matchings is given up. Where slots are short,
+    whoever the matching leaves out keeps the slot that it has.
 
     Source: SPIN (arXiv 2503.15921).
     """
