@@ -195,11 +195,14 @@ class Speculation:
         attached = self._attachments[request.handle]
         while self._budget(request) > 0 and len(attached) < self.policy.per_session:
             taken = [attachment.speculator for attachment in attached]
-            taken += [s for s in self._speculators.values() if request.handle in s.refused]
+            taken += [s for s in self._speculators.values() if not self._may_draft(s, request)]
             free = [s for s in self._speculators.values() if s not in taken and s.has_room]
             if not free:
                 return
             self._attach(request, self.policy.choose(request, free, taken))
+
+    def _may_draft(self, speculator: Speculator, request: Request) -> bool:
+        return request.handle not in speculator.refused
 
     def _attach(self, request: Request, speculator: Speculator) -> Attachment:
         attached = self._attachments[request.handle]
@@ -250,7 +253,11 @@ class Speculation:
             for handle, attachments in self._attachments.items()
             if self._budget(self._requests[handle]) > 0
         }
-        moves = self.policy.rearrange(wanting, tuple(self._speculators.values()))
+        moves = self.policy.rearrange(
+            wanting,
+            tuple(self._speculators.values()),
+            lambda handle, speculator: self._may_draft(speculator, self._requests[handle]),
+        )
         for handle, speculator in moves.items():
             self._move(self._requests[handle], speculator)
 
@@ -265,7 +272,7 @@ class Speculation:
                 late.speculator.link.send(Detach(request.handle))
                 self._drop(late.speculator, request)
                 self.policy.switched("abandoned")
-        elif speculator.has_room:
+        elif speculator.has_room and self._may_draft(speculator, request):
             old = attached[0] if attached else None
             self._attach(request, speculator).replaces = old
             self.policy.switched("begun")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -89,13 +89,17 @@ class TreePolicy:
         """Tokens were committed after a step; `attachments` are the request's, oldest first."""
 
     def rearrange(
-        self, attached: Mapping[int, Sequence[Attachment]], speculators: Sequence[Speculator]
+        self,
+        attached: Mapping[int, Sequence[Attachment]],
+        speculators: Sequence[Speculator],
+        may_draft: Callable[[int, Speculator], bool],
     ) -> Mapping[int, Speculator]:
         """Asked once per step: who should draft otherwise from now on.
 
         Args:
             attached: by handle, for each request that wants trees; a second attachment is a
                 switch under way.
+            may_draft: whether a request, by handle, may go to a speculator, room aside.
         Returns:
             The speculator to go to, by handle. The one that drafts already ends a switch.
         """

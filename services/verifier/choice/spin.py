@@ -52,8 +52,8 @@ class SpinPolicy(TreePolicy):
 
     Every `reassign_steps` steps all requests are matched anew. A move begins only where the new
     speculator has a slot now: both draft while it reads the text, so a swap between two full ones
-    waits. A switch that has brought no tree after four matchings is given up. Where slots are short,
-    whoever the matching leaves out keeps the slot that it has.
+    waits. A switch that has brought no tree after four matchings is given up. Where slots are
+    short, whoever the matching leaves out keeps the slot that it has.
 
     Source: SPIN (arXiv 2503.15921).
     """
@@ -93,7 +93,10 @@ class SpinPolicy(TreePolicy):
         ledger.drafter, ledger.committed_at = drafter, now
 
     def rearrange(
-        self, attached: Mapping[int, Sequence[Attachment]], speculators: Sequence[Speculator]
+        self,
+        attached: Mapping[int, Sequence[Attachment]],
+        speculators: Sequence[Speculator],
+        may_draft: Callable[[int, Speculator], bool],
     ) -> Mapping[int, Speculator]:
         """Match all requests anew when it is time."""
         self._steps += 1
@@ -104,7 +107,7 @@ class SpinPolicy(TreePolicy):
             for handle, now in attached.items()
             if self._is_overdue(handle, switching=len(now) > 1)
         }
-        board = self._board(attached, speculators)
+        board = self._board(attached, speculators, may_draft)
         for handle, place in zip(board.handles, match(board.values, board.capacities), strict=True):
             if place is None:
                 continue
@@ -115,7 +118,10 @@ class SpinPolicy(TreePolicy):
         return moves
 
     def _board(
-        self, attached: Mapping[int, Sequence[Attachment]], speculators: Sequence[Speculator]
+        self,
+        attached: Mapping[int, Sequence[Attachment]],
+        speculators: Sequence[Speculator],
+        may_draft: Callable[[int, Speculator], bool],
     ) -> _Board:
         """Whoever is switching is left alone, and holds a slot on both sides."""
         settled = tuple(handle for handle, now in attached.items() if len(now) < 2)
@@ -123,7 +129,10 @@ class SpinPolicy(TreePolicy):
         return _Board(
             settled,
             tuple(
-                tuple(self._value(handle, attached[handle], s) for s in speculators)
+                tuple(
+                    self._value(handle, attached[handle], s) if may_draft(handle, s) else 0.0
+                    for s in speculators
+                )
                 for handle in settled
             ),
             tuple(s.link.peer.capacity - held.count(s) for s in speculators),
@@ -138,7 +147,7 @@ class SpinPolicy(TreePolicy):
         self, handle: int, attachments: Sequence[Attachment], speculator: Speculator
     ) -> float:
         """Tokens per second that a request may hope for; 0 where it cannot go."""
-        if not speculator.willing or handle in speculator.refused:
+        if not speculator.willing:
             return 0.0
         value = self._ledger(handle).bandit.index(_arm(speculator))
         stays = bool(attachments) and attachments[0].speculator is speculator

@@ -89,7 +89,10 @@ class VotePolicy(TreePolicy):
         poll.offers = ()
 
     def rearrange(
-        self, attached: Mapping[int, Sequence[Attachment]], speculators: Sequence[Speculator]
+        self,
+        attached: Mapping[int, Sequence[Attachment]],
+        speculators: Sequence[Speculator],
+        may_draft: Callable[[int, Speculator], bool],
     ) -> Mapping[int, Speculator]:
         """Adapt the length to the batch as it is now; nobody moves."""
         if attached:
