@@ -87,7 +87,8 @@ class Standing:
     """One contender over all laps.
 
     Attributes:
-        same_as_plain: prompts answered with plain decoding's very tokens, in its last lap.
+        same_as_plain: prompts answered with plain decoding's very tokens, in its last lap; all of
+            them in `exact` numerics, while `fast` may differ at near-ties.
         metrics: what the verifier counted of its choices, by name and labels.
     """
 
