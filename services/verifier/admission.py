@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import structlog
 
 from treecast.engine.base import Engine
-from treecast.errors import InvalidRequest, NotServed, PromptTooLong, TreecastError
+from treecast.errors import InvalidRequest, PromptTooLong, TreecastError
 from treecast.sampling.laws import acceptance
 from treecast.sampling.params import Law
 from treecast.sampling.pick import Picker
@@ -42,12 +42,16 @@ class Admission:
     """Turns what routers ask into requests of the step loop. A `PairHandler` for their streams."""
 
     def __init__(
-        self, engine: Engine, steps: StepLoop, decode: Decode | None, laws: Sequence[Law]
+        self,
+        engine: Engine,
+        steps: StepLoop,
+        decode: Decode | None,
+        check_law: Callable[[Law], None],
     ) -> None:
         self._engine = engine
         self._steps = steps
         self._decode = decode
-        self._laws = laws
+        self._check_law = check_law
         self._handles = itertools.count(1)
         self._requests: dict[RouterLink, dict[int, Request]] = {}
 
@@ -108,10 +112,7 @@ class Admission:
 
     def _request(self, link: RouterLink, start: Start) -> Request:
         info, sampling = self._engine.info, start.sampling
-        law = start.speculation.law
-        if law not in self._laws:
-            names = ", ".join(one.name.lower() for one in self._laws)
-            raise NotServed(f"law {law.name.lower()} is not served; this verifier has {names}")
+        self._check_law(start.speculation.law)
         sampling.check_vocabulary(info.vocab_size)
         prompt = fit_prompt(start, info.context_tokens, info.vocab_size)
         deadline = None
@@ -123,7 +124,7 @@ class Admission:
             link=link,
             tokens=[*prompt, *start.committed],
             prompt_len=len(prompt),
-            law=acceptance(law),
+            law=acceptance(start.speculation.law),
             picker=Picker(sampling, start.noise_key, Context(prompt, start.committed)),
             stops=StopRules(info.eos_token_ids, sampling, self._decode),
             deadline=deadline,

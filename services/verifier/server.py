@@ -15,6 +15,7 @@ import structlog
 from treecast.engine.base import Engine
 from treecast.engine.openmp import load_on_thread
 from treecast.errors import NotServed, Unavailable
+from treecast.sampling.params import Law
 from treecast.text.tokenizer import TokenizerFiles
 from treecast.v1 import verifier_pb2 as pb
 from treecast.v1 import verifier_pb2_grpc
@@ -29,6 +30,7 @@ from treecast.wire.server import Server
 from treecast.wire.streams import Streams
 
 from .admission import Admission
+from .choice import make_policy
 from .loading import load_engine, read_tokenizer
 from .metrics import VerifierMetrics
 from .pace import measure_curve
@@ -57,16 +59,17 @@ class Verifier(verifier_pb2_grpc.VerifierServiceServicer):
         self._instance_id = instance_id
         self._draining = False
         self.metrics = VerifierMetrics()
+        curve = thread.submit(measure_curve, engine, settings.max_rows).result()
+        policy = make_policy(settings, self.metrics.registry, curve)
         self.speculation = Speculation(
-            settings.speculators_per_session,
+            policy,
             settings.max_nodes,
             settings.trusted_speculators,
             engine.info.vocab_size,
             self.metrics,
         )
-        curve = thread.submit(measure_curve, engine, settings.max_rows).result()
         self.steps = StepLoop(engine, thread, settings, self.speculation, curve, self.metrics)
-        admission = Admission(engine, self.steps, tokenizer.decoder(), settings.laws)
+        admission = Admission(engine, self.steps, tokenizer.decoder(), self._check_law)
         self._routers = Acceptor(SERVE, self._hello, self._heartbeat, admission)
         self._registry = Registry(redis, Role.SPECULATOR, settings.speculators)
         self._speculators = Streams(SPECULATE, self._hello, self._heartbeat, self.speculation)
@@ -106,13 +109,24 @@ class Verifier(verifier_pb2_grpc.VerifierServiceServicer):
             role=Role.VERIFIER,
             vocab_size=info.vocab_size,
             tokenizer_hash=info.tokenizer_hash,
-            laws=self._settings.laws,
+            laws=tuple(self._laws),
             capacity=self._settings.max_running,
             model=info.name,
             model_revision=info.revision,
             fingerprint=info.fingerprint,
             context_tokens=info.context_tokens,
         )
+
+    @property
+    def _laws(self) -> list[Law]:
+        return [law for law in self._settings.laws if law in self.speculation.policy.laws]
+
+    def _check_law(self, law: Law) -> None:
+        """Raise NotServed, and why, for a law that is not served."""
+        self.speculation.policy.check_law(law)
+        if law not in self._laws:
+            names = ", ".join(one.name.lower() for one in self._laws)
+            raise NotServed(f"law {law.name.lower()} is not served; this verifier has {names}")
 
     def _heartbeat(self) -> Heartbeat:
         """Raises Unavailable, which ends the stream: a verifier that cannot step must not beat."""

@@ -30,6 +30,14 @@ class VerifierSettings(ServiceSettings):
         description="addresses, as dialled, of speculators whose draws are believed, or all; law "
         "mss is served with these, and not at all without",
     )
+    policy: Literal["tree", "spin", "vote"] = Field(
+        "tree",
+        description="tree: verify the union of all drafts; spin: each request's best speculator "
+        "alone drafts it; vote: a weighted majority makes one chain of all drafts",
+    )
+    reassign_steps: int = Field(
+        16, ge=1, description="spin: steps between two decisions about who drafts which request"
+    )
     planner: Literal["goodput", "full"] = Field(
         "goodput",
         description="goodput: wait for trees and verify their nodes while that pays in tokens per "

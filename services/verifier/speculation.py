@@ -15,7 +15,7 @@ import structlog
 
 from treecast.errors import InvalidTree
 from treecast.sampling.params import Law
-from treecast.tree import MAX_DEPTH, TokenTree, merge
+from treecast.tree import MAX_DEPTH, TokenTree
 from treecast.wire.codec.bounds import MAX_PROPOSERS
 from treecast.wire.frames import (
     Attach,
@@ -32,6 +32,8 @@ from treecast.wire.frames import (
 from treecast.wire.link import Link
 
 from .calibration import Calibration, PodCalibration
+from .choice import Offer, TreePolicy
+from .choice.vote import voter_names
 from .metrics import VerifierMetrics
 from .requests import Request
 
@@ -77,9 +79,13 @@ class Speculator:
     refused: set[int] = field(default_factory=set)
 
     @property
+    def willing(self) -> bool:
+        return self.link.alive and not self.link.last_heartbeat.draining
+
+    @property
     def has_room(self) -> bool:
         """Whether another session may be attached, as far as is known here."""
-        return self.link.alive and not self.link.last_heartbeat.draining and self.free_capacity > 0
+        return self.willing and self.free_capacity > 0
 
     @property
     def free_capacity(self) -> int:
@@ -97,6 +103,7 @@ class Attachment:
         answered: whether it was grown for the text as it was then, not re-rooted from an older one.
         asked_at: when the tree was asked for that has not come; None if nothing is owed.
         base_len: committed length that the newest tree hung off when it came.
+        replaces: whom it takes over from once its first tree is there; it is not waited for.
     """
 
     speculator: Speculator
@@ -107,6 +114,7 @@ class Attachment:
     answered: bool = False
     asked_at: float | None = None
     base_len: int = -1
+    replaces: Attachment | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +146,7 @@ class Speculation:
 
     def __init__(
         self,
-        per_session: int,
+        policy: TreePolicy,
         max_nodes: int,
         trusted: Collection[str],
         vocab_size: int,
@@ -147,11 +155,11 @@ class Speculation:
         """Begin without speculators.
 
         Args:
-            per_session: how many draft one session.
+            policy: who drafts a request, and what of the drafts is verified.
             max_nodes: of one session's tree.
             trusted: addresses whose draws are believed, or "all"; only these serve the law mss.
         """
-        self._per_session = per_session
+        self.policy = policy
         self._max_nodes = max_nodes
         self._trusted = trusted
         self._vocab_size = vocab_size
@@ -170,7 +178,7 @@ class Speculation:
     # --- requests come and go ---------------------------------------------------------------
 
     def admit(self, request: Request) -> None:
-        """Attach a request to the speculators that have most room, unlike proposers first."""
+        """Attach a request to the speculators that the policy chooses."""
         self._requests[request.handle] = request
         self._attachments[request.handle] = []
         self._attach_free(request)
@@ -183,21 +191,27 @@ class Speculation:
             attachment.speculator.link.send(Detach(request.handle))
         for speculator in self._speculators.values():
             speculator.refused.discard(request.handle)
+        self.policy.released(request)
 
     def _attach_free(self, request: Request) -> None:
         attached = self._attachments[request.handle]
-        while self._budget(request) > 0 and len(attached) < self._per_session:
+        while self._budget(request) > 0 and len(attached) < self.policy.per_session:
             taken = [attachment.speculator for attachment in attached]
             taken += [s for s in self._speculators.values() if not self._may_draft(s, request)]
-            speculator = _best_addition(self._speculators.values(), taken)
-            if speculator is None:
+            free = [s for s in self._speculators.values() if s not in taken and s.has_room]
+            if not free:
                 return
-            free = set(range(self._per_session)) - {a.place for a in attached}
-            calibration = Calibration(self._calibration, speculator.link.peer.proposers)
-            attachment = Attachment(speculator, min(free), calibration)
-            attached.append(attachment)
-            speculator.sessions.add(request.handle)
-            self._sync(request, attachment)
+            self._attach(request, self.policy.choose(request, free, taken))
+
+    def _attach(self, request: Request, speculator: Speculator) -> Attachment:
+        attached = self._attachments[request.handle]
+        free = set(range(len(attached) + 1)) - {a.place for a in attached}
+        calibration = Calibration(self._calibration, speculator.link.peer.proposers)
+        attachment = Attachment(speculator, min(free), calibration)
+        attached.append(attachment)
+        speculator.sessions.add(request.handle)
+        self._sync(request, attachment)
+        return attachment
 
     def _may_draft(self, speculator: Speculator, request: Request) -> bool:
         """Under mss the output is only as right as the distributions that speculators report."""
@@ -233,10 +247,52 @@ class Speculation:
         for attachment in attachments:
             attachment.offered = attachment.tree
             attachment.answered = attachment.asked_at is None
-        trees = [_calibrated(attachment) for attachment in attachments if attachment.tree.tokens]
-        if not trees or budget <= 0:
+        offers = [_offer(attachment) for attachment in attachments if attachment.tree.tokens]
+        if not offers or budget <= 0:
             return TokenTree()
-        return merge(trees).limit(budget, min(MAX_DEPTH, request.tokens_left - 1))
+        depth = min(MAX_DEPTH, request.tokens_left - 1)
+        return self.policy.combine(request, offers, budget, depth)
+
+    def rearrange(self) -> None:
+        """Once per step: let the policy move requests to other speculators."""
+        wanting = {
+            handle: attachments
+            for handle, attachments in self._attachments.items()
+            if self._budget(self._requests[handle]) > 0
+        }
+        moves = self.policy.rearrange(
+            wanting,
+            tuple(self._speculators.values()),
+            lambda handle, speculator: self._may_draft(speculator, self._requests[handle]),
+        )
+        for handle, speculator in moves.items():
+            self._move(self._requests[handle], speculator)
+
+    def _move(self, request: Request, speculator: Speculator) -> None:
+        """Begin a switch: the new speculator reads the text while the old one drafts on.
+
+        To the old one it is a way back: whoever has not taken over by now is let go.
+        """
+        attached = self._attachments[request.handle]
+        if attached and attached[0].speculator is speculator:
+            for late in attached[1:]:
+                late.speculator.link.send(Detach(request.handle))
+                self._drop(late.speculator, request)
+                self.policy.switched("abandoned")
+        elif speculator.has_room and self._may_draft(speculator, request):
+            old = attached[0] if attached else None
+            self._attach(request, speculator).replaces = old
+            self.policy.switched("begun")
+
+    def _take_over(self, request: Request, attachment: Attachment) -> None:
+        """A switch's first tree is there: let the old one go."""
+        attached, old = self._attachments[request.handle], attachment.replaces
+        attachment.replaces = None
+        if old in attached:
+            attached.remove(old)
+            old.speculator.sessions.discard(request.handle)
+            old.speculator.link.send(Detach(request.handle))
+            self.policy.switched("done")
 
     def proposers(self, request: Request, bits: int) -> set[str]:
         """Names of those that proposed a node of the request's merged tree."""
@@ -253,20 +309,26 @@ class Speculation:
             owed
             for request in requests
             if request.decoding and request.tokens_left > 1
-            if (owed := Owed.of(self._attachments.get(request.handle, ()))) is not None
+            if (owed := Owed.of(self._drafting(request))) is not None
         ]
 
     def waited_in_vain(self, requests: Iterable[Request], waited_s: float) -> None:
         """Trees that were waited for did not come: their speculators are slower than that."""
         for request in requests:
-            for attachment in self._attachments.get(request.handle, ()):
+            for attachment in self._drafting(request):
                 if attachment.asked_at is not None:
                     attachment.speculator.pace.saw_latency(2 * waited_s)
+
+    def _drafting(self, request: Request) -> list[Attachment]:
+        """The request's attachments without one that reads the text to take over from another."""
+        attached = self._attachments.get(request.handle, [])
+        return [attachment for attachment in attached if attachment.replaces not in attached]
 
     def committed(self, request: Request, tokens: Sequence[int]) -> None:
         """Tokens were committed: learn, re-root, tell the speculators."""
         attachments = self._attachments.get(request.handle, [])
         _learn(attachments, tokens)
+        self.policy.committed(request, attachments, tokens)
         for attachment in attachments:
             attachment.tree = attachment.tree.reroot(tokens) or TokenTree()
             attachment.asked_at = time.monotonic()
@@ -290,6 +352,8 @@ class Speculation:
     def closed(self, link: SpeculatorLink) -> None:
         gone = self._speculators.pop(id(link), None)
         self._metrics.speculators.set(len(self._speculators))
+        if gone is not None:
+            self.policy.gone(gone)
         for handle, attachments in self._attachments.items():
             kept = [a for a in attachments if a.speculator is not gone]
             if len(kept) < len(attachments):
@@ -343,6 +407,7 @@ class Speculation:
             self._metrics.stale_frames.inc()
             return
         attachment.base_len, attachment.tree = frame.base_len, tree
+        self._take_over(request, attachment)
         asked_at = attachment.asked_at
         if behind == 0 and asked_at is not None:
             attachment.speculator.pace.saw_latency(time.monotonic() - asked_at)
@@ -367,17 +432,6 @@ class Speculation:
         self.on_tree()
 
 
-def _best_addition(
-    speculators: Iterable[Speculator], taken: Sequence[Speculator]
-) -> Speculator | None:
-    """Unlike drafters merge best, so a new kind of proposer goes before more room."""
-    kinds = {name for speculator in taken for name in speculator.link.peer.proposers}
-    free = [s for s in speculators if s not in taken and s.has_room]
-    if not free:
-        return None
-    return max(free, key=lambda s: (not kinds.issuperset(s.link.peer.proposers), s.free_capacity))
-
-
 def _learn(attachments: Sequence[Attachment], tokens: Sequence[int]) -> None:
     """Compare what was offered with what the target picked."""
     hits = [each.calibration.learn(each.offered, tokens) for each in attachments]
@@ -387,10 +441,11 @@ def _learn(attachments: Sequence[Attachment], tokens: Sequence[int]) -> None:
             attachment.speculator.pace.saw_gain(hits[index], others)
 
 
-def _calibrated(attachment: Attachment) -> TokenTree:
-    tree, shift = attachment.tree, attachment.place * MAX_PROPOSERS
+def _offer(attachment: Attachment) -> Offer:
+    """Its tree with calibrated confidence, its proposers' bits moved to its place."""
+    tree, first_bit = attachment.tree, attachment.place * MAX_PROPOSERS
     calibrated = tree.copy()
     calibrated.confidence = attachment.calibration.apply(tree)
-    calibrated.proposers = [bits << shift for bits in tree.proposers]
-    calibrated.groups = [replace(g, proposers=g.proposers << shift) for g in tree.groups]
-    return calibrated
+    calibrated.proposers = [bits << first_bit for bits in tree.proposers]
+    calibrated.groups = [replace(g, proposers=g.proposers << first_bit) for g in tree.groups]
+    return Offer(voter_names(attachment.speculator.link.peer), first_bit, calibrated)

@@ -215,6 +215,7 @@ class StepLoop:
         self._forgotten.clear()
         self.sessions.expire()
         self._admit()
+        self._speculation.rearrange()
         trees = [self._speculation.tree(request) for request in self._running]
         step_s = _every_row_is_free if self._settings.planner == "full" else self.curve
         batch = plan(self._running, trees, step_s, self._settings.max_rows)
