@@ -446,7 +446,7 @@ def self_play(chat_target: Path, tmp_path: Path) -> SelfPlaySettings:
         batch_size=3,
         max_user_tokens=4,
         max_answer_tokens=6,
-        dtype=torch.float32,
+        dtype="float32",
     )
 
 
@@ -466,7 +466,7 @@ def test_answers_are_the_target_s_greedy_text_when_self_played(
     for record in read_corpus(self_play.out).records:
         assert record.prompt_ids[:2] == (1, 3)
         assert record.prompt_ids[-3:] == (2, 1, 4)
-        assert 1 <= len(record.prompt_ids) - 5 <= 4
+        assert 0 <= len(record.prompt_ids) - 5 <= 4
         logits = target(torch.tensor([record.token_ids])).logits[0]
         start = len(record.prompt_ids) - 1
         greedy = tuple(logits[start:-1].argmax(dim=-1).tolist())
