@@ -120,9 +120,7 @@ def _prepare(settings: SelfPlaySettings) -> int:
     return num_whole
 
 
-def _play(
-    model: Any, frame: ChatFrame, settings: SelfPlaySettings, num_done: int
-) -> list[Record]:
+def _play(model: Any, frame: ChatFrame, settings: SelfPlaySettings, num_done: int) -> list[Record]:
     """The batch that follows `num_done` records."""
     # The seed follows the place in the file, so a resumed run draws what it would have drawn.
     draws = torch.Generator().manual_seed(settings.seed * 1_000_003 + num_done)
