@@ -27,13 +27,18 @@ from treecast.model_folder import (
 __all__ = [
     "DEFAULT_DRAFT",
     "DEFAULT_TARGET",
+    "HEAD_TOKENS",
+    "SCALE_SUFFIX",
+    "TrainedWeights",
     "assemble_draft",
     "check_model_dir",
     "copy_tokenizer",
     "default_cache_dir",
     "ensure_default_draft",
+    "ensure_default_drafts",
     "ensure_default_target",
     "model_revision",
+    "read_trained",
     "shipped_draft_weights",
     "tokenizer_hash",
 ]
@@ -90,38 +95,53 @@ def ensure_default_target(
 
 
 def ensure_default_draft(cache_dir: Path | None = None, progress: ProgressFn | None = None) -> Path:
-    """Join the shipped draft weights with the default target's embedding, once.
+    """The first of the shipped drafts; see `ensure_default_drafts`."""
+    return _ensure_draft(shipped_draft_weights()[0], cache_dir or default_cache_dir(), progress)
 
-    The folder's name carries a hash of the shipped weights, so new weights make a new folder.
+
+def ensure_default_drafts(
+    cache_dir: Path | None = None, progress: ProgressFn | None = None
+) -> tuple[Path, ...]:
+    """Join each shipped draft's weights with the default target's embedding, once.
+
+    A folder's name carries a hash of the shipped weights, so new weights make a new folder.
     Safe to retry and to run in several processes at once; no network is needed.
 
     Returns:
-        The draft's model folder.
+        The drafts' model folders, in the order in which they were tuned: the first is the best
+        alone, each further one covers what those before it miss.
     """
-    report = progress or _silent
     root = cache_dir or default_cache_dir()
-    weights = shipped_draft_weights()
-    folder = root / f"{DEFAULT_DRAFT}-{hashlib.sha256(weights.read_bytes()).hexdigest()[:8]}"
+    return tuple(_ensure_draft(weights, root, progress) for weights in shipped_draft_weights())
+
+
+def shipped_draft_weights() -> tuple[Path, ...]:
+    """The trained draft weights inside the package, in the order of their names.
+
+    Raises:
+        ModelError: the installation lacks them.
+    """
+    folder = Path(__file__).parent / "shipped"
+    found = sorted(folder.glob(f"{DEFAULT_DRAFT}*.safetensors"), key=lambda file: file.stem)
+    if not found:
+        raise ModelError(
+            f"the shipped draft weights {folder / DEFAULT_DRAFT}.safetensors are missing; "
+            "reinstall treecast"
+        )
+    return tuple(found)
+
+
+def _ensure_draft(weights: Path, root: Path, progress: ProgressFn | None) -> Path:
+    report = progress or _silent
+    folder = root / f"{weights.stem}-{hashlib.sha256(weights.read_bytes()).hexdigest()[:8]}"
     if folder.is_dir():
         return folder
     target = ensure_default_target(root, progress)
     with appearing_whole(folder) as partial:
         report(f"joining {weights.name} with the target's embedding")
         assemble_draft(weights, target, partial)
-    report(f"{DEFAULT_DRAFT} is ready in {folder}")
+    report(f"{weights.stem} is ready in {folder}")
     return folder
-
-
-def shipped_draft_weights() -> Path:
-    """The trained draft weights inside the package.
-
-    Raises:
-        ModelError: the installation lacks them.
-    """
-    path = Path(__file__).parent / "shipped" / f"{DEFAULT_DRAFT}.safetensors"
-    if not path.is_file():
-        raise ModelError(f"the shipped draft weights {path} are missing; reinstall treecast")
-    return path
 
 
 @dataclass(frozen=True)

@@ -31,8 +31,6 @@ from treecast.tuning.heldout import (
     completion_tokens,
     heldout_guesses,
     success,
-    union_sizes,
-    union_success,
 )
 from treecast.tuning.labels import Labels, Teacher
 from treecast.tuning.selfplay import SelfPlaySettings, chat_frame, generate_corpus

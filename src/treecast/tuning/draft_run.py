@@ -123,13 +123,15 @@ class DraftRun:
     def covered(self) -> dict[int, Tensor]:
         """By training record: which positions are dropped, or predicted by this draft."""
         covered: dict[int, Tensor] = {}
-        head = self.cut_head.weight
+        head, token_ids = self.draft.get_output_embeddings().weight, self.head_token_ids
+        if token_ids is not None:
+            head = self.cut_head.weight
         indices = self.material.split.train
         for start in range(0, len(indices), self.settings.batch_size):
             chosen = indices[start : start + self.settings.batch_size]
             batch = make_batch(self.material.records, chosen, self.material.first)
             rows = guesses_of(self.draft, batch, head, 1).squeeze(1)
-            hits = self.cut_head.token_ids[rows] == batch.next_ids
+            hits = (rows if token_ids is None else token_ids[rows]) == batch.next_ids
             owner = batch.places // batch.input_ids.shape[1]
             for row, index in enumerate(chosen):
                 hit = hits[owner == row]
