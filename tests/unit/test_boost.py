@@ -17,7 +17,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from treecast.checkpoints import HEAD_TOKENS, read_trained
 from treecast.engine.base import Segment
 from treecast.engine.hf import HFEngine
+from treecast.engine.loading import LoadOptions, load_model
 from treecast.errors import ModelError
+from treecast.tuning.batch_decode import decode_batch, greedy, nucleus
 from treecast.tuning.batches import make_batch
 from treecast.tuning.boost import tune
 from treecast.tuning.corpus import Record, TopTokens, read_corpus, write_corpus
@@ -370,3 +372,46 @@ def test_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
     assert [path.name for path in file.parent.iterdir()] == ["file"]
     write_whole(file, b"new")
     assert file.read_bytes() == b"new"
+
+
+# --- batched decoding --------------------------------------------------------------------------
+
+
+def test_batch_decodes_what_each_text_does_alone(tmp_path: Path) -> None:
+    tiny_target().save_pretrained(tmp_path / "target")
+    model = load_model(tmp_path / "target", LoadOptions("float32", "fast", "cpu", None))
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "target", dtype=torch.float32)
+    prompts = [(1, 5), (1, 9, 4, 30, 7), (1, 8, 3)]
+    expected = [_greedy_alone(plain, prompt, 8) for prompt in prompts]
+    stop = expected[1][3]  # at the latest the second text ends early, and leaves the batch
+    ends = [tokens[: tokens.index(stop) + 1] if stop in tokens else tokens for tokens in expected]
+    decoded = decode_batch(model, prompts, greedy, 8, frozenset([stop]), top_k=3, first=1)
+    assert [list(tokens) for tokens in decoded.tokens] == ends
+    assert {len(tokens) for tokens in ends} != {8}
+    for prompt, tokens, top in zip(prompts, ends, decoded.top, strict=True):
+        assert top is not None
+        logits = plain(torch.tensor([[*prompt, *tokens]])).logits[0, :-1]
+        best = logits.softmax(dim=-1).topk(3, dim=-1)
+        assert top.ids.tolist() == best.indices.tolist()
+        torch.testing.assert_close(
+            torch.from_numpy(top.probs).float(), best.values, rtol=0.0, atol=2e-3
+        )
+
+
+def _greedy_alone(model: Any, prompt: tuple[int, ...], num_tokens: int) -> list[int]:
+    ids = list(prompt)
+    for _ in range(num_tokens):
+        ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+def test_nucleus_draws_only_from_the_tokens_that_hold_the_mass() -> None:
+    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().repeat(4000, 1)
+    draws = nucleus(1.0, 0.75, torch.Generator().manual_seed(1))(logits)
+    counts = torch.bincount(draws, minlength=4) / len(draws)
+    # .5 + .3 reach .75; renormalised .625 and .375; four standard errors are .031.
+    assert counts[2:].tolist() == [0.0, 0.0]
+    assert float(counts[0]) == pytest.approx(0.625, abs=0.031)
+    # At half the temperature, weights are squared: .25, .09, ..; .25 / .3450 < .75 < .34 / .345.
+    cold = nucleus(0.5, 0.75, torch.Generator().manual_seed(1))(logits)
+    assert float((cold == 0).float().mean()) == pytest.approx(0.25 / 0.34, abs=0.031)

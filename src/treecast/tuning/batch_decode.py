@@ -56,10 +56,12 @@ class DenseKV:
             )
             return out.transpose(1, 2)
         # One row of scaled_dot_product_attention took five times as long as two products.
-        grouped = query.unflatten(1, (keys.shape[1], -1)).squeeze(3)
+        num_texts, heads, _, dim = query.shape
+        grouped = query.reshape(num_texts, keys.shape[1], heads // keys.shape[1], dim)
         scores = (grouped @ keys.transpose(2, 3)) * scaling
         probs = scores.masked_fill_(~mask, -torch.inf).softmax(dim=-1)
-        return (probs @ values).flatten(1, 2).unsqueeze(1)
+        joined: Tensor = (probs @ values).reshape(num_texts, 1, heads, -1)
+        return joined
 
     def keep(self, texts: Tensor) -> None:
         """Drop all but these texts."""
@@ -102,48 +104,79 @@ def decode_batch(
         top_k: how many of the target's likeliest tokens to note for each token; 0 notes none.
         first: the first prompt token to note for.
     """
-    width = max(map(len, prompts))
-    valid = torch.zeros(len(prompts), width, dtype=torch.bool)
-    input_ids = torch.zeros(len(prompts), width, dtype=torch.long)
-    for row, prompt in enumerate(prompts):
-        input_ids[row, width - len(prompt) :] = torch.tensor(prompt)
-        valid[row, width - len(prompt) :] = True
-    cache = DenseKV(valid, width + max_new_tokens)
-    positions = (valid.cumsum(dim=1) - 1).clamp_min(0)
-    hidden = model.base_model(
-        input_ids=input_ids, position_ids=positions, use_cache=False, tree=cache
-    )[0]
-    cache.length = width
-    head = model.get_output_embeddings()
-    noted = [
-        [_note(head, hidden[row, width - len(prompt) + first - 1 : -1], top_k)]
-        for row, prompt in enumerate(prompts)
-    ]
-    tokens: list[list[int]] = [[] for _ in prompts]
-    alive = torch.arange(len(prompts))
-    position, last = positions[:, -1:], hidden[:, -1]
+    batch = _Batch(model, prompts, max_new_tokens, top_k, first)
     for step in range(max_new_tokens):
-        logits = head(last)
-        chosen = choose(logits)
-        top = top_probs(logits, top_k) if top_k else None
-        for row, text in enumerate(alive.tolist()):
-            tokens[text].append(int(chosen[row]))
-            if top is not None:
-                noted[text].append((top[0][row : row + 1], top[1][row : row + 1]))
+        chosen = batch.take(choose)
         going = torch.tensor([int(token) not in stops for token in chosen])
         if not going.any() or step == max_new_tokens - 1:
             break
+        batch.advance(chosen, going)
+    return batch.decoded()
+
+
+class _Batch:
+    """Texts being decoded; those that have stopped leave the computation."""
+
+    def __init__(
+        self,
+        model: Any,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        top_k: int,
+        first: int,
+    ) -> None:
+        """Compute the prompts, padded on the left to one width."""
+        self._model, self._top_k = model, top_k
+        self._head = model.get_output_embeddings()
+        self._tokens: list[list[int]] = [[] for _ in prompts]
+        self._alive = torch.arange(len(prompts))
+        width = max(map(len, prompts))
+        input_ids = torch.zeros(len(prompts), width, dtype=torch.long)
+        valid = torch.zeros_like(input_ids, dtype=torch.bool)
+        for row, prompt in enumerate(prompts):
+            input_ids[row, width - len(prompt) :] = torch.tensor(prompt)
+            valid[row, width - len(prompt) :] = True
+        self._cache = DenseKV(valid, width + max_new_tokens)
+        positions = (valid.cumsum(dim=1) - 1).clamp_min(0)
+        hidden = self._compute(input_ids, positions)
+        self._position, self._last = positions[:, -1:], hidden[:, -1]
+        self._noted = [
+            [_note(self._head, hidden[row, width - len(prompt) + first - 1 : -1], top_k)]
+            for row, prompt in enumerate(prompts)
+        ]
+
+    def take(self, choose: Choose) -> Tensor:
+        """Choose and note the next token of each text that goes on; [num_alive] token ids."""
+        logits = self._head(self._last)
+        chosen = choose(logits)
+        for text, token in zip(self._alive.tolist(), chosen.tolist(), strict=True):
+            self._tokens[text].append(token)
+        if self._top_k:
+            ids, probs = top_probs(logits, self._top_k)
+            for row, text in enumerate(self._alive.tolist()):
+                self._noted[text].append((ids[row : row + 1], probs[row : row + 1]))
+        return chosen
+
+    def advance(self, chosen: Tensor, going: Tensor) -> None:
+        """Compute the chosen tokens of the texts that go on."""
         if not going.all():
-            alive, chosen, position = alive[going], chosen[going], position[going]
-            cache.keep(going.nonzero().flatten())
-        position = position + 1
-        last = model.base_model(
-            input_ids=chosen.unsqueeze(1), position_ids=position, use_cache=False, tree=cache
-        )[0][:, -1]
-        cache.length += 1
-    return Decoded(
-        tuple(map(tuple, tokens)), tuple(_joined(rows) if top_k else None for rows in noted)
-    )
+            self._alive, chosen = self._alive[going], chosen[going]
+            self._position = self._position[going]
+            self._cache.keep(going.nonzero().flatten())
+        self._position = self._position + 1
+        self._last = self._compute(chosen.unsqueeze(1), self._position)[:, -1]
+
+    def decoded(self) -> Decoded:
+        noted = (_joined(rows) if self._top_k else None for rows in self._noted)
+        return Decoded(tuple(map(tuple, self._tokens)), tuple(noted))
+
+    def _compute(self, input_ids: Tensor, positions: Tensor) -> Tensor:
+        """[num_alive, width, hidden_size]"""
+        hidden: Tensor = self._model.base_model(
+            input_ids=input_ids, position_ids=positions, use_cache=False, tree=self._cache
+        )[0]
+        self._cache.length += input_ids.shape[1]
+        return hidden
 
 
 def greedy(logits: Tensor) -> Tensor:
@@ -179,7 +212,7 @@ def _note(head: Any, rows: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     if not top_k or not len(rows):
         empty = torch.empty(0, top_k)
         return empty.to(torch.int32), empty.half()
-    parts = [top_probs(head(chunk), top_k) for chunk in rows.split(_CHUNK_ROWS)]
+    parts = [top_probs(head(chunk), top_k) for chunk in torch.split(rows, _CHUNK_ROWS)]
     return torch.cat([ids for ids, _ in parts]), torch.cat([probs for _, probs in parts])
 
 

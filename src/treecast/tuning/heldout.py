@@ -22,7 +22,10 @@ def guesses_of(draft: Any, batch: Batch, head: Tensor, num_guesses: int = NUM_GU
     hidden = draft.base_model(input_ids=batch.input_ids, use_cache=False)[0]
     rows = hidden.flatten(0, 1)[batch.places].to(head.dtype)
     return torch.cat(
-        [(chunk @ head.T).topk(num_guesses, dim=-1).indices for chunk in rows.split(_CHUNK_ROWS)]
+        [
+            (chunk @ head.T).topk(num_guesses, dim=-1).indices
+            for chunk in torch.split(rows, _CHUNK_ROWS)
+        ]
     )
 
 

@@ -104,5 +104,5 @@ def hard_labels(batch: Batch) -> Labels:
 
 def _top_probs(rows: Tensor, head: Tensor, top_k: int) -> Known:
     """[num_rows, top_k] token ids and probabilities, a chunk of rows at a time."""
-    parts = [top_probs(chunk @ head.T, top_k) for chunk in rows.split(_CHUNK_ROWS)]
+    parts = [top_probs(chunk @ head.T, top_k) for chunk in torch.split(rows, _CHUNK_ROWS)]
     return torch.cat([ids for ids, _ in parts]), torch.cat([probs for _, probs in parts])
