@@ -151,6 +151,56 @@ def test_corpus_raises_when_missing_or_without_a_record(tmp_path: Path) -> None:
     )
 
 
+def test_corpus_says_why_when_the_disk_is_full(tmp_path: Path) -> None:
+    path = tmp_path / "corpus.jsonl"
+    path.symlink_to("/dev/full")
+    with pytest.raises(CorpusError) as caught:
+        append_records(path, [ONE])
+    assert caught.value.message == (
+        f"cannot write corpus {path}: No space left on device; its complete records stay, "
+        "and the same command goes on from them"
+    )
+
+
+@pytest.mark.parametrize(
+    ("entry", "complaint"),
+    [
+        ('"temperature": -1', "temperature is -1; it must be a number of 0 or more"),
+        ('"top": {"top_k": 1, "ids": "AA", "probs": ""}', "top is not what tuning writes: "),
+        (
+            '"top": {"top_k": 1, "ids": "AQAAAA==", "probs": ""}',
+            "top has 1 and 0 rows for 2 tokens",
+        ),
+    ],
+)
+def test_corpus_names_the_line_when_what_was_noted_is_malformed(
+    tmp_path: Path, entry: str, complaint: str
+) -> None:
+    path = tmp_path / "corpus.jsonl"
+    write_corpus(path, [ONE])
+    with path.open("a") as stream:
+        stream.write(f'{{"prompt_ids": [1], "completion_ids": [2], {entry}}}\n')
+    corpus = read_corpus(path)
+    assert corpus.records == (ONE,)
+    assert corpus.problems[0].startswith(f"corpus {path}: line 2 dropped: {complaint}")
+
+
+def test_temperatures_take_turns_and_are_written_down(self_play: SelfPlaySettings) -> None:
+    played = replace(self_play, answer_temperatures=(0.0, 1.5), top_k=2)
+    generate_corpus(played)
+    records = read_corpus(played.out).records
+    assert [record.temperature for record in records] == [0.0] * 3 + [1.5] * 3 + [0.0]
+    for record in records:
+        assert record.top is not None
+        # The user's text, the template behind it and the answer: all but the opening.
+        assert record.top.ids.shape == (len(record.token_ids) - 2, 2)
+    greedy = [r for r in records if r.temperature == 0.0]
+    for record in greedy:
+        assert record.top is not None
+        rows = record.top.ids[-len(record.completion_ids) :, 0]
+        assert rows.tolist() == list(record.completion_ids)
+
+
 def test_corpus_raises_when_gz_is_not_gzip(tmp_path: Path) -> None:
     path = tmp_path / "corpus.jsonl.gz"
     path.write_text('{"prompt_ids": [1], "completion_ids": [1]}\n')

@@ -84,10 +84,20 @@ def write_corpus(path: Path, records: Iterable[Record]) -> None:
 
 
 def append_records(path: Path, records: Iterable[Record]) -> None:
-    """Add records at the end; to a gzip file, as one more member."""
-    with _open(path, "ab") as stream:
-        for record in records:
-            stream.write(json.dumps(_entry(record)).encode() + b"\n")
+    """Add records at the end; to a gzip file, as one more member.
+
+    Raises:
+        CorpusError: the file cannot be written, as where the disk is full.
+    """
+    try:
+        with _open(path, "ab") as stream:
+            for record in records:
+                stream.write(json.dumps(_entry(record)).encode() + b"\n")
+    except OSError as error:
+        raise CorpusError(
+            f"cannot write corpus {path}: {error.strerror}; its complete records stay, "
+            "and the same command goes on from them"
+        ) from error
 
 
 def check_vocabulary(records: Sequence[Record], vocab_size: int) -> None:
