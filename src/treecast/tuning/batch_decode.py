@@ -2,7 +2,7 @@
 
 The target is one of the engine's models (our attention, packed linears), but its keys and values
 lie in one dense block per layer. All texts have like lengths here, so pages would save little.
-On one core a batch of 64 took 133 ms a step, its prompts and notes included; transformers' own cache
+On one core a batch of 64 took 133 ms a step, its prompts and notes included; transformers' cache
 and attention took 260 for the step alone, three quarters of it in attention and copying.
 """
 
