@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +27,29 @@ from treecast.model_folder import (
 __all__ = [
     "DEFAULT_DRAFT",
     "DEFAULT_TARGET",
+    "HEAD_TOKENS",
+    "SCALE_SUFFIX",
+    "TrainedWeights",
     "assemble_draft",
     "check_model_dir",
     "copy_tokenizer",
     "default_cache_dir",
     "ensure_default_draft",
+    "ensure_default_drafts",
     "ensure_default_target",
     "model_revision",
+    "read_trained",
     "shipped_draft_weights",
     "tokenizer_hash",
 ]
 
 DEFAULT_TARGET = "smollm2-135m-instruct"
 DEFAULT_DRAFT = "smollm2-135m-draft"
+
+HEAD_TOKENS = "head_token_ids"
+"""Entry of a draft's weights and of its config.json: the tokens that its head is cut to."""
+SCALE_SUFFIX = ".scale"
+"""Of the scales, one a row, that stand beside a matrix stored in 8 bits."""
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -84,38 +95,106 @@ def ensure_default_target(
 
 
 def ensure_default_draft(cache_dir: Path | None = None, progress: ProgressFn | None = None) -> Path:
-    """Join the shipped draft weights with the default target's embedding, once.
+    """The first of the shipped drafts; see `ensure_default_drafts`."""
+    return _ensure_draft(shipped_draft_weights()[0], cache_dir or default_cache_dir(), progress)
 
-    The folder's name carries a hash of the shipped weights, so new weights make a new folder.
+
+def ensure_default_drafts(
+    cache_dir: Path | None = None, progress: ProgressFn | None = None
+) -> tuple[Path, ...]:
+    """Join each shipped draft's weights with the default target's embedding, once.
+
+    A folder's name carries a hash of the shipped weights, so new weights make a new folder.
     Safe to retry and to run in several processes at once; no network is needed.
 
     Returns:
-        The draft's model folder.
+        The drafts' model folders, in the order in which they were tuned: the first is the best
+        alone, each further one covers what those before it miss.
     """
-    report = progress or _silent
     root = cache_dir or default_cache_dir()
-    weights = shipped_draft_weights()
-    folder = root / f"{DEFAULT_DRAFT}-{hashlib.sha256(weights.read_bytes()).hexdigest()[:8]}"
+    return tuple(_ensure_draft(weights, root, progress) for weights in shipped_draft_weights())
+
+
+def shipped_draft_weights() -> tuple[Path, ...]:
+    """The trained draft weights inside the package, in the order of their names.
+
+    Raises:
+        ModelError: the installation lacks them.
+    """
+    folder = Path(__file__).parent / "shipped"
+    found = sorted(folder.glob(f"{DEFAULT_DRAFT}*.safetensors"), key=lambda file: file.stem)
+    if not found:
+        raise ModelError(
+            f"the shipped draft weights {folder / DEFAULT_DRAFT}.safetensors are missing; "
+            "reinstall treecast"
+        )
+    return tuple(found)
+
+
+def _ensure_draft(weights: Path, root: Path, progress: ProgressFn | None) -> Path:
+    report = progress or _silent
+    folder = root / f"{weights.stem}-{hashlib.sha256(weights.read_bytes()).hexdigest()[:8]}"
     if folder.is_dir():
         return folder
     target = ensure_default_target(root, progress)
     with appearing_whole(folder) as partial:
         report(f"joining {weights.name} with the target's embedding")
         assemble_draft(weights, target, partial)
-    report(f"{DEFAULT_DRAFT} is ready in {folder}")
+    report(f"{weights.stem} is ready in {folder}")
     return folder
 
 
-def shipped_draft_weights() -> Path:
-    """The trained draft weights inside the package.
+@dataclass(frozen=True)
+class TrainedWeights:
+    """What a tuning run writes: the tensors that training changed, and what they fit."""
+
+    file: Path
+    tensors: dict[str, Any]  # bfloat16 tensors by name
+    layers: tuple[int, ...]  # of the target
+    metadata: dict[str, str]
+    head_token_ids: tuple[int, ...] | None  # what the draft can propose; None is all
+
+    def check_fits(self, vocab_size: int, hidden_size: int, target: str) -> None:
+        """Raise ModelError, naming both sides, where the weights belong to another target."""
+        for what, bound in (("vocab_size", vocab_size), ("hidden_size", hidden_size)):
+            # Weights of the first release do not tell their vocabulary.
+            own = int(self.metadata.get(what, bound))
+            if own != bound:
+                noun = what.replace("vocab_size", "vocabulary size").replace("_", " ")
+                raise ModelError(
+                    f"draft weights {self.file} have {noun} {own}; {target} has {bound}"
+                )
+
+
+def read_trained(file: Path) -> TrainedWeights:
+    """Read what a tuning run wrote; 8-bit matrices become bfloat16 again.
 
     Raises:
-        ModelError: the installation lacks them.
+        ModelError: the file is missing or cut, or no draft weights.
     """
-    path = Path(__file__).parent / "shipped" / f"{DEFAULT_DRAFT}.safetensors"
-    if not path.is_file():
-        raise ModelError(f"the shipped draft weights {path} are missing; reinstall treecast")
-    return path
+    import torch
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as opened:
+            metadata = opened.metadata() or {}
+            stored = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"draft weights {file} cannot be read: {error}") from error
+    if "num_layers" not in metadata:
+        raise ModelError(f"draft weights {file} do not say their num_layers")
+    head = stored.pop(HEAD_TOKENS, None)
+    tensors = {
+        name: (tensor.float() * stored[name + SCALE_SUFFIX]).to(torch.bfloat16)
+        if name + SCALE_SUFFIX in stored
+        else tensor
+        for name, tensor in stored.items()
+        if not name.endswith(SCALE_SUFFIX)
+    }
+    layers = tuple(json.loads(metadata.get("layers", "[]")))
+    return TrainedWeights(
+        file, tensors, layers, metadata, None if head is None else tuple(head.tolist())
+    )
 
 
 def assemble_draft(weights: Path, target: Path, out: Path) -> None:
@@ -131,23 +210,18 @@ def assemble_draft(weights: Path, target: Path, out: Path) -> None:
     Raises:
         ModelError: the two do not belong together.
     """
-    from safetensors import safe_open
     from safetensors.torch import save_file
 
-    with safe_open(weights, framework="pt") as trained:
-        metadata = trained.metadata() or {}
-        tensors = {name: trained.get_tensor(name) for name in trained.keys()}  # noqa: SIM118
-    if "num_layers" not in metadata:
-        raise ModelError(f"draft weights {weights} do not say their num_layers")
+    trained = read_trained(weights)
     config = read_config(target)
-    if (hidden := int(metadata.get("hidden_size", -1))) != config.get("hidden_size"):
-        raise ModelError(
-            f"draft weights {weights} have hidden size {hidden}; "
-            f"the target {target} has {config.get('hidden_size')}"
-        )
+    trained.check_fits(config["vocab_size"], config["hidden_size"], f"the target {target}")
+    tensors = dict(trained.tensors)
     for name, tensor in _outside_layers(target):
         tensors.setdefault(name, tensor)
-    (out / "config.json").write_text(json.dumps(_draft_config(config, metadata), indent=2))
+    draft_config = _draft_config(config, trained.metadata)
+    if trained.head_token_ids is not None:
+        draft_config[HEAD_TOKENS] = list(trained.head_token_ids)
+    (out / "config.json").write_text(json.dumps(draft_config, indent=2))
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     copy_tokenizer(target, out)
 

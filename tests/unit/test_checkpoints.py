@@ -20,8 +20,10 @@ from treecast.checkpoints import (
     check_model_dir,
     default_cache_dir,
     ensure_default_draft,
+    ensure_default_drafts,
     ensure_default_target,
     model_revision,
+    read_trained,
     shipped_draft_weights,
     tokenizer_hash,
 )
@@ -30,10 +32,10 @@ from treecast.model_folder import appearing_whole
 from treecast.tuning.draft import cut_draft, save_trained
 
 
-def tiny_llama(hidden_size: int = 16, num_layers: int = 4) -> Any:
+def tiny_llama(hidden_size: int = 16, num_layers: int = 4, vocab_size: int = 32) -> Any:
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=32,
+        vocab_size=vocab_size,
         hidden_size=hidden_size,
         intermediate_size=24,
         num_hidden_layers=num_layers,
@@ -262,6 +264,7 @@ def test_trained_file_holds_no_embedding(folder: Path, tmp_path: Path) -> None:
             "num_layers": "1",
             "layers": "[1]",
             "hidden_size": "16",
+            "vocab_size": "32",
             "note": "x",
         }
     assert "model.norm.weight" in names
@@ -275,6 +278,41 @@ def test_assemble_refuses_when_hidden_sizes_differ(folder: Path, tmp_path: Path)
     assert caught.value.message == (
         f"draft weights {tmp_path / 'other'} have hidden size 24; the target {folder} has 16"
     )
+
+
+def test_assemble_refuses_when_vocabularies_differ(folder: Path, tmp_path: Path) -> None:
+    other = tiny_llama(hidden_size=16, num_layers=1, vocab_size=40)
+    save_trained(other, (0,), tmp_path / "other", {})
+    with pytest.raises(ModelError) as caught:
+        assemble_draft(tmp_path / "other", folder, tmp_path)
+    assert caught.value.message == (
+        f"draft weights {tmp_path / 'other'} have vocabulary size 40; the target {folder} has 32"
+    )
+
+
+def test_trained_weights_are_refused_when_the_file_is_cut(folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "trained.safetensors"
+    save_trained(cut_draft(AutoModelForCausalLM.from_pretrained(folder), (1,)), (1,), file, {})
+    file.write_bytes(file.read_bytes()[:-10])
+    with pytest.raises(ModelError, match=r"draft weights .*trained.safetensors cannot be read"):
+        assemble_draft(file, folder, tmp_path)
+
+
+def test_matrices_come_back_within_half_a_step_when_stored_in_8_bits(
+    folder: Path, tmp_path: Path
+) -> None:
+    draft = cut_draft(AutoModelForCausalLM.from_pretrained(folder), (0, 3)).to(torch.bfloat16)
+    small, large = tmp_path / "int8", tmp_path / "bfloat16"
+    save_trained(draft, (0, 3), small, {}, storage="int8")
+    save_trained(draft, (0, 3), large, {})
+    restored, whole = read_trained(small).tensors, read_trained(large).tensors
+    assert restored.keys() == whole.keys()
+    for name, tensor in whole.items():
+        step = tensor.float().abs().amax(dim=-1, keepdim=True) / 127
+        # Half a step of 8 bits, and the rounding of the result to bfloat16.
+        bound = step / 2 + tensor.float().abs() / 256 + 1e-9
+        assert bool(((restored[name].float() - tensor.float()).abs() <= bound).all()), name
+    assert torch.equal(restored["model.norm.weight"], whole["model.norm.weight"])
 
 
 def test_cache_dir_follows_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -291,12 +329,12 @@ def test_import_reaches_no_torch() -> None:
 
 
 def test_shipped_weights_are_small_and_say_what_they_are() -> None:
-    weights = shipped_draft_weights()
-    assert weights.stat().st_size <= 16_000_000
-    with safe_open(weights, framework="pt") as file:
-        metadata = file.metadata()
-    assert metadata["layers"] == "[0, 29]"
-    assert json.loads(metadata["heldout_success"])[0] > 0.35
+    files = shipped_draft_weights()
+    assert files[0].name == f"{DEFAULT_DRAFT}.safetensors"
+    assert sum(file.stat().st_size for file in files) <= 24_000_000
+    first = read_trained(files[0])
+    assert first.layers == (0, 29)
+    assert json.loads(first.metadata["heldout_success"])[0] > 0.35
 
 
 @pytest.mark.model
@@ -307,6 +345,7 @@ def test_default_models_are_made_once_and_fit_each_other(tmp_path: Path) -> None
     assert messages[-1] == f"{DEFAULT_DRAFT} is ready in {draft_path}"
     num_messages = len(messages)
     assert ensure_default_draft(tmp_path, messages.append) == draft_path
+    assert ensure_default_drafts(tmp_path, messages.append)[0] == draft_path
     assert len(messages) == num_messages
     made = {path.name for path in tmp_path.iterdir()}
     assert made - {"gguf"} == {draft_path.name, target_path.name}  # "gguf" only if it was fetched

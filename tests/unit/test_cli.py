@@ -277,18 +277,35 @@ def test_torch_is_not_imported_when_a_command_does_not_need_it():
 
 def test_tune_maps_its_options_when_they_are_given(tmp_path, monkeypatch):
     from treecast.cli import tune
-    from treecast.tuning.settings import TuneReport
+    from treecast.tuning.settings import DraftReport, TuneReport
 
     asked = []
 
     def train(settings, threads, progress):
         asked.append((settings, threads))
-        return TuneReport(settings.out, (0, 2), 5, 1, 1.0, 2.5, (0.5, 0.75), 10, 1, ())
+        draft = DraftReport("d", tmp_path, (0, 2), 8, 9, 5, 1, 1.0, 2.5, 1.0, (0.5, 0.75))
+        return TuneReport(tmp_path, (draft,), (0.5, 0.75), (1.0, 2.0), None, (), 10, 1, 99, ())
 
     monkeypatch.setattr(tune, "train", train)
     result = run(
         *("tune", str(tmp_path), "--model", "m", "--corpus", "c.jsonl", "--minutes", "0.5"),
-        *("--layers", "0,2", "--max-steps", "5", "--batch-size", "2", "--threads", "1", "--json"),
+        *(
+            "--layers",
+            "0,2",
+            "--drafts",
+            "2",
+            "--head-rows",
+            "8",
+            "--loss",
+            "tokens",
+            "--max-steps",
+            "5",
+            "--batch-size",
+            "2",
+            "--threads",
+            "1",
+            "--json",
+        ),
     )
     ((settings, threads),) = asked
     assert (settings.target, settings.corpus, settings.out) == (
@@ -296,7 +313,9 @@ def test_tune_maps_its_options_when_they_are_given(tmp_path, monkeypatch):
         Path("c.jsonl"),
         tmp_path,
     )
-    assert (settings.minutes, settings.layers, settings.max_steps) == (0.5, (0, 2), 5)
+    assert (settings.minutes, settings.layers, settings.max_steps) == (0.5, ((0, 2),), 5)
+    assert (settings.drafts, settings.head_rows, settings.teacher_share) == (2, 8, 0.0)
     assert (settings.batch_size, threads) == (2, 1)
     (report,) = lines(result)
-    assert (report["event"], report["heldout_success"]) == ("result", [0.5, 0.75])
+    assert report["event"] == "result"
+    assert report["drafts"][0]["heldout_success"] == report["union_success"] == [0.5, 0.75]

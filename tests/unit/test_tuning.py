@@ -24,10 +24,14 @@ from treecast.errors import CorpusError, ModelError
 from treecast.tuning.batches import epoch_batches, make_batch, shared_prefix, split_records
 from treecast.tuning.boost import tune
 from treecast.tuning.corpus import Record, append_records, read_corpus, write_corpus
-from treecast.tuning.cut_head import CutHead
+from treecast.tuning.cut_head import CutHead, frequent_tokens, used_tokens
 from treecast.tuning.draft import cut_draft, default_layers
 from treecast.tuning.head_loss import frozen_head_loss
-from treecast.tuning.heldout import top_success
+from treecast.tuning.heldout import (
+    completion_tokens,
+    heldout_guesses,
+    success,
+)
 from treecast.tuning.labels import Labels, Teacher
 from treecast.tuning.selfplay import SelfPlaySettings, chat_frame, generate_corpus
 from treecast.tuning.settings import TuneProgress, TuneReport, TuneSettings
@@ -147,6 +151,56 @@ def test_corpus_raises_when_missing_or_without_a_record(tmp_path: Path) -> None:
     )
 
 
+def test_corpus_says_why_when_the_disk_is_full(tmp_path: Path) -> None:
+    path = tmp_path / "corpus.jsonl"
+    path.symlink_to("/dev/full")
+    with pytest.raises(CorpusError) as caught:
+        append_records(path, [ONE])
+    assert caught.value.message == (
+        f"cannot write corpus {path}: No space left on device; its complete records stay, "
+        "and the same command goes on from them"
+    )
+
+
+@pytest.mark.parametrize(
+    ("entry", "complaint"),
+    [
+        ('"temperature": -1', "temperature is -1; it must be a number of 0 or more"),
+        ('"top": {"top_k": 1, "ids": "AA", "probs": ""}', "top is not what tuning writes: "),
+        (
+            '"top": {"top_k": 1, "ids": "AQAAAA==", "probs": ""}',
+            "top has 1 and 0 rows for 2 tokens",
+        ),
+    ],
+)
+def test_corpus_names_the_line_when_what_was_noted_is_malformed(
+    tmp_path: Path, entry: str, complaint: str
+) -> None:
+    path = tmp_path / "corpus.jsonl"
+    write_corpus(path, [ONE])
+    with path.open("a") as stream:
+        stream.write(f'{{"prompt_ids": [1], "completion_ids": [2], {entry}}}\n')
+    corpus = read_corpus(path)
+    assert corpus.records == (ONE,)
+    assert corpus.problems[0].startswith(f"corpus {path}: line 2 dropped: {complaint}")
+
+
+def test_temperatures_take_turns_and_are_written_down(self_play: SelfPlaySettings) -> None:
+    played = replace(self_play, answer_temperatures=(0.0, 1.5), top_k=2)
+    generate_corpus(played)
+    records = read_corpus(played.out).records
+    assert [record.temperature for record in records] == [0.0] * 3 + [1.5] * 3 + [0.0]
+    for record in records:
+        assert record.top is not None
+        # The user's text, the template behind it and the answer: all but the opening.
+        assert record.top.ids.shape == (len(record.token_ids) - 2, 2)
+    greedy = [r for r in records if r.temperature == 0.0]
+    for record in greedy:
+        assert record.top is not None
+        rows = record.top.ids[-len(record.completion_ids) :, 0]
+        assert rows.tolist() == list(record.completion_ids)
+
+
 def test_corpus_raises_when_gz_is_not_gzip(tmp_path: Path) -> None:
     path = tmp_path / "corpus.jsonl.gz"
     path.write_text('{"prompt_ids": [1], "completion_ids": [1]}\n')
@@ -163,10 +217,24 @@ def test_shared_prefix_counts_the_first_tokens_in_common() -> None:
 
 
 def test_split_is_disjoint_and_whole_and_holds_out_at_least_one() -> None:
-    split = split_records(40, 0.05, seed=3)
+    records = [Record((1, i), (5,)) for i in range(40)]
+    split = split_records(records, 0.05, limit=200, seed=3)
     assert len(split.heldout) == 2
     assert sorted(split.train + split.heldout) == list(range(40))
-    assert len(split_records(4, 0.05, seed=3).heldout) == 1
+    assert len(split_records(records[:4], 0.05, limit=200, seed=3).heldout) == 1
+    assert len(split_records(records, 0.5, limit=7, seed=3).heldout) == 7
+
+
+def test_split_keeps_a_prompt_on_one_side_and_measures_on_greedy_answers_alone() -> None:
+    records = [Record((1, i), (5,), float(n)) for i in range(8) for n in range(3)]
+    split = split_records(records, 0.5, limit=200, seed=3)
+    assert len(split.train) == 4 * 3
+    assert len(split.heldout) == 4
+    assert {records[i].temperature for i in split.heldout} == {0.0}
+    trained = {records[i].prompt_ids for i in split.train}
+    assert not trained & {records[i].prompt_ids for i in split.heldout}
+    with pytest.raises(CorpusError, match=r"none of the 12 records held out was answered greedily"):
+        split_records([Record((1, i), (5,), 1.0) for i in range(24)], 0.5, limit=200, seed=3)
 
 
 def test_batch_predicts_completions_alone_when_no_first_place_is_given() -> None:
@@ -215,12 +283,31 @@ def test_head_loss_and_gradient_equal_plain_cross_entropy() -> None:
 
 def test_cut_head_renumbers_labels_and_shares_out_lost_weight() -> None:
     head = torch.arange(10.0).unsqueeze(1)
-    cut = CutHead(head, [Record((1, 4), (9,))])
+    cut = CutHead(head, used_tokens([Record((1, 4), (9,))], 10))
     assert cut.weight.flatten().tolist() == [1.0, 4.0, 9.0]
     labels = Labels(torch.tensor([[4, 9, 7]]), torch.tensor([[0.25, 0.25, 0.5]]))
     renumbered = cut.renumber(labels)
-    assert renumbered.ids.tolist() == [[1, 2, 0]]
-    assert renumbered.weights.tolist() == [[0.5, 0.5, 0.0]]
+    assert renumbered.labels.ids.tolist() == [[1, 2, 0]]
+    assert renumbered.labels.weights.tolist() == [[0.5, 0.5, 0.0]]
+    assert renumbered.kept.tolist() == [True]
+
+
+def test_cut_head_leaves_out_positions_that_keep_no_weight() -> None:
+    cut = CutHead(torch.arange(10.0).unsqueeze(1), torch.tensor([1, 4]))
+    labels = Labels(torch.tensor([[7, 8], [4, 8]]), torch.tensor([[0.5, 0.5], [0.25, 0.75]]))
+    renumbered = cut.renumber(labels)
+    assert renumbered.kept.tolist() == [False, True]
+    assert renumbered.labels.ids.tolist() == [[1, 0]]
+    assert renumbered.labels.weights.tolist() == [[1.0, 0.0]]
+
+
+def test_frequent_tokens_are_the_most_counted_and_the_lowest_where_equal() -> None:
+    records = [Record((9, 9, 9, 8, 8), (7, 7, 3, 5))]
+    assert frequent_tokens(records, 10, 5).tolist() == [3, 5, 7, 8, 9]
+    assert frequent_tokens(records, 10, 6).tolist() == [0, 3, 5, 7, 8, 9]
+    with pytest.raises(ModelError) as caught:
+        frequent_tokens(records, 10, 11)
+    assert caught.value.message == "a head of 11 tokens is out of range; allowed: 5..10"
 
 
 def test_teacher_labels_are_the_target_s_own_probabilities() -> None:
@@ -254,7 +341,9 @@ def test_top_success_equals_a_count_one_token_at_a_time() -> None:
     # A near-tie may fall the other way in a batch of another shape: one token of 42 at most.
     expected = tuple(count / num_targets for count in hits)
     assert num_targets == 42
-    assert top_success(draft, records, (0, 1, 2)) == pytest.approx(expected, abs=1.01 / 42)
+    guesses = heldout_guesses(draft, records, (0, 1, 2))
+    truth = completion_tokens(records, (0, 1, 2))
+    assert success(guesses, truth) == pytest.approx(expected, abs=1.01 / 42)
     assert expected[4] > 0.0
 
 
@@ -325,26 +414,30 @@ def run(settings: TuneSettings) -> tuple[TuneReport, list[TuneProgress]]:
 
 
 def draft_weights(report: TuneReport) -> dict[str, torch.Tensor]:
-    return dict(AutoModelForCausalLM.from_pretrained(report.out).state_dict())
+    return dict(AutoModelForCausalLM.from_pretrained(report.drafts[0].out).state_dict())
 
 
 def test_loss_falls_and_heldout_success_rises_when_tuned(settings: TuneSettings) -> None:
     report, seen = run(settings)
     assert seen[0].loss > 3.0
-    assert report.loss < 0.7 * seen[0].loss
-    assert report.heldout_success[0] > 0.8
-    assert list(report.heldout_success) == sorted(report.heldout_success)
-    assert (report.num_steps, report.num_records, report.num_heldout) == (40, 60, 3)
-    assert report.layers == (0, 3)
+    assert report.drafts[0].loss < 0.7 * seen[0].loss
+    (draft,) = report.drafts
+    assert draft.heldout_success[0] > 0.8
+    assert list(draft.heldout_success) == sorted(draft.heldout_success)
+    assert report.union_success == draft.heldout_success
+    assert (draft.num_steps, report.num_records, report.num_heldout) == (40, 60, 3)
+    assert draft.layers == (0, 3)
 
 
 def test_out_is_a_model_folder_when_a_run_is_finished(settings: TuneSettings) -> None:
     report, _ = run(replace(settings, max_steps=3))
-    draft = AutoModelForCausalLM.from_pretrained(report.out)
+    draft = AutoModelForCausalLM.from_pretrained(report.drafts[0].out)
     target = AutoModelForCausalLM.from_pretrained(settings.target)
     assert draft.config.num_hidden_layers == 2
     assert torch.equal(draft.get_input_embeddings().weight, target.get_input_embeddings().weight)
-    assert [path.name for path in (report.out / "training").iterdir()] == ["trained.safetensors"]
+    assert [path.name for path in (report.drafts[0].out / "training").iterdir()] == [
+        "trained.safetensors"
+    ]
 
 
 class Interrupted(Exception):
@@ -370,8 +463,8 @@ def test_resumed_run_ends_where_an_uninterrupted_one_does(
     resumed, seen = run(settings)
 
     assert seen[0].num_steps == 6
-    assert resumed.num_steps == whole.num_steps == 12
-    assert resumed.loss == whole.loss
+    assert resumed.drafts[0].num_steps == whole.drafts[0].num_steps == 12
+    assert resumed.drafts[0].loss == whole.drafts[0].loss
     expected = draft_weights(whole)
     assert all(torch.equal(w, expected[name]) for name, w in draft_weights(resumed).items())
 
@@ -408,12 +501,12 @@ def test_run_refuses_a_corpus_when_it_has_one_record(settings: TuneSettings) -> 
     write_corpus(settings.corpus, [ONE])
     with pytest.raises(CorpusError) as caught:
         tune(settings)
-    assert caught.value.message == "the corpus has 1 complete record; tuning needs at least 2"
+    assert caught.value.message == "the corpus has 1 complete record; tuning needs 2"
 
 
 def test_run_ends_when_its_minutes_are_over(settings: TuneSettings) -> None:
     report, _ = run(replace(settings, minutes=1e-9, max_steps=None))
-    assert report.num_steps == 0
+    assert report.drafts[0].num_steps == 0
 
 
 # --- self-play --------------------------------------------------------------------------------
@@ -446,7 +539,7 @@ def self_play(chat_target: Path, tmp_path: Path) -> SelfPlaySettings:
         batch_size=3,
         max_user_tokens=4,
         max_answer_tokens=6,
-        dtype=torch.float32,
+        dtype="float32",
     )
 
 
@@ -466,7 +559,7 @@ def test_answers_are_the_target_s_greedy_text_when_self_played(
     for record in read_corpus(self_play.out).records:
         assert record.prompt_ids[:2] == (1, 3)
         assert record.prompt_ids[-3:] == (2, 1, 4)
-        assert 1 <= len(record.prompt_ids) - 5 <= 4
+        assert 0 <= len(record.prompt_ids) - 5 <= 4
         logits = target(torch.tensor([record.token_ids])).logits[0]
         start = len(record.prompt_ids) - 1
         greedy = tuple(logits[start:-1].argmax(dim=-1).tolist())

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,9 +16,23 @@ from . import options
 from .output import stderr, stdout, write_json
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
+    from rich.progress import Progress, TaskID
 
     from treecast.tuning.settings import TuneProgress, TuneReport, TuneSettings
+
+
+class Loss(StrEnum):
+    """What a draft learns."""
+
+    DISTILL = "distill"
+    TOKENS = "tokens"
+
+
+class Storage(StrEnum):
+    """How trained weights are stored."""
+
+    BFLOAT16 = "bfloat16"
+    INT8 = "int8"
 
 
 def register(app: typer.Typer) -> None:
@@ -34,13 +50,41 @@ def tune(
         int | None,
         typer.Option(min=1, help="Let the model write the corpus until it has this many records."),
     ] = None,
-    minutes: Annotated[float, typer.Option(min=0.01, help="Minutes of training.")] = 25.0,
+    user_temperatures: Annotated[
+        str, typer.Option(metavar="1,0.8", help="Of the user turns it writes, batch by batch.")
+    ] = "1",
+    answer_temperatures: Annotated[
+        str, typer.Option(metavar="0,1", help="Of its answers, batch by batch; 0 is greedy.")
+    ] = "0",
+    drafts: Annotated[
+        int,
+        typer.Option(min=1, help="Train so many, each on what those before it miss."),
+    ] = 1,
+    minutes: Annotated[float, typer.Option(min=0.01, help="Minutes of training per draft.")] = 25.0,
     max_steps: Annotated[int | None, typer.Option(min=1, help="Stop earlier.")] = None,
     layers: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
-            metavar="0,29", help="The target's layers to start from. Default: first, last."
+            metavar="0,29",
+            help="The target's layers to start from; once for all drafts, or once for each. "
+            "Default: first, last.",
         ),
+    ] = None,
+    head_rows: Annotated[
+        int, typer.Option(min=0, help="Cut the head to the most frequent tokens; 0 keeps all.")
+    ] = 0,
+    start: Annotated[
+        Path | None, typer.Option(help="Trained weights to go on from (trained.safetensors).")
+    ] = None,
+    loss: Annotated[
+        Loss, typer.Option(help="Learn the model's probabilities, or its tokens alone.")
+    ] = Loss.DISTILL,
+    storage: Annotated[Storage, typer.Option(help="How weights are stored.")] = Storage.BFLOAT16,
+    compare_single: Annotated[
+        bool, typer.Option("--compare-single", help="Also train one draft of the same total size.")
+    ] = False,
+    report: Annotated[
+        Path | None, typer.Option(help="Folder for report.md and report.json. Default: OUT.")
     ] = None,
     learning_rate: Annotated[
         float, typer.Option(help="Peak of AdamW's, with linear decay.")
@@ -50,10 +94,11 @@ def tune(
     threads: options.Threads = 2,
     as_json: options.Json = False,
 ) -> None:
-    """Train a draft for a model, on text that the model itself writes.
+    """Train drafts for a model, on text that the model itself writes.
 
     No data set is needed: with --records, the model first samples user turns and answers them.
-    Interrupt it as you like; the same command goes on from the last checkpoint.
+    Interrupt it as you like; the same command goes on from the last checkpoint. One draft becomes
+    the folder OUT; several, OUT/draft-1, OUT/draft-2 and so on.
 
     For example:
 
@@ -61,10 +106,13 @@ def tune(
 
         treecast tune ./draft --corpus selfplay.jsonl.gz --minutes 12
 
+        treecast tune ./pair --corpus selfplay.jsonl.gz --drafts 2 --layers 0,29 --layers 29
+
         treecast up --draft ./draft
 
     With --json, progress comes as lines {"event": "progress", ...}, the last line is
-    {"event": "result", ...} with the held-out success of the draft's first 1..5 guesses.
+    {"event": "result", ...}: each draft's held-out success with its first 1..5 guesses, and the
+    union's.
     """
     from treecast.tuning.settings import TuneSettings
 
@@ -74,13 +122,34 @@ def tune(
         out=out,
         minutes=minutes,
         max_steps=max_steps,
-        layers=_parse_layers(layers),
+        drafts=drafts,
+        layers=tuple(map(_parse_layers, layers or ())),
+        head_rows=head_rows,
+        start=start,
+        compare_single=compare_single,
+        teacher_share=TuneSettings.teacher_share if loss is Loss.DISTILL else 0.0,
+        storage=storage.value,
+        report=report,
         learning_rate=learning_rate,
         batch_size=batch_size,
         seed=seed,
     )
+    corpus_plan = CorpusPlan(
+        records,
+        _parse_temperatures("--user-temperatures", user_temperatures, lowest=0.01),
+        _parse_temperatures("--answer-temperatures", answer_temperatures, lowest=0.0),
+    )
     run = _run_json if as_json else _run_with_progress
-    run(settings, records, threads)
+    run(settings, corpus_plan, threads)
+
+
+@dataclass(frozen=True)
+class CorpusPlan:
+    """How many records the target is to write (None: none), and how freely."""
+
+    records: int | None
+    user_temperatures: tuple[float, ...]
+    answer_temperatures: tuple[float, ...]
 
 
 def _target_folder(model: str) -> Path:
@@ -89,46 +158,59 @@ def _target_folder(model: str) -> Path:
     return ensure_default_target(progress=stderr().print) if model == "default" else Path(model)
 
 
-def _parse_layers(text: str | None) -> tuple[int, ...]:
+def _parse_layers(text: str) -> tuple[int, ...]:
     try:
-        return tuple(int(part) for part in text.split(",")) if text else ()
+        return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise InvalidRequest(f"--layers is {text!r}; it must be like 0,29") from None
 
 
-def _run_json(settings: TuneSettings, records: int | None, threads: int) -> None:
+def _parse_temperatures(option: str, text: str, lowest: float) -> tuple[float, ...]:
+    try:
+        values = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise InvalidRequest(f"{option} is {text!r}; it must be like 1,0.8") from None
+    for value in values:
+        if not lowest <= value <= 10.0:
+            raise InvalidRequest(f"{option} has {value}; allowed: {lowest} to 10")
+    return values
+
+
+def _run_json(settings: TuneSettings, corpus: CorpusPlan, threads: int) -> None:
     write_corpus(
-        settings, records, threads, lambda done, of: write_json({"event": "corpus", "done": done})
+        settings, corpus, threads, lambda done, of: write_json({"event": "corpus", "done": done})
     )
     report = train(settings, threads, lambda now: write_json({"event": "progress", **_fields(now)}))
     write_json({"event": "result", **_fields(report)})
 
 
-def _run_with_progress(settings: TuneSettings, records: int | None, threads: int) -> None:
+def _run_with_progress(settings: TuneSettings, corpus: CorpusPlan, threads: int) -> None:
     with _progress() as progress:
-        writing = progress.add_task("writing corpus", total=records, visible=records is not None)
-        write_corpus(
-            settings, records, threads, lambda done, of: progress.update(writing, completed=done)
-        )
-        training = progress.add_task("training", total=settings.minutes * 60)
-        report = train(
-            settings,
-            threads,
-            lambda now: progress.update(
-                training, completed=now.elapsed_s, description=_describe(now)
-            ),
-        )
+        if corpus.records is not None:
+            writing = progress.add_task("writing corpus", total=corpus.records)
+            write_corpus(
+                settings, corpus, threads, lambda done, of: progress.update(writing, completed=done)
+            )
+        bars: dict[str, TaskID] = {}
+
+        def show(now: TuneProgress) -> None:
+            if now.draft not in bars:
+                share = settings.drafts if now.draft == "single" else 1
+                bars[now.draft] = progress.add_task(now.draft, total=settings.minutes * 60 * share)
+            progress.update(bars[now.draft], completed=now.elapsed_s, description=_describe(now))
+
+        report = train(settings, threads, show)
     _print_report(report)
 
 
 def write_corpus(
     settings: TuneSettings,
-    records: int | None,
+    plan: CorpusPlan,
     threads: int,
     progress: Callable[[int, int], None],
 ) -> None:
-    """Let the target write until the corpus has `records`; nothing to do for None."""
-    if records is None:
+    """Let the target write until the corpus has `plan.records`; nothing to do for None."""
+    if plan.records is None:
         return
     import torch
 
@@ -137,7 +219,16 @@ def write_corpus(
     torch.set_num_threads(threads)
     settings.out.mkdir(parents=True, exist_ok=True)
     generate_corpus(
-        SelfPlaySettings(settings.target, settings.corpus, records, seed=settings.seed), progress
+        SelfPlaySettings(
+            settings.target,
+            settings.corpus,
+            plan.records,
+            user_temperatures=plan.user_temperatures,
+            answer_temperatures=plan.answer_temperatures,
+            top_k=settings.teacher_top_k if settings.teacher_share else 0,
+            seed=settings.seed,
+        ),
+        progress,
     )
 
 
@@ -167,26 +258,38 @@ def _progress() -> Progress:
 
 
 def _describe(now: TuneProgress) -> str:
-    text = f"training, step {now.num_steps}, loss {now.loss:.3f}"
+    text = f"{now.draft}, step {now.num_steps}, loss {now.loss:.3f}"
     if now.heldout_success:
         text += f", held-out top-1 {now.heldout_success[0]:.3f}"
     return text
 
 
 def _fields(record: TuneProgress | TuneReport) -> dict[str, object]:
+    import json
     from dataclasses import asdict
 
-    return {
-        name: str(value) if isinstance(value, Path) else value
-        for name, value in asdict(record).items()
-    }
+    fields: dict[str, object] = json.loads(json.dumps(asdict(record), default=str))
+    return fields
 
 
 def _print_report(report: TuneReport) -> None:
     console = stdout()
     for problem in report.corpus_problems[:5]:
         stderr().print(f"warning: {problem}", style="yellow")
-    success = " ".join(f"{value:.3f}" for value in report.heldout_success)
-    console.print(f"held-out success of the first 1..5 guesses: {success}")
-    console.print(f"{report.num_steps} steps on {report.num_records} records: {report.out}")
-    console.print(f"serve it with: treecast up --draft {report.out}", soft_wrap=True)
+    for draft in report.drafts:
+        console.print(f"{draft.name}: {_shares(draft.heldout_success)}, {draft.num_steps} steps")
+    if len(report.drafts) > 1:
+        console.print(f"union: {_shares(report.union_success)}")
+    if report.single:
+        console.print(f"one draft of the same size: {_shares(report.single.heldout_success)}")
+    console.print(
+        f"(held-out success of the first 1..5 guesses; {report.num_records} records)\n"
+        f"report: {report.report}",
+        soft_wrap=True,
+    )
+    folder = report.drafts[0].out
+    console.print(f"serve it with: treecast up --draft {folder}", soft_wrap=True)
+
+
+def _shares(values: tuple[float, ...]) -> str:
+    return " ".join(f"{value:.3f}" for value in values)

@@ -15,6 +15,7 @@ from torch import nn
 from treecast import checkpoints
 from treecast.engine import bridge
 from treecast.engine.base import ModelInfo
+from treecast.engine.cut_head import cut_head
 from treecast.errors import ModelError
 
 DType = Literal["bfloat16", "float32"]
@@ -81,6 +82,7 @@ def load_model(path: Path, options: LoadOptions) -> nn.Module:
     except (OSError, ValueError) as error:
         raise ModelError(f"model folder {path} cannot be loaded: {error}") from error
     _refuse_unsupported(model.config.get_text_config())
+    cut_head(model)
     loaded: nn.Module = model.eval().to(options.device)
     return loaded
 

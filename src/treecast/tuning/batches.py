@@ -1,7 +1,7 @@
 """Records cut into training batches: which positions are predicted, and in what order."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,12 +15,16 @@ _WINDOW_BATCHES = 16
 
 @dataclass(frozen=True)
 class Batch:
-    """Records padded on the right to one width, and the positions to predict from."""
+    """Records padded on the right to one width, and the positions to predict from.
+
+    `kept` tells, for every position that could be predicted, whether it is among `places`.
+    """
 
     indices: tuple[int, ...]  # of the records
     input_ids: Tensor  # [num_records, width]
     places: Tensor  # [num_targets] into the flattened input_ids, record by record
     next_ids: Tensor  # [num_targets] the token that follows each place
+    kept: Tensor  # [num_targets + num_dropped] bool
 
 
 @dataclass(frozen=True)
@@ -31,18 +35,28 @@ class Split:
     heldout: tuple[int, ...]
 
 
-def split_records(num_records: int, heldout_fraction: float, seed: int) -> Split:
-    """Hold out a random share, at least one record; the same seed gives the same share.
+def split_records(records: Sequence[Record], fraction: float, limit: int, seed: int) -> Split:
+    """Hold out a random share of the prompts, at least one; the same seed gives the same share.
+
+    Records of one prompt stay on one side, and of those held out only greedy answers are kept:
+    they are what success is measured on.
 
     Raises:
-        CorpusError: fewer than two records, so that nothing would be left to train on.
+        CorpusError: fewer than two prompts, or no greedy answer among those held out.
     """
-    if num_records < 2:
-        raise CorpusError(f"the corpus has {num_records} complete record; tuning needs at least 2")
-    order = list(range(num_records))
+    by_prompt: dict[tuple[int, ...], list[int]] = {}
+    for index, record in enumerate(records):
+        by_prompt.setdefault(record.prompt_ids, []).append(index)
+    if len(by_prompt) < 2:
+        raise CorpusError(f"the corpus has {len(by_prompt)} complete record; tuning needs 2")
+    order = list(by_prompt.values())
     random.Random(seed).shuffle(order)
-    num_heldout = max(1, int(num_records * heldout_fraction))
-    return Split(tuple(order[num_heldout:]), tuple(order[:num_heldout]))
+    num_heldout = max(1, min(limit, int(len(order) * fraction)))
+    heldout = tuple(i for indices in order[:num_heldout] for i in indices)
+    greedy = tuple(i for i in heldout if records[i].temperature == 0.0)
+    if not greedy:
+        raise CorpusError(f"none of the {len(heldout)} records held out was answered greedily")
+    return Split(tuple(i for indices in order[num_heldout:] for i in indices), greedy)
 
 
 def shared_prefix(records: Sequence[Record]) -> int:
@@ -73,20 +87,36 @@ def epoch_batches(
     return batches
 
 
-def make_batch(records: Sequence[Record], indices: Sequence[int], first: int | None) -> Batch:
+def make_batch(
+    records: Sequence[Record],
+    indices: Sequence[int],
+    first: int | None,
+    dropped: Mapping[int, Tensor] | None = None,
+) -> Batch:
     """Pad the records to one width.
 
     Args:
         first: predict every token from this place on; None predicts the completion alone.
+        dropped: by record, which of its positions not to predict (bool).
     """
     chosen = [records[i] for i in indices]
     width = max(len(record.token_ids) for record in chosen)
     input_ids = torch.zeros(len(chosen), width, dtype=torch.long)
-    places, next_ids = [], []
-    for row, record in enumerate(chosen):
+    places, next_ids, kept = [], [], []
+    for row, (index, record) in enumerate(zip(indices, chosen, strict=True)):
         ids = torch.tensor(record.token_ids)
         input_ids[row, : len(ids)] = ids
-        start = len(record.prompt_ids) if first is None else max(first, 1)
+        start = first_target(record, first)
         places.append(row * width + torch.arange(start - 1, len(ids) - 1))
         next_ids.append(ids[start:])
-    return Batch(tuple(indices), input_ids, torch.cat(places), torch.cat(next_ids))
+        gone = dropped.get(index) if dropped else None
+        kept.append(torch.ones(len(ids) - start, dtype=torch.bool) if gone is None else ~gone)
+    keep = torch.cat(kept)
+    return Batch(
+        tuple(indices), input_ids, torch.cat(places)[keep], torch.cat(next_ids)[keep], keep
+    )
+
+
+def first_target(record: Record, first: int | None) -> int:
+    """Place of the first token of a record that is predicted."""
+    return len(record.prompt_ids) if first is None else max(first, 1)

@@ -1,18 +1,31 @@
 """The tuning corpus: text that the target wrote by itself, as token ids.
 
 One JSON object a line, `{"prompt_ids": [...], "completion_ids": [...]}`, gzipped where the name
-ends in `.gz`.
+ends in `.gz`. Two more entries may follow: `temperature` of the completion, 0 by default, and
+`top`, the target's likeliest tokens for the record's last tokens (`TopTokens`).
 """
 
+import base64
 import gzip
 import json
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from treecast.errors import CorpusError
+
+
+@dataclass(frozen=True, eq=False)
+class TopTokens:
+    """The target's likeliest tokens; the last row is for a record's last token, and so on back."""
+
+    ids: NDArray[np.int32]  # [num_rows, top_k]
+    probs: NDArray[np.float16]  # [num_rows, top_k], of the target's untempered distribution
 
 
 @dataclass(frozen=True)
@@ -21,6 +34,8 @@ class Record:
 
     prompt_ids: tuple[int, ...]
     completion_ids: tuple[int, ...]
+    temperature: float = 0.0
+    top: TopTokens | None = field(default=None, compare=False)
 
     @property
     def token_ids(self) -> tuple[int, ...]:
@@ -69,11 +84,20 @@ def write_corpus(path: Path, records: Iterable[Record]) -> None:
 
 
 def append_records(path: Path, records: Iterable[Record]) -> None:
-    """Add records at the end; to a gzip file, as one more member."""
-    with _open(path, "ab") as stream:
-        for record in records:
-            entry = {"prompt_ids": record.prompt_ids, "completion_ids": record.completion_ids}
-            stream.write(json.dumps(entry).encode() + b"\n")
+    """Add records at the end; to a gzip file, as one more member.
+
+    Raises:
+        CorpusError: the file cannot be written, as where the disk is full.
+    """
+    try:
+        with _open(path, "ab") as stream:
+            for record in records:
+                stream.write(json.dumps(_entry(record)).encode() + b"\n")
+    except OSError as error:
+        raise CorpusError(
+            f"cannot write corpus {path}: {error.strerror}; its complete records stay, "
+            "and the same command goes on from them"
+        ) from error
 
 
 def check_vocabulary(records: Sequence[Record], vocab_size: int) -> None:
@@ -102,6 +126,23 @@ def _numbered_lines(path: Path, problems: list[str]) -> Iterator[tuple[int, byte
             problems.append(f"corpus {path}: line {number + 1} dropped: {error}")
 
 
+def _entry(record: Record) -> dict[str, Any]:
+    entry: dict[str, Any] = {
+        "prompt_ids": record.prompt_ids,
+        "completion_ids": record.completion_ids,
+    }
+    if record.temperature:
+        entry["temperature"] = record.temperature
+    if record.top is not None:
+        ids, probs = record.top.ids.astype("<i4"), record.top.probs.astype("<f2")
+        entry["top"] = {
+            "top_k": ids.shape[1],
+            "ids": base64.b64encode(ids.tobytes()).decode(),
+            "probs": base64.b64encode(probs.tobytes()).decode(),
+        }
+    return entry
+
+
 def _parse(line: bytes) -> Record:
     try:
         entry = json.loads(line)
@@ -109,7 +150,25 @@ def _parse(line: bytes) -> Record:
         raise ValueError(f"not a complete JSON object ({len(line)} bytes)") from error
     if not isinstance(entry, dict):
         raise ValueError(f"not a JSON object but {type(entry).__name__}")
-    return Record(_token_ids(entry, "prompt_ids"), _token_ids(entry, "completion_ids"))
+    prompt_ids = _token_ids(entry, "prompt_ids")
+    completion_ids = _token_ids(entry, "completion_ids")
+    temperature = entry.get("temperature", 0.0)
+    if type(temperature) not in (int, float) or not 0.0 <= temperature < float("inf"):
+        raise ValueError(f"temperature is {temperature!r}; it must be a number of 0 or more")
+    top = _top_tokens(entry["top"], len(prompt_ids + completion_ids)) if "top" in entry else None
+    return Record(prompt_ids, completion_ids, float(temperature), top)
+
+
+def _top_tokens(entry: Any, num_tokens: int) -> TopTokens:
+    try:
+        shape = (-1, int(entry["top_k"]))
+        ids = np.frombuffer(base64.b64decode(entry["ids"]), "<i4").reshape(shape)
+        probs = np.frombuffer(base64.b64decode(entry["probs"]), "<f2").reshape(shape)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"top is not what tuning writes: {error!r}") from error
+    if len(ids) != len(probs) or len(ids) >= num_tokens or (ids.size and ids.min() < 0):
+        raise ValueError(f"top has {len(ids)} and {len(probs)} rows for {num_tokens} tokens")
+    return TopTokens(ids, probs)
 
 
 def _token_ids(entry: dict[str, object], key: str) -> tuple[int, ...]:

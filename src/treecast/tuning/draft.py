@@ -9,7 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from treecast.checkpoints import HEAD_TOKENS, SCALE_SUFFIX, read_trained
 from treecast.errors import ModelError
+from treecast.tuning.whole_file import write_whole
+
+# The projections that write into the residual stream, as the common families call them.
+_WRITERS = ("o_proj", "down_proj", "c_proj", "dense", "fc2", "out_proj")
 
 
 def default_layers(num_layers: int, num_target_layers: int) -> tuple[int, ...]:
@@ -55,29 +60,86 @@ def cut_draft(target: Any, layers: Sequence[int]) -> Any:
     return draft
 
 
-def save_trained(draft: Any, layers: Sequence[int], file: Path, notes: dict[str, str]) -> None:
-    """Write the weights that training may change, bfloat16, all or nothing.
+def save_trained(
+    draft: Any,
+    layers: Sequence[int],
+    file: Path,
+    notes: dict[str, str],
+    storage: str = "bfloat16",
+    head_token_ids: Tensor | None = None,
+) -> None:
+    """Write the weights that training may change, all or nothing.
 
     The metadata holds what `checkpoints.assemble_draft` needs, and the notes.
+
+    Args:
+        storage: "bfloat16", or "int8": matrices as 8-bit rows with a scale each.
+        head_token_ids: the tokens that the draft can propose; None is all.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     metadata = {
         "format": "pt",
         "num_layers": str(len(layers)),
         "layers": json.dumps(list(layers)),
         "hidden_size": str(draft.config.hidden_size),
+        "vocab_size": str(draft.config.vocab_size),
         **notes,
     }
-    tensors = {
-        name: param.detach().to(torch.bfloat16).contiguous()
-        for name, param in draft.named_parameters()
-        if param.requires_grad
-    }
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".partial-{file.name}")
-    save_file(tensors, partial, metadata=metadata)
-    partial.replace(file)
+    tensors: dict[str, Tensor] = {}
+    for name, param in draft.named_parameters():
+        if param.requires_grad:
+            tensors |= _stored(name, param.detach(), storage)
+    if head_token_ids is not None:
+        tensors[HEAD_TOKENS] = head_token_ids.to(torch.int32)
+    write_whole(file, save(tensors, metadata=metadata))
+
+
+def load_start(draft: Any, layers: Sequence[int], file: Path) -> None:
+    """Take trained weights from a file into a freshly cut draft, in place.
+
+    Layers of the draft that the file lacks are silenced: their last projections become zero, so
+    that the draft computes what the file's did, and training wakes them.
+
+    Raises:
+        ModelError: the file's vocabulary, hidden size or layers do not fit the draft.
+    """
+    trained = read_trained(file)
+    config = draft.config
+    trained.check_fits(config.vocab_size, config.hidden_size, "the target")
+    missing = [layer for layer in trained.layers if layer not in layers]
+    if missing:
+        raise ModelError(
+            f"{file} has layers {list(trained.layers)}; the draft has {list(layers)}, "
+            f"which lacks {missing}"
+        )
+    stack = _stack_name(draft)
+    state: dict[str, Tensor] = {}
+    for name, tensor in trained.tensors.items():
+        if name.startswith(f"{stack}."):
+            number, _, rest = name.removeprefix(f"{stack}.").partition(".")
+            name = f"{stack}.{layers.index(trained.layers[int(number)])}.{rest}"
+        state[name] = tensor
+    draft.load_state_dict(state, strict=False)
+    with torch.no_grad():
+        for place, layer in enumerate(layers):
+            if layer not in trained.layers:
+                _silence(draft.get_submodule(f"{stack}.{place}"))
+
+
+def _silence(layer: nn.Module) -> None:
+    """Zero the two projections that write into the residual stream."""
+    for name, module in layer.named_modules():
+        if isinstance(module, nn.Linear) and name.rsplit(".", 1)[-1] in _WRITERS:
+            module.weight.zero_()
+
+
+def _stored(name: str, tensor: Tensor, storage: str) -> dict[str, Tensor]:
+    if storage == "int8" and tensor.ndim == 2:
+        scale = tensor.float().abs().amax(dim=1, keepdim=True).clamp_min(1e-12) / 127.0
+        rounded = (tensor.float() / scale).round().to(torch.int8)
+        return {name: rounded, name + SCALE_SUFFIX: scale}
+    return {name: tensor.to(torch.bfloat16).contiguous()}
 
 
 def _cut_state(target: Any, layers: Sequence[int]) -> dict[str, Tensor]:

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from treecast.checkpoints import check_model_dir
+from treecast.engine.loading import DType, LoadOptions, load_model
 from treecast.errors import CorpusError
+from treecast.tuning.batch_decode import Choose, decode_batch, greedy, nucleus
 from treecast.tuning.corpus import Record, append_records, read_corpus, write_corpus
 
 _MARK = "\u241e"  # stands for the user's text while the chat template is taken apart
@@ -23,20 +24,24 @@ _MARK = "\u241e"  # stands for the user's text while the chat template is taken 
 class SelfPlaySettings:
     """What to generate.
 
-    `temperature` and `top_p` shape the user turn; answers are greedy. The same settings and
-    target give the same corpus, however often the run was interrupted.
+    Batch by batch the temperatures are taken in turn, one for the user's text (`top_p` cuts its
+    tail) and one for the answer, 0 being greedy. `top_k` of the target's likeliest tokens are
+    written down with every token, so that tuning need not ask it again; 0 writes none. The same
+    settings and target give the same corpus, however often the run was interrupted.
     """
 
     target: Path
     out: Path
     num_records: int
-    batch_size: int = 32
+    batch_size: int = 64
     max_user_tokens: int = 48
     max_answer_tokens: int = 192
-    temperature: float = 1.0
+    user_temperatures: tuple[float, ...] = (1.0,)
+    answer_temperatures: tuple[float, ...] = (0.0,)
     top_p: float = 0.95
+    top_k: int = 8
     seed: int = 0
-    dtype: torch.dtype = torch.bfloat16
+    dtype: DType = "bfloat16"
 
 
 @dataclass(frozen=True)
@@ -61,21 +66,19 @@ def generate_corpus(
     Returns:
         The number of records in the file.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     check_model_dir(settings.target)
     num_done = _prepare(settings)
     if num_done >= settings.num_records:
         return num_done
     tokenizer: Any = AutoTokenizer.from_pretrained(settings.target)
-    model: Any = AutoModelForCausalLM.from_pretrained(settings.target, dtype=settings.dtype).eval()
+    model = load_model(settings.target, LoadOptions(settings.dtype, "fast", "cpu", None))
     frame = chat_frame(tokenizer)
     while num_done < settings.num_records:
-        # The seed follows the place in the file, so a resumed run draws what it would have drawn.
-        torch.manual_seed(settings.seed * 1_000_003 + num_done)
-        wanted = min(settings.batch_size, settings.num_records - num_done)
-        append_records(settings.out, _play(model, frame, settings, wanted))
-        num_done += wanted
+        records = _play(model, frame, settings, num_done)
+        append_records(settings.out, records)
+        num_done += len(records)
         if progress:
             progress(num_done, settings.num_records)
     return num_done
@@ -117,46 +120,45 @@ def _prepare(settings: SelfPlaySettings) -> int:
     return num_whole
 
 
-@torch.inference_mode()
-def _play(
-    model: Any, frame: ChatFrame, settings: SelfPlaySettings, num_records: int
-) -> list[Record]:
-    prefix = torch.tensor([frame.before_ids] * num_records)
-    sampled = model.generate(
-        input_ids=prefix,
-        attention_mask=torch.ones_like(prefix),
-        do_sample=True,
-        temperature=settings.temperature,
-        top_p=settings.top_p,
-        top_k=0,
-        min_new_tokens=1,
-        max_new_tokens=settings.max_user_tokens,
-    )
+def _play(model: Any, frame: ChatFrame, settings: SelfPlaySettings, num_done: int) -> list[Record]:
+    """The batch that follows `num_done` records."""
+    # The seed follows the place in the file, so a resumed run draws what it would have drawn.
+    draws = torch.Generator().manual_seed(settings.seed * 1_000_003 + num_done)
+    num_records = min(settings.batch_size, settings.num_records - num_done)
+    user_temperature = _in_turn(settings.user_temperatures, settings, num_done)
+    answer_temperature = _in_turn(settings.answer_temperatures, settings, num_done)
     stops = _stop_ids(model)
-    users = [_until_stop(row, stops, keep=0) for row in sampled[:, prefix.shape[1] :].tolist()]
-    prompts = [(*frame.before_ids, *user, *frame.after_ids) for user in users]
-    answers = _answer(model, prompts, settings.max_answer_tokens)
+
+    def choose(temperature: float) -> Choose:
+        return nucleus(temperature, settings.top_p, draws) if temperature else greedy
+
+    users = decode_batch(
+        model,
+        [frame.before_ids] * num_records,
+        choose(user_temperature),
+        settings.max_user_tokens,
+        stops,
+    )
+    first = len(frame.before_ids)
+    said = (_until_stop(ids, stops) for ids in users.tokens)
+    prompts = [(*frame.before_ids, *user, *frame.after_ids) for user in said]
+    answers = decode_batch(
+        model,
+        prompts,
+        choose(answer_temperature),
+        settings.max_answer_tokens,
+        stops,
+        settings.top_k,
+        first,
+    )
     return [
-        Record(prompt, _until_stop(answer, stops, keep=1))
-        for prompt, answer in zip(prompts, answers.tolist(), strict=True)
+        Record(prompt, answer, answer_temperature, top)
+        for prompt, answer, top in zip(prompts, answers.tokens, answers.top, strict=True)
     ]
 
 
-def _answer(model: Any, prompts: list[tuple[int, ...]], max_new_tokens: int) -> Tensor:
-    """Decode greedily. Returns [num_prompts, num_new] token ids, padded behind the end."""
-    width = max(map(len, prompts))
-    input_ids = torch.zeros(len(prompts), width, dtype=torch.long)
-    attention_mask = torch.zeros_like(input_ids)
-    for row, prompt in enumerate(prompts):
-        input_ids[row, width - len(prompt) :] = torch.tensor(prompt)
-        attention_mask[row, width - len(prompt) :] = 1
-    answers: Tensor = model.generate(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        do_sample=False,
-        max_new_tokens=max_new_tokens,
-    )
-    return answers[:, width:]
+def _in_turn(temperatures: tuple[float, ...], settings: SelfPlaySettings, num_done: int) -> float:
+    return temperatures[num_done // settings.batch_size % len(temperatures)]
 
 
 def _stop_ids(model: Any) -> frozenset[int]:
@@ -164,7 +166,6 @@ def _stop_ids(model: Any) -> frozenset[int]:
     return frozenset(eos if isinstance(eos, list) else [eos])
 
 
-def _until_stop(ids: list[int], stops: frozenset[int], keep: int) -> tuple[int, ...]:
-    """The ids before the first stop, and `keep` of the stop itself."""
-    end = next((place for place, token in enumerate(ids) if token in stops), len(ids))
-    return tuple(ids[: end + keep])
+def _until_stop(ids: tuple[int, ...], stops: frozenset[int]) -> tuple[int, ...]:
+    """The ids before the first stop."""
+    return next((ids[:place] for place, token in enumerate(ids) if token in stops), ids)
