@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from treecast.client import ChatMessage, Client, Usage
-from treecast.sampling.params import Speculation
+from treecast.sampling.params import SpeculationParams
 
 from .prompts import BenchPrompt
 from .run import TimedResult, time_answer
 
-PLAIN = Speculation(max_nodes=0)
+PLAIN = SpeculationParams(max_nodes=0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ def demonstrate(
     for prompt in prompts:
         on_prompt(prompt)
         chat = _user_turn(prompt.text)
-        speculative = time_answer(client, chat, max_tokens, Speculation(), on_text)
+        speculative = time_answer(client, chat, max_tokens, SpeculationParams(), on_text)
         plain = time_answer(client, chat, max_tokens, PLAIN)
         yield Comparison(prompt, speculative, plain)
 
@@ -47,7 +47,7 @@ def demonstrate(
 def warm_up(client: Client) -> None:
     """Let both ways of decoding run once, so that no prompt pays for first-time work."""
     chat = _user_turn("Count to ten.")
-    for speculation in (Speculation(), PLAIN):
+    for speculation in (SpeculationParams(), PLAIN):
         time_answer(client, chat, 16, speculation)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from treecast import __version__
-from treecast.sampling.params import Speculation
+from treecast.sampling.params import SpeculationParams
 from treecast.services.local import MeshSettings
 
 from .compare import Summary, summarize
@@ -32,7 +32,7 @@ class Report:
     def of(
         cls,
         mesh: MeshSettings,
-        speculation: Speculation,
+        speculation: SpeculationParams,
         max_tokens: int,
         rounds: int,
         contenders: Sequence[str],

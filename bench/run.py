@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from treecast.client import Client, Prompt, Result, SamplingParams
-from treecast.sampling.params import Speculation
+from treecast.sampling.params import SpeculationParams
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ class Contender(Protocol):
 class MeshContender:
     """treecast through a router; trees of at most 0 nodes are plain decoding."""
 
-    def __init__(self, name: str, client: Client, speculation: Speculation) -> None:
+    def __init__(self, name: str, client: Client, speculation: SpeculationParams) -> None:
         self.name = name
         self._client = client
         self._speculation = speculation
@@ -81,7 +81,7 @@ def time_answer(
     client: Client,
     prompt: Prompt,
     max_tokens: int,
-    speculation: Speculation,
+    speculation: SpeculationParams,
     show: Callable[[str], None] = lambda text: None,
 ) -> TimedResult:
     """Answer a prompt greedily, showing the text as it comes."""

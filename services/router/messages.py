@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from treecast.errors import InvalidRequest
 from treecast.sampling.logprobs import TokenLogprobs
-from treecast.sampling.params import SamplingParams, Speculation
+from treecast.sampling.params import SamplingParams, SpeculationParams
 from treecast.v1 import router_pb2 as pb
 from treecast.wire import codec
 from treecast.wire.frames import Completed, Hello
@@ -58,7 +58,7 @@ class Ask:
     committed: tuple[int, ...]
     revision: str | None
     fingerprint: str
-    speculation: Speculation
+    speculation: SpeculationParams
     truncate_prompt: bool
 
 

@@ -25,7 +25,7 @@ from treecast.engine.toy import ToyEngine, ToyState, toy_state
 from treecast.errors import NotServed
 from treecast.sampling.mss import target_probs
 from treecast.sampling.noise import noise_key
-from treecast.sampling.params import Law, Proposal, SamplingParams, Speculation
+from treecast.sampling.params import Law, Proposal, SamplingParams, SpeculationParams
 from treecast.sampling.transforms import Context
 from treecast.services.speculator.server import Speculator
 from treecast.services.speculator.settings import SpeculatorSettings
@@ -40,8 +40,8 @@ SAMPLINGS = {
     "temperature 1": SamplingParams(temperature=1, max_tokens=OUTPUT),
     "top-p": SamplingParams(temperature=1, top_p=0.85, max_tokens=OUTPUT),
 }
-MSS = Speculation.of(Law.MSS)
-MSS_IID = Speculation.of(Law.MSS, Proposal.IID, "<3,1>")
+MSS = SpeculationParams.of(Law.MSS)
+MSS_IID = SpeculationParams.of(Law.MSS, Proposal.IID, "<3,1>")
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ async def drafting(seed: int, **fields: Any) -> AsyncIterator[str]:
     """A speculator on a real port; yields its address."""
     settings = SpeculatorSettings(engine="toy", **fields)
     thread = ThreadPoolExecutor(1)
-    speculator = Speculator(settings, DraftEngine(seed), f"spec-{seed}", thread)
+    speculator = Speculator(settings, [DraftEngine(seed)], f"spec-{seed}", thread)
     server = Server()
     server.add(
         speculator_pb2_grpc.add_SpeculatorServiceServicer_to_server,
@@ -151,7 +151,7 @@ def _rank_probs(slope: int, sampling: SamplingParams) -> NDArray[np.float64]:
 
 
 async def take_census(
-    rig: Rig, sampling: SamplingParams, speculation: Speculation, num_tokens: int
+    rig: Rig, sampling: SamplingParams, speculation: SpeculationParams, num_tokens: int
 ) -> tuple[Census, int]:
     """Outputs of many requests, 32 at a time; returns the nodes accepted too."""
     census, accepted, keys = Census(sampling), 0, iter(range(10**9))
@@ -185,13 +185,13 @@ async def _outcome(
 @pytest.mark.parametrize(
     ("speculation", "name"),
     [
-        pytest.param(Speculation(), "top-p", id="replay"),
+        pytest.param(SpeculationParams(), "top-p", id="replay"),
         pytest.param(MSS, "temperature 1", id="mss"),
         pytest.param(MSS_IID, "top-p", id="mss-iid", marks=pytest.mark.slow),
     ],
 )
 async def test_output_is_distributed_as_the_targets_when_served(
-    speculation: Speculation, name: str
+    speculation: SpeculationParams, name: str
 ) -> None:
     async with mesh() as rig:
         census, accepted = await take_census(rig, SAMPLINGS[name], speculation, 20_000)
@@ -202,9 +202,9 @@ async def test_output_is_distributed_as_the_targets_when_served(
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
 @pytest.mark.parametrize("name", SAMPLINGS)
-@pytest.mark.parametrize("speculation", [Speculation(), MSS], ids=["replay", "mss"])
+@pytest.mark.parametrize("speculation", [SpeculationParams(), MSS], ids=["replay", "mss"])
 async def test_output_is_distributed_as_the_targets_when_a_million_tokens_are_served(
-    speculation: Speculation, name: str
+    speculation: SpeculationParams, name: str
 ) -> None:
     async with mesh() as rig:
         census, accepted = await take_census(rig, SAMPLINGS[name], speculation, 1_000_000)
@@ -237,7 +237,7 @@ async def test_mss_is_refused_when_nobody_is_trusted() -> None:
 async def test_mss_goes_on_plainly_when_the_growth_chooses_by_value() -> None:
     """The speculator refuses; the text does not suffer."""
     async with mesh(num_speculators=1) as rig:
-        asked = Speculation.of(Law.MSS, growth="best-first")
+        asked = SpeculationParams.of(Law.MSS, growth="best-first")
         outcome = await rig.router.run([1], SAMPLINGS["top-p"], speculation=asked)
     assert len(outcome.tokens) == OUTPUT
     assert outcome.completed.usage.drafted == 0

@@ -12,7 +12,7 @@ import pytest
 
 from treecast.engine.toy import ToyEngine
 from treecast.errors import NotServed
-from treecast.sampling.params import Law, SamplingParams, Speculation
+from treecast.sampling.params import Law, SamplingParams, SpeculationParams
 from treecast.services.verifier.choice.hedge import Hedge
 from treecast.services.verifier.requests import Request
 from treecast.services.verifier.speculation import Speculation, Speculator
@@ -98,7 +98,7 @@ async def test_text_is_plain_decodings_under_each_policy(policy: str, planner: s
 
 async def test_mss_is_refused_by_name_when_drafts_are_voted_on() -> None:
     async with mesh(policy="vote") as rig:
-        outcome = await rig.router.run(PROMPT, GREEDY, speculation=Speculation.of(Law.MSS))
+        outcome = await rig.router.run(PROMPT, GREEDY, speculation=SpeculationParams.of(Law.MSS))
         assert (await rig.router.run(PROMPT, GREEDY)).tokens == plain(PROMPT, GREEDY)
     assert isinstance(outcome.error, NotServed)
     assert str(outcome.error) == (

@@ -34,7 +34,7 @@ from treecast.errors import (
 )
 from treecast.sampling.logprobs import TokenLogprobs
 from treecast.sampling.noise import noise_key
-from treecast.sampling.params import Law, Proposal, Speculation
+from treecast.sampling.params import Law, Proposal, SpeculationParams
 from treecast.services.router.__main__ import main
 from treecast.services.router.dispatch import Dispatcher
 from treecast.services.router.metrics import RouterMetrics
@@ -261,7 +261,7 @@ async def test_start_says_all_that_the_client_said(
     assert (start.request_id, start.prompt, start.committed) == ("r", (1, 2), ())
     assert start.session is None
     assert start.deadline_ms is None
-    assert start.speculation == Speculation(Law.REPLAY, Proposal.TOPK, "<1,1,3>", max_nodes=0)
+    assert start.speculation == SpeculationParams(Law.REPLAY, Proposal.TOPK, "<1,1,3>", max_nodes=0)
     assert start.truncate_prompt
     assert start.noise_key == noise_key(7, 0)
     assert (start.sampling.temperature, start.sampling.top_p) == (0.8, 0.95)

@@ -26,7 +26,7 @@ from prometheus_client import CollectorRegistry
 from treecast.engine.base import Segment
 from treecast.engine.toy import ToyEngine
 from treecast.errors import ModelError, SettingsError
-from treecast.sampling.params import Law, SamplingParams, Speculation
+from treecast.sampling.params import Law, SamplingParams, SpeculationParams
 from treecast.services.speculator.loading import check_tokenizers
 from treecast.services.speculator.server import Speculator
 from treecast.services.speculator.settings import SpeculatorSettings
@@ -318,7 +318,7 @@ async def test_attach_is_refused_when_the_pool_is_full() -> None:
         (attach(1, 1, 2, prompt_len=3), "attach has prompt_len 3; allowed: 1..2, its tokens"),
         (attach(1), "attach has prompt_len 0; allowed: 1..0, its tokens"),
         (
-            attach(1, 1, 2, speculation=Speculation.of(Law.MSS, growth="best-first")),
+            attach(1, 1, 2, speculation=SpeculationParams.of(Law.MSS, growth="best-first")),
             "growth under law mss is 'best-first'; allowed: widths by level such as <3,2,1,1>",
         ),
     ],

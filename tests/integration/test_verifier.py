@@ -23,7 +23,7 @@ from treecast.errors import (
     PromptTooLong,
     StaleLease,
 )
-from treecast.sampling.params import Law, SamplingParams, Speculation
+from treecast.sampling.params import Law, SamplingParams, SpeculationParams
 from treecast.sampling.stops import FinishReason
 from treecast.services.verifier.loading import read_tokenizer
 from treecast.text.tokenizer import TokenizerFiles
@@ -266,7 +266,7 @@ async def test_no_tree_is_asked_for_when_a_request_decodes_plainly() -> None:
     drafter = ScriptedSpeculator(Drafting(Clairvoyant()))
     async with speculator(drafter) as address, verifier_rig(speculators=[address]) as rig:
         await rig.speculators(1)
-        outcome = await rig.router.run(PROMPT, GREEDY, speculation=Speculation(max_nodes=0))
+        outcome = await rig.router.run(PROMPT, GREEDY, speculation=SpeculationParams(max_nodes=0))
         assert drafter.frames == []
     assert outcome.completed is not None
     assert outcome.completed.usage.drafted == 0
@@ -544,7 +544,7 @@ BAD = [
         "token id in logit_bias is 300; allowed: below the vocabulary size 97",
     ),
     (
-        {"prompt": [1], "speculation": Speculation.of(Law.MSS)},
+        {"prompt": [1], "speculation": SpeculationParams.of(Law.MSS)},
         NotServed,
         "law mss is not served; this verifier has replay",
     ),

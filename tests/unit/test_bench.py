@@ -21,7 +21,7 @@ from treecast.client import Usage
 from treecast.drafting.merge import MergedDrafter
 from treecast.drafting.ngram import NgramDrafter
 from treecast.errors import CorpusError
-from treecast.sampling.params import Speculation
+from treecast.sampling.params import SpeculationParams
 from treecast.services.local import MeshSettings
 from treecast.tuning.corpus import Record
 
@@ -88,7 +88,7 @@ def test_the_report_can_be_read_back_when_it_was_saved(tmp_path):
     names = ["transformers", "treecast"]
     runs = [run_of(name, "p", tokens=10, steps=10, seconds=5.0) for name in names]
     mesh = MeshSettings(model="/models/llm", draft="/models/draft")
-    report = Report.of(mesh, Speculation(), 10, 1, names, runs, {"torch": "2"})
+    report = Report.of(mesh, SpeculationParams(), 10, 1, names, runs, {"torch": "2"})
     saved = report.save(tmp_path / "results")
     assert saved.parent == tmp_path / "results"
     read = json.loads(saved.read_text())

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from treecast.errors import InvalidFrame, InvalidRequest, InvalidTree, Overloaded, TreecastError
 from treecast.sampling.logprobs import TokenLogprobs
-from treecast.sampling.params import PROPOSALS, Law, Proposal, SamplingParams, Speculation
+from treecast.sampling.params import PROPOSALS, Law, Proposal, SamplingParams, SpeculationParams
 from treecast.tree import ROOT, TokenTree
 from treecast.v1 import pair_pb2, sampling_pb2, speculator_pb2, tree_pb2, verifier_pb2
 from treecast.wire import codec
@@ -100,10 +100,10 @@ usages = depths.flatmap(
 
 
 @st.composite
-def speculations(draw: st.DrawFn, max_nodes: st.SearchStrategy[int | None]) -> Speculation:
+def speculations(draw: st.DrawFn, max_nodes: st.SearchStrategy[int | None]) -> SpeculationParams:
     law = draw(st.sampled_from(Law))
     proposal = draw(st.sampled_from(PROPOSALS[law]))
-    return Speculation(law, proposal, draw(st.text(max_size=256)), draw(max_nodes))
+    return SpeculationParams(law, proposal, draw(st.text(max_size=256)), draw(max_nodes))
 
 
 @st.composite
@@ -281,7 +281,7 @@ def test_proposal_is_the_laws_own_when_unspecified() -> None:
     own = {1: Proposal.COUPLED, 2: Proposal.WITHOUT_REPLACEMENT}
     for law, proposal in own.items():
         attach = speculator_pb2.Attach(law=law)  # type: ignore[arg-type]
-        assert codec.decode_speculation(attach) == Speculation(Law(law), proposal)
+        assert codec.decode_speculation(attach) == SpeculationParams(Law(law), proposal)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from treecast.engine.toy import ToyEngine
 from treecast.errors import InvalidRequest, InvalidTree
 from treecast.sampling.decisions import Domain, Uniforms
 from treecast.sampling.laws import acceptance
-from treecast.sampling.params import Law, SamplingParams, Speculation
+from treecast.sampling.params import Law, SamplingParams, SpeculationParams
 from treecast.sampling.transforms import Context
 from treecast.services.verifier.plan import choose_nodes
 from treecast.tree import ROOT, TokenTree, merge
@@ -188,19 +188,19 @@ def test_groups_are_refused_when_there_are_too_many() -> None:
 
 
 def request(
-    tokens: Sequence[int], speculation: Speculation, sampling: SamplingParams = NOISY
+    tokens: Sequence[int], speculation: SpeculationParams, sampling: SamplingParams = NOISY
 ) -> DraftRequest:
     return DraftRequest(tokens, len(tokens), sampling, 5, speculation, draft_key=9)
 
 
-def grown(growth: Growth, speculation: Speculation, max_nodes: int = 24) -> TokenTree:
+def grown(growth: Growth, speculation: SpeculationParams, max_nodes: int = 24) -> TokenTree:
     drafter = SSMDrafter(ToyEngine(vocab_size=11), growth)
     drafter.open(1, request([1, 2], speculation))
     return drafter.draft({1: max_nodes})[1]
 
 
 def test_widths_are_those_asked_for_when_draws_are_independent() -> None:
-    tree = grown(BestFirst(), Speculation.of(Law.MSS, IID, "<3,2>"))
+    tree = grown(BestFirst(), SpeculationParams.of(Law.MSS, IID, "<3,2>"))
     acceptance(Law.MSS).check(tree)
     assert [len(group.draws.drawn) for group in tree.groups_below(ROOT)] == [3]
     below = [group for group in tree.groups if group.parent != ROOT]
@@ -214,7 +214,9 @@ def test_siblings_draw_by_different_numbers_when_of_one_position() -> None:
     drawn = set()
     for key in range(40):
         drafter = SSMDrafter(ToyEngine(vocab_size=11), BestFirst())
-        asked = replace(request([1, 2], Speculation.of(Law.MSS, growth="<2,1>")), draft_key=key)
+        asked = replace(
+            request([1, 2], SpeculationParams.of(Law.MSS, growth="<2,1>")), draft_key=key
+        )
         drafter.open(1, asked)
         tree = drafter.draft({1: 9})[1]
         left, right = (group for group in tree.groups if group.parent != ROOT)
@@ -224,7 +226,7 @@ def test_siblings_draw_by_different_numbers_when_of_one_position() -> None:
 
 
 def test_default_vector_is_grown_when_own_growth_chooses_by_value() -> None:
-    tree = grown(BestFirst(), Speculation.of(Law.MSS))
+    tree = grown(BestFirst(), SpeculationParams.of(Law.MSS))
     assert [len(group.draws.drawn) for group in tree.groups_below(ROOT)] == [3]
     assert max(tree.depths) == 4
     assert len(tree) <= 24
@@ -232,14 +234,14 @@ def test_default_vector_is_grown_when_own_growth_chooses_by_value() -> None:
 
 def test_growth_is_refused_by_name_when_mss_cannot_serve_it() -> None:
     with pytest.raises(InvalidRequest) as refused:
-        grown(BestFirst(), Speculation.of(Law.MSS, growth="best-first"))
+        grown(BestFirst(), SpeculationParams.of(Law.MSS, growth="best-first"))
     message = "growth under law mss is 'best-first'; allowed: widths by level such as <3,2,1,1>"
     assert refused.value.message == message
 
 
 def test_draws_stay_the_same_when_a_commit_was_foreseen() -> None:
     drafter = SSMDrafter(ToyEngine(vocab_size=11), BestFirst())
-    drafter.open(1, request([1, 2], Speculation.of(Law.MSS, growth="<2,2>")))
+    drafter.open(1, request([1, 2], SpeculationParams.of(Law.MSS, growth="<2,2>")))
     tree = drafter.draft({1: 16})[1]
     below = tree.reroot([tree.tokens[0]])
     drafter.commit(1, [tree.tokens[0]])
@@ -251,7 +253,7 @@ def test_draws_stay_the_same_when_a_commit_was_foreseen() -> None:
 def test_lookup_is_certain_of_its_guesses_when_the_law_is_mss() -> None:
     drafter = MergedDrafter([SSMDrafter(ToyEngine(vocab_size=11), BestFirst()), NgramDrafter()])
     text = [1, 2, 3, 1, 2]
-    drafter.open(1, request(text, Speculation.of(Law.MSS)))
+    drafter.open(1, request(text, SpeculationParams.of(Law.MSS)))
     tree = drafter.draft({1: 24})[1]
     acceptance(Law.MSS).check(tree)
     by_lookup = [group for group in tree.groups_below(ROOT) if group.proposers == 2]
@@ -261,14 +263,14 @@ def test_lookup_is_certain_of_its_guesses_when_the_law_is_mss() -> None:
 
 @pytest.mark.parametrize("proposal", [Proposal.TOPK, IID, WITHOUT])
 def test_tree_carries_no_distributions_when_the_law_is_replay(proposal: Proposal) -> None:
-    tree = grown(BestFirst(), Speculation(Law.REPLAY, proposal))
+    tree = grown(BestFirst(), SpeculationParams(Law.REPLAY, proposal))
     assert len(tree) > 0
     assert tree.groups == []
 
 
 def test_children_are_the_likeliest_when_the_proposal_is_top_k() -> None:
     logits = np.log(np.array([0.1, 0.4, 0.2, 0.3], np.float32))
-    asked = request([1], Speculation(proposal=Proposal.TOPK))
+    asked = request([1], SpeculationParams(proposal=Proposal.TOPK))
     children = propose(logits, Context([1]), Place(1), asked, num_children=3)
     assert children.tokens == [1, 3, 2]
     assert children.confidence == pytest.approx([0.4, 0.3, 0.2])

@@ -16,7 +16,7 @@ from treecast.engine.base import Segment
 from treecast.engine.toy import ToyEngine, toy_logits
 from treecast.errors import InvalidRequest, InvalidTree, Overloaded, PromptTooLong
 from treecast.sampling.noise import noise_key
-from treecast.sampling.params import Law, SamplingParams, Speculation
+from treecast.sampling.params import Law, SamplingParams, SpeculationParams
 from treecast.sampling.pick import Picker
 from treecast.sampling.stops import FinishReason, Stop
 from treecast.sampling.transforms import Context
@@ -202,7 +202,7 @@ def test_pages_are_freed_when_the_drafter_is_full() -> None:
 
 # --- the law mss --------------------------------------------------------------------------------
 
-MSS = Speculation.of(Law.MSS)
+MSS = SpeculationParams.of(Law.MSS)
 
 
 def test_nearly_every_path_is_accepted_when_draws_are_from_the_targets_law() -> None:

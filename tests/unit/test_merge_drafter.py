@@ -17,7 +17,7 @@ from treecast.drafting.ssm import PREFILL_ROWS, SSMDrafter
 from treecast.engine.base import Segment
 from treecast.engine.toy import ToyEngine
 from treecast.errors import InvalidRequest, Overloaded
-from treecast.sampling.params import SamplingParams, Speculation
+from treecast.sampling.params import SamplingParams, SpeculationParams
 from treecast.tree import ROOT
 
 # After 1 2 8 1 2 the lookup says 8 1 2 ..; the toy model says 3*2+1+1 = 8, then 27.
@@ -103,7 +103,7 @@ def test_models_are_refused_when_their_vocabularies_differ() -> None:
 
 @pytest.mark.parametrize("growth", ["wide", "<1,0>", "dp:0"])
 def test_session_is_refused_when_its_growth_is_unknown(growth: str) -> None:
-    asked = replace(request(TEXT), speculation=Speculation(growth=growth))
+    asked = replace(request(TEXT), speculation=SpeculationParams(growth=growth))
     drafter = MergedDrafter([model(), NgramDrafter()])
     with pytest.raises(InvalidRequest):
         drafter.open(1, asked)

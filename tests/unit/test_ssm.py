@@ -17,7 +17,7 @@ from treecast.drafting.ssm import PREFILL_ROWS, SSMDrafter
 from treecast.engine.toy import ToyEngine, toy_logits
 from treecast.errors import InvalidRequest, Overloaded, PromptTooLong
 from treecast.sampling.noise import gumbel
-from treecast.sampling.params import SamplingParams, Speculation
+from treecast.sampling.params import SamplingParams, SpeculationParams
 from treecast.sampling.transforms import Context
 from treecast.tree import ROOT, TokenTree
 
@@ -302,7 +302,7 @@ def test_run_ahead_foresees_when_it_grows_beyond_the_offer() -> None:
 def test_each_session_grows_as_it_asked_when_policies_differ() -> None:
     drafter = SSMDrafter(ToyEngine(), "<1>")
     for handle, growth in ((1, ""), (2, "<2,1>"), (3, "<1,1,1>"), (4, "<12>")):
-        drafter.open(handle, replace(request([1, 2]), speculation=Speculation(growth=growth)))
+        drafter.open(handle, replace(request([1, 2]), speculation=SpeculationParams(growth=growth)))
     trees = drafter.draft(dict.fromkeys((1, 2, 3, 4), 16))
     assert trees[1].tokens == [8]
     assert trees[2].tokens == [8, 9, 27, 30]
@@ -314,7 +314,7 @@ def test_session_is_refused_when_its_growth_is_unknown() -> None:
     engine = ToyEngine()
     drafter = SSMDrafter(engine, "best-first")
     with pytest.raises(InvalidRequest, match="growth is 'wide'; it must be best-first, dp"):
-        drafter.open(1, replace(request([1, 2]), speculation=Speculation(growth="wide")))
+        drafter.open(1, replace(request([1, 2]), speculation=SpeculationParams(growth="wide")))
     assert engine.usage.used == 0
 
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from treecast.bench.report import Report
     from treecast.bench.run import Contender, Run
     from treecast.client import Client
-    from treecast.sampling.params import Speculation
+    from treecast.sampling.params import SpeculationParams
     from treecast.services.local import MeshSettings
 
 PLAIN = ("transformers", "treecast-plain")
@@ -83,7 +83,7 @@ def bench(
         treecast bench --contenders treecast-plain,treecast --numerics fast
     """
     from treecast.bench.prompts import DEFAULT_PROMPTS, read_prompts
-    from treecast.sampling.params import Speculation
+    from treecast.sampling.params import SpeculationParams
     from treecast.services.local import MeshSettings
 
     names = _check_names(contenders)
@@ -97,7 +97,7 @@ def bench(
         dtype=dtype,
         torch_threads=threads,
     )
-    speculation = Speculation.of(options.law_of(law), options.proposal_of(proposal), growth)
+    speculation = SpeculationParams.of(options.law_of(law), options.proposal_of(proposal), growth)
     with termination_as_interrupt():
         report = _measure(settings, speculation, names, chosen, max_tokens, rounds)
     if out is not None:
@@ -110,7 +110,7 @@ def bench(
 
 def _measure(
     settings: MeshSettings,
-    speculation: Speculation,
+    speculation: SpeculationParams,
     names: Sequence[str],
     prompts: Sequence[BenchPrompt],
     max_tokens: int,
@@ -155,13 +155,13 @@ def check_draft(model: str, draft: str, speculators: str) -> None:
 
 
 def _contenders(
-    names: Sequence[str], client: Client, peer: TransformersPeer, speculation: Speculation
+    names: Sequence[str], client: Client, peer: TransformersPeer, speculation: SpeculationParams
 ) -> list[Contender]:
     from treecast.bench.peer import PeerContender
     from treecast.bench.run import MeshContender
-    from treecast.sampling.params import Speculation
+    from treecast.sampling.params import SpeculationParams
 
-    plain = Speculation(max_nodes=0)
+    plain = SpeculationParams(max_nodes=0)
 
     make: dict[str, Callable[[str], Contender]] = {
         "transformers": lambda name: PeerContender(name, peer, "generate"),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Self, TypeVar
 import grpc
 
 from treecast.errors import Cancelled, TreecastError, Unavailable
-from treecast.sampling.params import Law, Proposal, SamplingParams, Speculation
+from treecast.sampling.params import Law, Proposal, SamplingParams, SpeculationParams
 from treecast.v1 import router_pb2, router_pb2_grpc
 from treecast.wire.channel import open_channel
 from treecast.wire.status import from_rpc_error
@@ -141,7 +141,7 @@ class AsyncClient:
             session_id=session_id,
             priority=priority,
             num_samples=num_samples,
-            speculation=Speculation.of(law, proposal, growth, max_nodes),
+            speculation=SpeculationParams.of(law, proposal, growth, max_nodes),
             truncate_prompt=truncate_prompt,
         )
         request = build_request(prompt, sampling or SamplingParams(), options)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TypedDict
 
 from treecast.errors import InvalidRequest
-from treecast.sampling.params import SamplingParams, Speculation
+from treecast.sampling.params import SamplingParams, SpeculationParams
 from treecast.v1 import router_pb2
 from treecast.wire import codec
 
@@ -42,7 +42,7 @@ class RequestOptions:
     session_id: str | None = None
     priority: int = 0
     num_samples: int | None = None
-    speculation: Speculation = Speculation()  # noqa: RUF009  frozen
+    speculation: SpeculationParams = SpeculationParams()  # noqa: RUF009  frozen
     truncate_prompt: bool = False
 
 

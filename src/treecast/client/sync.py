@@ -10,7 +10,7 @@ from typing import Self, TypeVar
 import grpc
 
 from treecast.errors import Cancelled, TreecastError, Unavailable
-from treecast.sampling.params import Law, Proposal, SamplingParams, Speculation
+from treecast.sampling.params import Law, Proposal, SamplingParams, SpeculationParams
 from treecast.v1 import router_pb2, router_pb2_grpc
 from treecast.wire.channel import channel_options
 from treecast.wire.status import from_rpc_error
@@ -145,7 +145,7 @@ class Client:
 
         The prompt is text, a list of chat messages, or a list of token ids. `timeout_s` is for the
         whole request, over all attempts; the other options are those of `RequestOptions` and of
-        `Speculation`, whose proposal is by default the law's own.
+        `SpeculationParams`, whose proposal is by default the law's own.
 
         Raises:
             InvalidRequest: the prompt is of no known kind, a number does not fit its field, or the
@@ -157,7 +157,7 @@ class Client:
             session_id=session_id,
             priority=priority,
             num_samples=num_samples,
-            speculation=Speculation.of(law, proposal, growth, max_nodes),
+            speculation=SpeculationParams.of(law, proposal, growth, max_nodes),
             truncate_prompt=truncate_prompt,
         )
         request = build_request(prompt, sampling or SamplingParams(), options)

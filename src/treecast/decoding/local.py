@@ -11,7 +11,7 @@ from treecast.errors import InvalidRequest, PromptTooLong
 from treecast.sampling.laws import Acceptance, Walk, acceptance, walk
 from treecast.sampling.logprobs import TokenLogprobs
 from treecast.sampling.noise import derived_key
-from treecast.sampling.params import SamplingParams, Speculation
+from treecast.sampling.params import SamplingParams, SpeculationParams
 from treecast.sampling.pick import Picker
 from treecast.sampling.stops import Stop, StopRules
 from treecast.sampling.transforms import Context
@@ -60,7 +60,7 @@ def generate(
     max_nodes: int = 16,
     chunk_tokens: int = 64,
     decode: Callable[[Sequence[int]], str] | None = None,
-    speculation: Speculation = Speculation(),  # noqa: B008  frozen
+    speculation: SpeculationParams = SpeculationParams(),  # noqa: B008  frozen
 ) -> Generation:
     """Answer one prompt; plain decoding when there is no drafter. Blocks.
 

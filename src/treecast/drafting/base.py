@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-from treecast.sampling.params import SamplingParams, Speculation
+from treecast.sampling.params import SamplingParams, SpeculationParams
 from treecast.tree import TokenTree
 
 
@@ -25,7 +25,7 @@ class DraftRequest:
     prompt_len: int
     sampling: SamplingParams
     noise_key: int
-    speculation: Speculation = Speculation()  # noqa: RUF009  frozen
+    speculation: SpeculationParams = SpeculationParams()  # noqa: RUF009  frozen
     draft_key: int = 0
 
 

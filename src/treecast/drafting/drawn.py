@@ -13,7 +13,7 @@ from treecast.drafting.growth import (
     Selection,
 )
 from treecast.errors import InvalidRequest
-from treecast.sampling.params import Law, Speculation
+from treecast.sampling.params import Law, SpeculationParams
 from treecast.tree import MAX_DEPTH, ROOT
 
 DEFAULT_VECTOR = ExpansionVector((3, 2, 1, 1))
@@ -78,7 +78,7 @@ def _draw(
     return nodes
 
 
-def growth_for(speculation: Speculation, growth: Growth) -> Growth:
+def growth_for(speculation: SpeculationParams, growth: Growth) -> Growth:
     """A request's growth, asked for or its drafter's own, as its law can serve it.
 
     Raises:

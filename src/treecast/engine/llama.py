@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from treecast.engine.bridge import TreePass
-from treecast.engine.linears import PackedLinear, can_pack
+from treecast.engine.linears import PackedLinear, can_pack, pack_linears
 
 _MODEL = {"model", "lm_head"}
 _DECODER = {"embed_tokens", "layers", "norm", "rotary_emb"}
@@ -68,7 +68,7 @@ class LlamaRunner:
         """Take over the weights of a model for which `is_llama_like` holds.
 
         Args:
-            model: is left as it is; it may be dropped.
+            model: may be dropped; of a head that is more than a linear layer, those are packed.
             min_rows: as in `PackedLinear`.
         """
         decoder = model.model
@@ -76,8 +76,11 @@ class LlamaRunner:
         self._rotary = decoder.rotary_emb
         self._layers = [_Layer(layer, i, min_rows) for i, layer in enumerate(decoder.layers)]
         self._norm = _Norm(decoder.norm)
-        head = model.lm_head
-        self._head = PackedLinear(head, min_rows) if _is_linear(head) else head
+        self._head = model.lm_head
+        if _is_linear(self._head):
+            self._head = PackedLinear(self._head, min_rows)
+        else:
+            pack_linears(self._head, min_rows)
 
     def __call__(self, tokens: Tensor, positions: Tensor, wanted: Tensor, tree: TreePass) -> Tensor:
         hidden = F.embedding(tokens, self._embedding)

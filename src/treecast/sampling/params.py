@@ -41,7 +41,7 @@ PROPOSALS = {
 
 
 @dataclass(frozen=True, slots=True)
-class Speculation:
+class SpeculationParams:
     """How a request is speculated on; values that cannot be served raise `InvalidRequest`.
 
     Attributes:
@@ -70,7 +70,7 @@ class Speculation:
         proposal: Proposal | None = None,
         growth: str = "",
         max_nodes: int | None = None,
-    ) -> Speculation:
+    ) -> SpeculationParams:
         """The same with the law's own proposal where none is given."""
         return cls(law, proposal or PROPOSALS[law][0], growth, max_nodes)
 

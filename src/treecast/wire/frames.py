@@ -7,7 +7,7 @@ from enum import Enum
 
 from treecast.errors import InvalidFrame, TreecastError
 from treecast.sampling.logprobs import TokenLogprobs
-from treecast.sampling.params import Law, SamplingParams, Speculation
+from treecast.sampling.params import Law, SamplingParams, SpeculationParams
 from treecast.sampling.stops import FinishReason as FinishReason
 from treecast.tree import TokenTree
 
@@ -65,7 +65,7 @@ class Attach:
     sampling: SamplingParams
     noise_key: int
     node_budget: int
-    speculation: Speculation = Speculation()  # noqa: RUF009  frozen
+    speculation: SpeculationParams = SpeculationParams()  # noqa: RUF009  frozen
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +126,7 @@ class Start:
     noise_key: int
     committed: tuple[int, ...] = ()
     session: SessionKey | None = None
-    speculation: Speculation = Speculation()  # noqa: RUF009  frozen
+    speculation: SpeculationParams = SpeculationParams()  # noqa: RUF009  frozen
     deadline_ms: int | None = None
     truncate_prompt: bool = False
 

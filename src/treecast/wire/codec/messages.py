@@ -8,7 +8,7 @@ import numpy as np
 
 from treecast.errors import InvalidFrame, InvalidRequest
 from treecast.sampling.logprobs import TokenLogprobs
-from treecast.sampling.params import Law, Proposal, SamplingParams, Speculation
+from treecast.sampling.params import Law, Proposal, SamplingParams, SpeculationParams
 from treecast.tree import MAX_DEPTH, MAX_NODES
 from treecast.v1 import pair_pb2, sampling_pb2, verifier_pb2
 from treecast.wire.codec.bounds import (
@@ -122,7 +122,9 @@ class SpeculationMessage(Protocol):
     growth: str
 
 
-def decode_speculation(message: SpeculationMessage, max_nodes: int | None = None) -> Speculation:
+def decode_speculation(
+    message: SpeculationMessage, max_nodes: int | None = None
+) -> SpeculationParams:
     """An unspecified proposal is the law's own.
 
     Raises:
@@ -130,7 +132,7 @@ def decode_speculation(message: SpeculationMessage, max_nodes: int | None = None
             cannot serve, or a growth of too many characters.
     """
     law, proposal = decode_law(message.law), _decode_proposal(message.proposal)
-    return Speculation.of(law, proposal, message.growth, max_nodes)
+    return SpeculationParams.of(law, proposal, message.growth, max_nodes)
 
 
 def _decode_proposal(value: int) -> Proposal | None:
