@@ -254,7 +254,7 @@ def main() -> None:
         model=arguments.model,
         numerics=arguments.numerics,
         log_dir=new_log_dir(default_cache_dir() / "logs"),
-        verifier_flags={"planner": arguments.planner},
+        planner=arguments.planner,
         speculator_flags={"capacity": arguments.capacity},
     )
     sampling = SamplingParams(

@@ -36,6 +36,7 @@ class MeshSettings:
     numerics: Literal["exact", "fast", "oracle"] = "exact"
     num_verifiers: int = 1
     speculators: tuple[str, ...] = ("ssm", "ngram")
+    planner: Literal["goodput", "full"] = "goodput"
     torch_threads: int = 2
     router_listen: str = "127.0.0.1:0"
     redis_url: str | None = None
@@ -63,6 +64,7 @@ def verifier_flags(settings: MeshSettings, redis_url: str, speculators: Sequence
         "model": settings.model,
         "dtype": settings.dtype,
         "numerics": settings.numerics,
+        "planner": settings.planner,
         "torch_threads": settings.torch_threads,
         "speculators": ",".join(speculators) or None,
         "trusted_speculators": ",".join(speculators) or None,

@@ -62,6 +62,7 @@ def bench(
     speculators: Speculators = "ssm,ngram",
     numerics: Numerics = "exact",
     dtype: Dtype = "bfloat16",
+    planner: options.Planner = "goodput",
     threads: options.Threads = 2,
     out: Annotated[
         Path | None, typer.Option(help="Save all runs as JSON: a file, or a folder for one.")
@@ -96,6 +97,7 @@ def bench(
         numerics=numerics,
         dtype=dtype,
         torch_threads=threads,
+        planner=planner,
     )
     speculation = SpeculationParams.of(options.law_of(law), options.proposal_of(proposal), growth)
     with termination_as_interrupt():

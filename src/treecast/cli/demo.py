@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -47,13 +47,7 @@ def demo(
     numerics: Numerics = "exact",
     dtype: Dtype = "bfloat16",
     threads: options.Threads = 2,
-    planner: Annotated[
-        Literal["goodput", "full"],
-        typer.Option(
-            help="full: verify every node offered, which saves most passes; goodput: only while "
-            "that is faster, as a mesh does by default."
-        ),
-    ] = "full",
+    planner: options.Planner = "full",
     router: options.Router = None,
     as_json: options.Json = False,
 ) -> None:
@@ -80,7 +74,7 @@ def demo(
         numerics=numerics,
         dtype=dtype,
         torch_threads=threads,
-        verifier_flags={"planner": planner},
+        planner=planner,
     )
     with termination_as_interrupt(), _client(settings, router) as client:
         comparisons = _answer_all(client, chosen, max_tokens, as_json)

@@ -90,6 +90,13 @@ Draft = Annotated[
         help="Model folder of the draft; 'default' is the one that ships.",
     ),
 ]
+Planner = Annotated[
+    Literal["goodput", "full"],
+    typer.Option(
+        help="goodput: verify tree nodes only while that is faster; full: all that are offered, "
+        "which saves most passes of the LLM."
+    ),
+]
 Threads = Annotated[int, typer.Option("--threads", min=1, help="Threads of each forward pass.")]
 
 

@@ -47,6 +47,7 @@ def up(
     speculators: Speculators = "ssm,ngram",
     numerics: Numerics = "exact",
     dtype: Dtype = "bfloat16",
+    planner: options.Planner = "goodput",
     threads: options.Threads = 2,
     engine: Annotated[
         Literal["hf", "toy"], typer.Option(help="toy: a tiny made-up model, for trying things out.")
@@ -89,6 +90,7 @@ def up(
         num_verifiers=verifiers,
         speculators=parse_speculators(speculators),
         torch_threads=threads,
+        planner=planner,
         router_listen=listen,
         redis_url=redis_url,
     )
