@@ -19,8 +19,8 @@ class MeshSettings:
     Attributes:
         model: model folder of the LLM; "default" is SmolLM2-135M-Instruct.
         draft: model folder of the `ssm` speculator's draft; "default" is the one that ships.
-        speculators: drafters, a process each, a kind more than once if so wished; none decodes
-            plainly.
+        speculators: drafters, a process each, a kind more than once if so wished, a draft model
+            by its folder as ssm=FOLDER; none decodes plainly.
         router_listen: address of the router; port 0 picks one.
         redis_url: a server to use; None starts one, unless TREECAST_REDIS_URL names one.
         log_dir: where each process's log goes; None makes a new folder in the cache directory.
@@ -48,12 +48,13 @@ class MeshSettings:
     router_flags: Flags = field(default_factory=dict)
 
 
-def speculator_names(kinds: Sequence[str]) -> dict[str, str]:
-    """A name for each process, and its kind: "ssm" where it is alone, else "ssm-0" and so on."""
+def speculator_names(drafters: Sequence[str]) -> dict[str, str]:
+    """A name for each process, and its drafter: "ssm" where it is alone, else "ssm-0" and so on."""
+    kinds = [drafter.partition("=")[0] for drafter in drafters]
     seen: Counter[str] = Counter()
     names = {}
-    for kind in kinds:
-        names[f"{kind}-{seen[kind]}" if kinds.count(kind) > 1 else kind] = kind
+    for kind, drafter in zip(kinds, drafters, strict=True):
+        names[f"{kind}-{seen[kind]}" if kinds.count(kind) > 1 else kind] = drafter
         seen[kind] += 1
     return names
 

@@ -297,9 +297,11 @@ class TokenTree:
 def merge(trees: Sequence[TokenTree], max_nodes: int = MAX_NODES) -> TokenTree:
     """Union of trees by token sequence (SpecInfer, definition 3.2).
 
-    Over `max_nodes` it is cut; see `TokenTree.limit`.
+    Over `max_nodes` it is cut; see `TokenTree.limit`. Draws always are: one at the very bound goes
+    whether or not it repeats another.
     """
     union = trees[0].copy() if trees else TokenTree()
     for tree in trees[1:]:
         union.graft(tree)
-    return union if len(union) <= max_nodes else union.limit(max_nodes)
+    within = len(union) <= max_nodes and not union.groups
+    return union if within else union.limit(max_nodes)

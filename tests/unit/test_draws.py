@@ -99,14 +99,23 @@ def test_multiplicity_and_distributions_are_kept_when_trees_merge() -> None:
     other = TokenTree()
     other.draw(ROOT, Draws(WITHOUT, (6, 7), (0.25, 0.75), (7, 6)), proposers=2)
     union = merge([example(), other])
-    assert union.tokens == [5, 6, 6, 5, 7]
-    assert union.proposers == [1, 3, 1, 1, 2]
+    # Level by level: the second proposer goes before the second level of the first.
+    assert union.tokens == [5, 6, 7, 6, 5]
+    assert union.proposers == [1, 3, 2, 1, 1]
     below_root = union.groups_below(ROOT)
     assert [group.draws.drawn for group in below_root] == [(5, 5, 6), (7, 6)]
     assert [group.draws.weights for group in below_root] == [(0.5, 0.5), (0.25, 0.75)]
-    # Level by level: the second proposer goes before the second level of the first.
     cut = merge([example(), other], max_nodes=4)
     assert [group.draws.drawn for group in cut.groups] == [(5, 5, 6), (7, 6), (6,)]
+
+
+@pytest.mark.parametrize("second", [5, 6])
+def test_a_draw_at_the_bound_goes_whether_or_not_it_is_a_repeat(second: int) -> None:
+    one, other = TokenTree(), TokenTree()
+    one.draw(ROOT, halves(5))
+    other.draw(ROOT, halves(second), proposers=2)
+    cut = merge([one, other], max_nodes=1)
+    assert [group.draws.drawn for group in cut.groups] == [(5,)]
 
 
 # --- on the wire ---------------------------------------------------------------------------------

@@ -31,7 +31,9 @@ Dtype = Annotated[Literal["bfloat16", "float32"], typer.Option(help="Weights and
 Speculators = Annotated[
     str,
     typer.Option(
-        metavar="ssm,ngram", help="Drafters, a process each: ssm, ngram, suffix; '' for none."
+        metavar="ssm,ngram",
+        help="Drafters, a process each: ssm, another draft as ssm=FOLDER, ngram, suffix; '' for "
+        "none.",
     ),
 ]
 
@@ -48,6 +50,14 @@ def up(
     numerics: Numerics = "exact",
     dtype: Dtype = "bfloat16",
     planner: options.Planner = "goodput",
+    policy: Annotated[
+        Literal["tree", "spin", "vote"],
+        typer.Option(
+            help="tree: verify the union of all drafts; spin: each request's best speculator "
+            "alone; vote: one chain by weighted majority."
+        ),
+    ] = "tree",
+    growth: options.Growth = "",
     threads: options.Threads = 2,
     engine: Annotated[
         Literal["hf", "toy"], typer.Option(help="toy: a tiny made-up model, for trying things out.")
@@ -91,6 +101,8 @@ def up(
         speculators=parse_speculators(speculators),
         torch_threads=threads,
         planner=planner,
+        verifier_flags={"policy": policy},
+        speculator_flags={"growth": growth} if growth else {},
         router_listen=listen,
         redis_url=redis_url,
     )

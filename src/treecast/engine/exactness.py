@@ -14,7 +14,7 @@ import numpy as np
 
 from treecast.engine.base import Engine, KVSequence, Segment
 
-_POSITIONS = 400
+_MOST_POSITIONS = 400
 _CHUNKS = ((1,), (7, 64, 33), (100,))
 _ONE_BY_ONE = 16
 _TREE_NODES = 24
@@ -26,16 +26,27 @@ def differing_rows(engine: Engine, seed: int = 0) -> int:
     Positions are prefilled in chunks of several sizes, decoded one by one, and verified as the
     path of a random tree beside another sequence. Blocks for some fifty passes; leaves the pool
     as it was. 0 on a machine that keeps the promise.
+
+    Args:
+        engine: with four free pages at least, and a context of 64 tokens.
     """
     random = np.random.default_rng(seed)
-    tokens = random.integers(0, engine.info.vocab_size, _POSITIONS).tolist()
+    count = _num_positions(engine)
+    tokens = random.integers(0, engine.info.vocab_size, count).tolist()
     expected = _prefill(engine, tokens, (128,))
     differing = 0
     for sizes in _CHUNKS:
-        count = _ONE_BY_ONE if sizes == (1,) else _POSITIONS
-        rows = _prefill(engine, tokens[:count], sizes)
-        differing += _count_differing(rows, expected[:count])
+        part = _ONE_BY_ONE if sizes == (1,) else count
+        rows = _prefill(engine, tokens[:part], sizes)
+        differing += _count_differing(rows, expected[:part])
     return differing + _tree_differing(engine, tokens, expected, random)
+
+
+def _num_positions(engine: Engine) -> int:
+    """As many as the context has, and as the pool holds beside a tree and another sequence."""
+    usage = engine.usage
+    room = (usage.free - 2) * usage.page_tokens - _TREE_NODES
+    return min(_MOST_POSITIONS, engine.info.context_tokens, room)
 
 
 def _prefill(engine: Engine, tokens: list[int], sizes: Sequence[int]) -> list[bytes]:
@@ -57,7 +68,7 @@ def _tree_differing(
 ) -> int:
     """The text's last positions as a path in a tree of wrong guesses, beside another sequence."""
     depth = 8
-    begin = _POSITIONS - depth
+    begin = len(tokens) - depth
     sequence, other = _filled(engine, tokens[:begin]), _filled(engine, tokens[:40])
     guesses, parents, path = _tree_around(tokens[begin:], engine.info.vocab_size, random)
     neighbour = Segment(other, [1, 2, 3], [-1, -1, 0], [])

@@ -27,9 +27,13 @@ def is_llama_like(model: Any) -> bool:
     """Whether a causal LM is made of the modules that `LlamaRunner` replaces, all packable."""
     if _children(model) != _MODEL or _children(model.model) != _DECODER:
         return False
+    if not _is_rms_norm(model.model.norm):
+        return False
     linears = [m for layer in model.model.layers for m in layer.modules() if _is_linear(m)]
-    return all(_is_llama_layer(layer) for layer in model.model.layers) and all(
-        can_pack(linear.weight.dtype) for linear in linears
+    return (
+        all(_is_llama_layer(layer) for layer in model.model.layers)
+        and all(can_pack(linear.weight.dtype) for linear in linears)
+        and _turns_whole_heads(model.model)
     )
 
 
@@ -39,9 +43,26 @@ def _is_llama_layer(layer: Any) -> bool:
         and _children(layer.self_attn) == _ATTENTION
         and _children(layer.mlp) == _MLP
         and _is_silu(layer.mlp.act_fn)
+        and _is_rms_norm(layer.input_layernorm)
+        and _is_rms_norm(layer.post_attention_layernorm)
         and all(_is_linear(getattr(layer.self_attn, name)) for name in _ATTENTION)
         and all(_is_linear(getattr(layer.mlp, name)) for name in _MLP - {"act_fn"})
+        and _have_biases_alike(layer.self_attn, "q_proj", "k_proj", "v_proj")
+        and _have_biases_alike(layer.mlp, "gate_proj", "up_proj")
     )
+
+
+def _have_biases_alike(parent: Any, *names: str) -> bool:
+    return len({getattr(parent, name).bias is None for name in names}) == 1
+
+
+def _is_rms_norm(norm: Any) -> bool:
+    return hasattr(norm, "variance_epsilon") and hasattr(norm, "weight")
+
+
+def _turns_whole_heads(decoder: Any) -> bool:
+    cos, _ = decoder.rotary_emb(torch.empty(0), torch.zeros((1, 1), dtype=torch.long))
+    return bool(cos.shape[-1] == decoder.layers[0].self_attn.head_dim)
 
 
 def _children(module: nn.Module) -> set[str]:

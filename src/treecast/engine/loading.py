@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import platform
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import structlog
 import torch
 from torch import nn
 
@@ -24,7 +24,10 @@ Numerics = Literal["exact", "fast", "oracle"]
 DTYPES: dict[str, torch.dtype] = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 NUMERICS = ("exact", "fast", "oracle")
 
-_log = logging.getLogger(__name__)
+_COMPUTATION = 2
+"""Raised whenever our own kernels or runners come to give other bits."""
+
+_log = structlog.get_logger()
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +117,7 @@ def fingerprint(revision: str, options: LoadOptions) -> str:
 
     parts = {
         "revision": revision,
+        "computation": _COMPUTATION,
         "dtype": options.dtype,
         "numerics": options.numerics,
         "kv": str(options.kv_dtype),
@@ -156,7 +160,7 @@ def _context_tokens(config: Any) -> int:
         raise ModelError(f"model type {config.model_type} has no max_position_embeddings")
     window = _sliding_window(config)
     if window is not None and window < context:
-        _log.warning("context cut from %d to the sliding window of %d tokens", context, window)
+        _log.warning("context.cut", context_tokens=context, sliding_window=window)
         return window
     return int(context)
 
