@@ -12,6 +12,7 @@ import grpc
 import pytest
 import structlog
 
+from treecast.draws import Draws, Proposal
 from treecast.engine.base import Segment
 from treecast.engine.toy import ToyEngine
 from treecast.errors import (
@@ -27,7 +28,7 @@ from treecast.sampling.params import Law, SamplingParams, SpeculationParams
 from treecast.sampling.stops import FinishReason
 from treecast.services.verifier.loading import read_tokenizer
 from treecast.text.tokenizer import TokenizerFiles
-from treecast.tree import TokenTree
+from treecast.tree import ROOT, TokenTree
 from treecast.v1 import verifier_pb2, verifier_pb2_grpc
 from treecast.wire.channel import MAX_ANSWER_BYTES, MAX_MESSAGE_BYTES, open_channel
 from treecast.wire.frames import (
@@ -178,6 +179,14 @@ def too_wide(handle: int, text: list[int], future: list[int]) -> SpeculatorFrame
     return Draft(handle, len(text), tree)
 
 
+def grouped(handle: int, text: list[int], future: list[int]) -> SpeculatorFrame:
+    """Wrong tokens that pass for draws, which no law but mss may take."""
+    wrong = tuple(token for token in range(9) if token != future[0])
+    tree = TokenTree()
+    tree.draw(ROOT, Draws(Proposal.IID, wrong, (1 / len(wrong),) * len(wrong), wrong))
+    return Draft(handle, len(text), tree)
+
+
 def no_session(handle: int, text: list[int], future: list[int]) -> SpeculatorFrame:
     return Draft(handle + 1000, len(text), TokenTree.chain(future))
 
@@ -187,7 +196,7 @@ def refusal(handle: int, text: list[int], future: list[int]) -> SpeculatorFrame:
 
 
 @pytest.mark.parametrize(
-    "make", [wrong, ahead, unknown_token, too_deep, too_wide, no_session, refusal]
+    "make", [wrong, ahead, unknown_token, too_deep, too_wide, grouped, no_session, refusal]
 )
 async def test_text_is_the_same_when_a_speculator_misbehaves(make: Clairvoyant) -> None:
     bad = ScriptedSpeculator(Drafting(make))
@@ -199,6 +208,22 @@ async def test_text_is_the_same_when_a_speculator_misbehaves(make: Clairvoyant) 
         await rig.idle()
         assert rig.engine.usage.used == 0
     assert [o.tokens for o in outcomes] == [plain(PROMPT, GREEDY), plain([1, 2], SAMPLED, 5)]
+
+
+async def test_draws_crowd_nobody_out_when_the_law_is_replay() -> None:
+    honest = ScriptedSpeculator(Drafting(Clairvoyant()), "honest")
+    hostile = ScriptedSpeculator(Drafting(grouped), "hostile")  # type: ignore[arg-type]
+    settings = {"planner": "full", "speculators_per_session": 2}
+    async with (
+        speculator(honest) as one,
+        speculator(hostile) as other,
+        verifier_rig(speculators=[one, other], **settings) as rig,
+    ):
+        await rig.speculators(2)
+        outcome = await rig.router.run(PROMPT, GREEDY)
+        assert rig.verifier.metrics.bad_frames._value.get() == 1
+    assert outcome.completed is not None
+    assert outcome.completed.usage.accepted >= 16  # of 24 tokens, four in five from a draft
 
 
 async def test_a_late_tree_is_used_when_its_path_was_committed() -> None:
