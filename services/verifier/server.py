@@ -65,7 +65,6 @@ class Verifier(verifier_pb2_grpc.VerifierServiceServicer):
             policy,
             settings.max_nodes,
             settings.trusted_speculators,
-            engine.info.vocab_size,
             self.metrics,
         )
         self.steps = StepLoop(engine, thread, settings, self.speculation, curve, self.metrics)

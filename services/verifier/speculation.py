@@ -13,7 +13,6 @@ from dataclasses import dataclass, field, replace
 
 import structlog
 
-from treecast.errors import InvalidTree
 from treecast.sampling.params import Law
 from treecast.tree import MAX_DEPTH, TokenTree
 from treecast.wire.codec.bounds import MAX_PROPOSERS
@@ -149,7 +148,6 @@ class Speculation:
         policy: TreePolicy,
         max_nodes: int,
         trusted: Collection[str],
-        vocab_size: int,
         metrics: VerifierMetrics,
     ) -> None:
         """Begin without speculators.
@@ -162,7 +160,6 @@ class Speculation:
         self.policy = policy
         self._max_nodes = max_nodes
         self._trusted = trusted
-        self._vocab_size = vocab_size
         self._metrics = metrics
         self._calibration = PodCalibration(metrics.proposer_label)
         metrics.watch(self._calibration.reliability)
@@ -388,15 +385,7 @@ class Speculation:
                 self._drop(attachment.speculator, request)
 
     def _draft(self, request: Request, attachment: Attachment, frame: Draft) -> None:
-        try:
-            frame.tree.validate(self._vocab_size)
-            request.law.check(frame.tree)
-        except InvalidTree as error:
-            log.warning("speculator.bad_tree", why=error.message)
-            self._metrics.bad_frames.inc()
-            attachment.speculator.link.send(Detach(frame.handle))
-            self._drop(attachment.speculator, request)
-            return
+        request.law.check(frame.tree)  # what it raises comes back through `failed_frame`
         self._metrics.nodes_offered.inc(len(frame.tree))
         # Under mss too: what is left below the path was drawn given the path alone, so it does not
         # matter what the target made of the rest, and by what other tree.
