@@ -70,12 +70,18 @@ class Pace:
 
 @dataclass(slots=True, eq=False)
 class Speculator:
-    """One speculator that a stream is open to."""
+    """One speculator that a stream is open to.
+
+    Attributes:
+        refused: requests that it will not draft, whatever comes.
+        put_off: requests that it had no room for.
+    """
 
     link: SpeculatorLink
     pace: Pace = field(default_factory=Pace)
     sessions: set[int] = field(default_factory=set)
     refused: set[int] = field(default_factory=set)
+    put_off: set[int] = field(default_factory=set)
 
     @property
     def willing(self) -> bool:
@@ -181,14 +187,28 @@ class Speculation:
         self._attach_free(request)
 
     def release(self, request: Request) -> None:
-        """Forget a request that has ended."""
+        """Forget a request that has ended; others may have its slots."""
         self._requests.pop(request.handle, None)
-        for attachment in self._attachments.pop(request.handle, ()):
+        attached = self._attachments.pop(request.handle, [])
+        for attachment in attached:
             attachment.speculator.sessions.discard(request.handle)
             attachment.speculator.link.send(Detach(request.handle))
         for speculator in self._speculators.values():
             speculator.refused.discard(request.handle)
+            speculator.put_off.discard(request.handle)
         self.policy.released(request)
+        for attachment in attached:
+            self._offer_room(attachment.speculator)
+
+    def _offer_room(self, speculator: Speculator) -> None:
+        """It has room: let it be asked by whoever lacks one, and anew by the oldest put off.
+
+        By one of those at a time, since what it is short of may not be slots.
+        """
+        if speculator.put_off:
+            speculator.put_off.remove(min(speculator.put_off))
+        for request in self._requests.values():
+            self._attach_free(request)
 
     def _attach_free(self, request: Request) -> None:
         attached = self._attachments[request.handle]
@@ -215,7 +235,8 @@ class Speculation:
         law, link = request.start.speculation.law, speculator.link
         trusted = "all" in self._trusted or link.address in self._trusted
         serves = law is Law.REPLAY or (trusted and law in link.peer.laws)
-        return serves and request.handle not in speculator.refused
+        turned_down = request.handle in speculator.refused | speculator.put_off
+        return serves and not turned_down
 
     def _sync(self, request: Request, attachment: Attachment) -> None:
         attachment.asked_at = time.monotonic()
@@ -290,6 +311,7 @@ class Speculation:
             old.speculator.sessions.discard(request.handle)
             old.speculator.link.send(Detach(request.handle))
             self.policy.switched("done")
+            self._offer_room(old.speculator)
 
     def proposers(self, request: Request, bits: int) -> set[str]:
         """Names of those that proposed a node of the request's merged tree."""
@@ -359,7 +381,10 @@ class Speculation:
         self.on_tree()
 
     def beat(self, link: SpeculatorLink, heartbeat: Heartbeat) -> None:
-        """Liveness is the stream's concern; nothing to do."""
+        """A speculator that had no room may have some now."""
+        speculator = self._speculators.get(id(link))
+        if speculator is not None and speculator.put_off and heartbeat.free_capacity > 0:
+            self._offer_room(speculator)
 
     def failed_frame(self, link: SpeculatorLink, error: BadFrame) -> None:
         """A bad frame ends its own session's speculation there, nothing else."""
@@ -382,7 +407,10 @@ class Speculation:
                 self._sync(request, attachment)
             case Refused():
                 log.info("speculator.refused", peer=link.peer.instance_id, why=frame.why)
-                self._drop(attachment.speculator, request)
+                if frame.no_room:
+                    self._put_off(attachment.speculator, request)
+                else:
+                    self._drop(attachment.speculator, request)
 
     def _draft(self, request: Request, attachment: Attachment, frame: Draft) -> None:
         request.law.check(frame.tree)  # what it raises comes back through `failed_frame`
@@ -412,11 +440,20 @@ class Speculation:
         return None
 
     def _drop(self, speculator: Speculator, request: Request) -> None:
-        """Let a speculator draft the request no more; perhaps another has room."""
+        """Let a speculator draft the request no more; each may find another."""
+        speculator.refused.add(request.handle)
+        self._part(speculator, request)
+        self._offer_room(speculator)
+
+    def _put_off(self, speculator: Speculator, request: Request) -> None:
+        """Let a speculator not draft the request until it has room; perhaps another has."""
+        speculator.put_off.add(request.handle)
+        self._part(speculator, request)
+
+    def _part(self, speculator: Speculator, request: Request) -> None:
         attachments = self._attachments[request.handle]
         attachments[:] = [a for a in attachments if a.speculator is not speculator]
         speculator.sessions.discard(request.handle)
-        speculator.refused.add(request.handle)
         self._attach_free(request)
         self.on_tree()
 
