@@ -441,6 +441,17 @@ TOO_LONG = "x" * 512  # and the token that begins every text
             "number of characters in growth is 257; allowed: at most 256",
         ),
         (
+            {"growth": "wide"},
+            InvalidRequest,
+            "growth is 'wide'; it must be best-first, dp, dp:NODES or "
+            "dp:NODES:FIXED_MS,ROW_MS,PASS_MS, or widths by level such as <1,1,3>",
+        ),
+        (
+            {"law": LAW_MSS, "growth": "best-first"},
+            InvalidRequest,
+            "growth under law mss is 'best-first'; allowed: widths by level such as <3,2,1,1>",
+        ),
+        (
             {"law": LAW_MSS},
             NotServed,
             "law mss is not served by model 'bytes'; served: replay",
