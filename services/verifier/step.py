@@ -86,10 +86,12 @@ class StepLoop:
                 f"the request needs room for {needed} positions; the KV pool has "
                 f"{usage.total * usage.page_tokens}"
             )
-        if len(self._waiting) >= self._settings.max_waiting + self._free_slots():
+        running, waiting = len(self._running), len(self._waiting)
+        slots, places = self._settings.max_running, self._settings.max_waiting
+        if running + waiting >= slots + places:
             raise Overloaded(
-                f"{len(self._waiting)} requests are waiting; the limit is "
-                f"{self._settings.max_waiting}"
+                f"{running} requests are running and {waiting} waiting; the limits are {slots} "
+                f"and {places}"
             )
         if request.start.session is not None:
             self.sessions.check_epoch(request.start.session)

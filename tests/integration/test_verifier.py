@@ -628,7 +628,14 @@ async def test_request_is_refused_when_too_many_wait() -> None:
     refused = [outcome for outcome in started if outcome.error]
     assert refused
     assert all(isinstance(outcome.error, Overloaded) for outcome in refused)
-    assert "the limit is 1" in str(refused[0].error)
+    assert "the limits are 1 and 1" in str(refused[0].error)
+
+
+async def test_burst_is_taken_when_there_is_a_slot_for_each_and_none_may_wait() -> None:
+    async with verifier_rig(max_running=8, max_waiting=0) as rig:
+        started = [rig.router.start([token], GREEDY)[1] for token in range(8)]
+        await asyncio.gather(*(outcome.end() for outcome in started))
+    assert [outcome.tokens for outcome in started] == [plain([token], GREEDY) for token in range(8)]
 
 
 # --- logs -------------------------------------------------------------------------------------
