@@ -62,7 +62,7 @@ class StepLoop:
         self._waiting: deque[Request] = deque()
         self._running: list[Request] = []
         self._forgotten: list[SessionKey] = []
-        self._starved = False
+        self._blocked = False
         self._wake = asyncio.Event()
         self._rest = asyncio.Event()
         self._steps = 0
@@ -96,7 +96,7 @@ class StepLoop:
         if request.start.session is not None:
             self.sessions.check_epoch(request.start.session)
         self._waiting.append(request)
-        self._starved = False
+        self._blocked = False
         self._rest.clear()
         self._wake.set()
 
@@ -188,8 +188,8 @@ class StepLoop:
 
     @property
     def _may_admit(self) -> bool:
-        """Whether somebody waits who was not found to lack room at the last step."""
-        return bool(self._waiting) and not self._starved
+        """Whether somebody waits who may find room, or a sibling's prompt, at the next step."""
+        return bool(self._waiting) and not self._blocked
 
     def _longest_wait_s(self) -> float:
         return SILENCE_S if self._settings.planner == "full" else self.curve(len(self._running))
@@ -237,17 +237,15 @@ class StepLoop:
 
     def _admit(self) -> None:
         """Take waiting requests in, oldest first; one that waits for a sibling holds nobody up."""
-        self._starved = False
+        self._blocked = True
         for request in list(self._waiting):
             if len(self._running) >= self._settings.max_running:
-                self._starved = True
                 return
             try:
                 if not self.sessions.open(request, self._running, self._capacity(request)):
                     continue
             except Overloaded:
-                self._starved = True  # pages will come free
-                return
+                return  # pages will come free
             self._waiting.remove(request)
             self._running.append(request)
             self._speculation.admit(request)
@@ -320,6 +318,7 @@ class StepLoop:
         self._metrics.tokens.inc(count)
         now = time.monotonic()
         if request.last_commit_at is None:
+            self._blocked = False  # siblings may have waited for its prompt
             self._metrics.first_token.observe(now - request.arrived_at)
         else:
             self._metrics.inter_token.observe((now - request.last_commit_at) / count)

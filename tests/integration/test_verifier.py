@@ -312,6 +312,27 @@ async def test_decoding_goes_on_when_the_speculator_dies() -> None:
     assert outcome.tokens == plain(PROMPT, sampling)
 
 
+async def test_trees_are_waited_for_while_a_sibling_waits_for_a_long_prompt() -> None:
+    """300 tokens take 28 steps; the other request's 48 take 11, were every tree waited for."""
+    drafter = ScriptedSpeculator(Drafting(Clairvoyant()))
+    prompt, engine = [4] * 300, ToyEngine(vocab_size=VOCAB, step_s=0.002)
+    settings = {"planner": "full", "max_rows": 16}
+    async with (
+        speculator(drafter) as address,
+        verifier_rig(engine, speculators=[address], **settings) as rig,
+    ):
+        await rig.speculators(1)
+        _, outcome = rig.router.start(PROMPT, SamplingParams(temperature=0, max_tokens=48))
+        await outcome.until(lambda o: len(o.tokens) > 0)
+        siblings = [rig.router.start(prompt, SAMPLED, session=SESSION)[1] for _ in range(2)]
+        await outcome.end()
+        assert not any(sibling.tokens for sibling in siblings)
+        await asyncio.gather(*(sibling.end() for sibling in siblings))
+    assert outcome.completed is not None
+    assert outcome.completed.usage.steps <= 13
+    assert [s.completed.usage.cached_tokens for s in siblings if s.completed] == [0, 299]
+
+
 # --- ends -------------------------------------------------------------------------------------
 
 
