@@ -233,7 +233,15 @@ class StepLoop:
             if request.cancelled:
                 self._complete(request, Stop(FinishReason.CANCELLED))
             else:
-                self._refuse(request, DeadlineExceeded("the deadline passed before a KV page"))
+                self._refuse(request, self._too_late(request))
+
+    def _too_late(self, request: Request) -> DeadlineExceeded:
+        usage = self._engine.usage
+        return DeadlineExceeded(
+            f"deadline of {request.start.deadline_ms} ms passed while the request waited for room; "
+            f"{len(self._running)} of {self._settings.max_running} requests are running, "
+            f"{usage.free} of {usage.total} KV pages are free"
+        )
 
     def _admit(self) -> None:
         """Take waiting requests in, oldest first; one that waits for a sibling holds nobody up."""

@@ -638,6 +638,10 @@ async def test_request_waits_when_pages_are_taken_and_ends_at_its_deadline() -> 
         hurried = await rig.router.run([3] * 100, GREEDY, deadline_ms=50)
         await asyncio.gather(first.end(), second.end())
     assert isinstance(hurried.error, DeadlineExceeded)
+    assert str(hurried.error) == (
+        "deadline of 50 ms passed while the request waited for room; "
+        "1 of 32 requests are running, 1 of 4 KV pages are free"
+    )
     assert second.tokens == plain([1, 2], SamplingParams(temperature=0, max_tokens=150))
 
 
