@@ -420,6 +420,8 @@ async def test_streams_end_and_the_process_is_told_to_stop_when_the_step_loop_br
             await told.wait()
             while rig.router.open.is_set():
                 await asyncio.sleep(0.01)
+            with pytest.raises(TypeError, match="not callable"):
+                await rig.verifier.drain()
     asyncio.get_running_loop().remove_signal_handler(signal.SIGTERM)
 
 
