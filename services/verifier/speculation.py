@@ -193,6 +193,7 @@ class Speculation:
         for attachment in attached:
             attachment.speculator.sessions.discard(request.handle)
             attachment.speculator.link.send(Detach(request.handle))
+            self._leave(attachment)
         for speculator in self._speculators.values():
             speculator.refused.discard(request.handle)
             speculator.put_off.discard(request.handle)
@@ -296,21 +297,23 @@ class Speculation:
             for late in attached[1:]:
                 late.speculator.link.send(Detach(request.handle))
                 self._drop(late.speculator, request)
-                self.policy.switched("abandoned")
         elif speculator.has_room and self._may_draft(speculator, request):
             old = attached[0] if attached else None
             self._attach(request, speculator).replaces = old
-            self.policy.switched("begun")
+            if old is not None:
+                self.policy.switched("begun")
 
     def _take_over(self, request: Request, attachment: Attachment) -> None:
-        """A switch's first tree is there: let the old one go."""
+        """A switch's first tree is there: let the old one go, if it has not gone by itself."""
         attached, old = self._attachments[request.handle], attachment.replaces
+        if old is None:
+            return
         attachment.replaces = None
+        self.policy.switched("done")
         if old in attached:
             attached.remove(old)
             old.speculator.sessions.discard(request.handle)
             old.speculator.link.send(Detach(request.handle))
-            self.policy.switched("done")
             self._offer_room(old.speculator)
 
     def proposers(self, request: Request, bits: int) -> set[str]:
@@ -374,9 +377,7 @@ class Speculation:
         if gone is not None:
             self.policy.gone(gone)
         for handle, attachments in self._attachments.items():
-            kept = [a for a in attachments if a.speculator is not gone]
-            if len(kept) < len(attachments):
-                attachments[:] = kept
+            if gone is not None and self._remove(attachments, gone):
                 self._attach_free(self._requests[handle])
         self.on_tree()
 
@@ -450,9 +451,21 @@ class Speculation:
         speculator.put_off.add(request.handle)
         self._part(speculator, request)
 
-    def _part(self, speculator: Speculator, request: Request) -> None:
-        attachments = self._attachments[request.handle]
+    def _remove(self, attachments: list[Attachment], speculator: Speculator) -> bool:
+        """Take out a speculator's attachment; tells whether there was one."""
+        gone = [a for a in attachments if a.speculator is speculator]
         attachments[:] = [a for a in attachments if a.speculator is not speculator]
+        for attachment in gone:
+            self._leave(attachment)
+        return bool(gone)
+
+    def _leave(self, attachment: Attachment) -> None:
+        """It is over: so is a switch to it that has brought no tree."""
+        if attachment.replaces is not None:
+            self.policy.switched("abandoned")
+
+    def _part(self, speculator: Speculator, request: Request) -> None:
+        self._remove(self._attachments[request.handle], speculator)
         speculator.sessions.discard(request.handle)
         self._attach_free(request)
         self.on_tree()

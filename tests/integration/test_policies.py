@@ -248,6 +248,15 @@ async def test_switch_is_given_up_when_the_new_one_stays_silent() -> None:
         assert stage.events.count(("good", "Detach")) == 1
 
 
+async def test_switch_is_given_up_when_the_new_one_refuses() -> None:
+    refusing = ScriptedSpeculator(lambda frame: [Refused(frame.handle, "no")], "good", 8)
+    async with mesh(poor(), refusing, **SPIN) as rig:
+        assert (await rig.router.run(PROMPT, LONG)).tokens == plain(PROMPT, LONG)
+        assert attached(refusing) == [tuple(PROMPT)]
+        assert (switches(rig, "begun"), switches(rig, "done")) == (1, 0)
+        assert switches(rig, "abandoned") == 1
+
+
 async def test_new_speculator_stays_when_the_old_one_dies_during_a_switch() -> None:
     stage = Stage()
     old, new = stage.play("poor", Drafting(wrong)), good(8)  # type: ignore[arg-type]
