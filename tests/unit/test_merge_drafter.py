@@ -71,6 +71,22 @@ def test_others_draft_on_when_one_has_no_room() -> None:
     drafter.close(1)
 
 
+class Broken(NgramDrafter):
+    """Opens a session, then fails."""
+
+    def open(self, handle: int, request: DraftRequest) -> None:
+        super().open(handle, request)
+        raise RuntimeError("device lost")
+
+
+def test_others_draft_on_when_one_breaks_as_the_session_opens() -> None:
+    broken = Broken(capacity=1, name="broken")
+    drafter = merged(NgramDrafter(capacity=1), broken)
+    assert set(drafter.draft({1: 4})[1].proposers) == {0b01}
+    drafter.close(1)
+    drafter.open(2, request(TEXT))  # neither was left open
+
+
 def test_session_is_refused_when_no_drafter_takes_it() -> None:
     drafter = MergedDrafter([model(context_tokens=2), NgramDrafter(capacity=0)])
     with pytest.raises(InvalidRequest, match="text has 5 tokens; the draft's limit is 2"):
