@@ -567,6 +567,22 @@ async def test_request_leaves_the_queue_when_it_is_aborted(start: Callable[..., 
         assert len(verifier.started) == 1
 
 
+async def test_many_samples_get_their_room_when_single_requests_keep_coming(
+    start: Callable[..., Any],
+) -> None:
+    verifier = await start(capacity=2, budget=1)
+    async with routing([verifier]) as client:
+        first = await client.generate(request_id="first").read_tokens(1)
+        samples = client.generate(request_id="samples", num_samples=2)
+        await client.queued(1)
+        late = client.generate(request_id="late")
+        await client.queued(2)  # though there is a place for it
+        verifier.allow(64)
+        await asyncio.gather(first.read_all(), samples.read_all(), late.read_all())
+    order = [one.request_id.partition("/")[0] for one in verifier.started]
+    assert order == ["first", "samples", "samples", "late"]
+
+
 async def test_all_samples_are_cancelled_when_one_fails(
     verifier: ScriptedVerifier, client: RouterClient
 ) -> None:
