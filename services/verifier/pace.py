@@ -19,8 +19,8 @@ class StepCurve:
     """Step time by number of rows: a line, fitted to what was measured at start and since.
 
     Least squares that forget, so that it follows the machine; a step that took far longer than
-    foreseen was disturbed, and says nothing unless the next ones do too. A line, since the planner asks what one more row
-    costs, and differences of single measurements are noise.
+    foreseen was disturbed, and says nothing unless the next ones do too. A line, since the planner
+    asks what one more row costs, and differences of single measurements are noise.
 
     Attributes:
         measured: seconds by number of rows, as measured at start.
