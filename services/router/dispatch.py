@@ -10,7 +10,7 @@ from treecast.errors import DeadlineExceeded, TreecastError, Unavailable
 
 from .fleet import Fleet
 from .metrics import RouterMetrics
-from .placement import Candidate, Placement, Wanted, place, serves
+from .placement import Candidate, Placement, Wanted, keep_free, place, serves
 from .queue import WaitingQueue
 from .seat import Seat
 
@@ -99,15 +99,22 @@ class Dispatcher:
         return seats
 
     def _pump(self) -> None:
-        """Seat whoever can be seated, in order. Called whenever that may have changed."""
+        """Seat whoever can be seated, in order. Called whenever that may have changed.
+
+        One that cannot keeps a verifier free of those behind it; see `keep_free`.
+        """
         candidates = self._fleet.candidates()
+        kept: set[str | None] = set()
         for ticket in self._queue:
             if ticket.turn.done():
                 continue
-            placement = place(candidates, ticket.wanted)
+            left = [one for one in candidates if one.instance_id not in kept]
+            placement = place(left, ticket.wanted)
             if placement is not None:
                 self._seat(ticket, placement)
                 candidates = self._fleet.candidates()
+            else:
+                kept.add(keep_free(left, ticket.wanted))
             self._watch_grace(ticket, candidates)
         self._metrics.queued.set(len(self._queue))
 

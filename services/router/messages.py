@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 from dataclasses import dataclass, replace
 
+from treecast.drafting.drawn import check_growth
 from treecast.errors import InvalidRequest
 from treecast.sampling.logprobs import TokenLogprobs
 from treecast.sampling.params import SamplingParams, SpeculationParams
@@ -114,6 +115,7 @@ def _check(ask: Ask) -> None:
         check_id("session_id", ask.session_id)
     _check_range("priority", ask.priority, -MAX_PRIORITY, MAX_PRIORITY)
     _check_range("num_samples", ask.num_samples, 1, MAX_SAMPLES)
+    check_growth(ask.speculation)
 
 
 def check_id(name: str, value: str) -> None:

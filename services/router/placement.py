@@ -120,8 +120,26 @@ def serves(candidate: Candidate, wanted: Wanted) -> bool:
     )
 
 
+def keep_free(candidates: Iterable[Candidate], wanted: Wanted) -> str | None:
+    """The verifier where a request that finds room nowhere waits for it.
+
+    Nobody behind it is placed there meanwhile, so that many samples get their room in the end; only
+    there, so that the wait for them leaves no more than one verifier's places empty.
+
+    Returns:
+        The instance with the fewest places missing; None if there is none that would do.
+    """
+    fit = [one for one in candidates if serves(one, wanted)]
+    return max(fit, key=lambda one: _spare(one, wanted)).instance_id if fit else None
+
+
 def _has_room(candidate: Candidate, wanted: Wanted) -> bool:
-    return candidate.free >= min(wanted.slots, candidate.hello.capacity)
+    return _spare(candidate, wanted) >= 0
+
+
+def _spare(candidate: Candidate, wanted: Wanted) -> int:
+    """Places left over once the request is there; below 0 if it has no room."""
+    return candidate.free - min(wanted.slots, candidate.hello.capacity)
 
 
 def _weight(name: str, candidate: Candidate) -> bytes:

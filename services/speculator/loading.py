@@ -116,11 +116,18 @@ def _make(settings: SpeculatorSettings, spec: DrafterSpec, models: Iterator[Engi
 
 
 def warm_up(drafter: MergedDrafter, engines: Sequence[Engine]) -> float:
-    """Draft for a text as long as one draft reads at most; returns the seconds it took."""
+    """Draft for a text as long as one draft reads at most; returns the seconds it took.
+
+    Raises:
+        ModelError: no drafter could.
+    """
     text = [0] * min([PREFILL_ROWS, *(engine.info.context_tokens for engine in engines)])
     sampling = SamplingParams(temperature=0, max_tokens=1)
     began = time.perf_counter()
     drafter.open(_WARM_UP, DraftRequest(text, len(text), sampling, noise_key=0))
     drafter.draft({_WARM_UP: 16})
+    lost = drafter.take_lost()
     drafter.close(_WARM_UP)
+    if lost:
+        raise ModelError(f"drafting failed at warm-up: {lost[_WARM_UP]}") from lost[_WARM_UP]
     return time.perf_counter() - began

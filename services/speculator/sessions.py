@@ -178,7 +178,7 @@ class Sessions:
         self._end(link, handle)
         self.metrics.refused.labels(error.reason).inc()
         log.info("session.refused", peer=link.peer.instance_id, why=error.message)
-        link.send(Refused(handle, error.message))
+        link.send(Refused(handle, error.message, isinstance(error, Overloaded)))
 
     def _order(self, order: Order) -> None:
         if not self._orders:

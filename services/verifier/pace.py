@@ -11,14 +11,16 @@ from treecast.engine.base import Engine, KVSequence, Segment
 
 _MEMORY = 0.995
 _DISTURBED = 3.0
+_MOST_DISTURBED = 4
+"""So many disturbed steps in a row are no disturbance: the machine, or the text, is another."""
 
 
 class StepCurve:
     """Step time by number of rows: a line, fitted to what was measured at start and since.
 
     Least squares that forget, so that it follows the machine; a step that took far longer than
-    foreseen was disturbed, and says nothing. A line, since the planner asks what one more row
-    costs, and differences of single measurements are noise.
+    foreseen was disturbed, and says nothing unless the next ones do too. A line, since the planner
+    asks what one more row costs, and differences of single measurements are noise.
 
     Attributes:
         measured: seconds by number of rows, as measured at start.
@@ -26,6 +28,7 @@ class StepCurve:
 
     def __init__(self, seconds_by_rows: Mapping[int, float]) -> None:
         self.measured = dict(seconds_by_rows)
+        self._disturbed = 0
         self._weight = self._rows = self._seconds = self._squares = self._products = 0.0
         for rows, seconds in seconds_by_rows.items():
             self._add(rows, seconds)
@@ -36,7 +39,8 @@ class StepCurve:
 
     def saw(self, rows: int, seconds: float) -> None:
         """Take in what a step took."""
-        if seconds < _DISTURBED * self(rows):
+        self._disturbed = 0 if seconds < _DISTURBED * self(rows) else self._disturbed + 1
+        if not 0 < self._disturbed <= _MOST_DISTURBED:
             self._add(rows, seconds)
 
     def _add(self, rows: int, seconds: float) -> None:

@@ -6,7 +6,6 @@ import asyncio
 import signal
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from typing import Any
 
 import grpc
@@ -65,7 +64,6 @@ class Verifier(verifier_pb2_grpc.VerifierServiceServicer):
             policy,
             settings.max_nodes,
             settings.trusted_speculators,
-            engine.info.vocab_size,
             self.metrics,
         )
         self.steps = StepLoop(engine, thread, settings, self.speculation, curve, self.metrics)
@@ -85,12 +83,23 @@ class Verifier(verifier_pb2_grpc.VerifierServiceServicer):
             await self._registry.start(self._speculators.follow)
 
     async def drain(self) -> None:
-        """Take nothing new, let what runs finish, then close the streams."""
+        """Take nothing new, let what runs finish, then close the streams.
+
+        Raises:
+            Exception: what broke the step loop; nothing is waited for then.
+        """
         self._draining = True
-        with suppress(TimeoutError):
-            async with asyncio.timeout(self._settings.drain_s):
-                await self.steps.finished()
+        assert self._stepping is not None, "drained before it was started"
+        finished = asyncio.create_task(self.steps.finished())
+        ends = [finished, self._stepping]
+        await asyncio.wait(
+            ends, timeout=self._settings.drain_s, return_when=asyncio.FIRST_COMPLETED
+        )
+        finished.cancel()
+        broken = self._stepping.done()
         await self.close()
+        if broken:
+            await self._stepping
 
     async def close(self) -> None:
         """Stop at once; routers re-place what was running."""
@@ -177,7 +186,10 @@ class Verifier(verifier_pb2_grpc.VerifierServiceServicer):
 
 
 def _stop_if_broken(stepping: asyncio.Task[None]) -> None:
-    """Without its step loop a verifier is of no use: end the process, so that it is restarted."""
+    """Without its step loop a verifier is of no use: end the process, so that it is restarted.
+
+    As told to stop, but for the exit code: `drain` raises what broke the loop.
+    """
     if not stepping.cancelled():
         log.critical("steps.broken", exc_info=stepping.exception())
         signal.raise_signal(signal.SIGTERM)

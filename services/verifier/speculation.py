@@ -13,7 +13,6 @@ from dataclasses import dataclass, field, replace
 
 import structlog
 
-from treecast.errors import InvalidTree
 from treecast.sampling.params import Law
 from treecast.tree import MAX_DEPTH, TokenTree
 from treecast.wire.codec.bounds import MAX_PROPOSERS
@@ -71,12 +70,18 @@ class Pace:
 
 @dataclass(slots=True, eq=False)
 class Speculator:
-    """One speculator that a stream is open to."""
+    """One speculator that a stream is open to.
+
+    Attributes:
+        refused: requests that it will not draft, whatever comes.
+        put_off: requests that it had no room for.
+    """
 
     link: SpeculatorLink
     pace: Pace = field(default_factory=Pace)
     sessions: set[int] = field(default_factory=set)
     refused: set[int] = field(default_factory=set)
+    put_off: set[int] = field(default_factory=set)
 
     @property
     def willing(self) -> bool:
@@ -149,7 +154,6 @@ class Speculation:
         policy: TreePolicy,
         max_nodes: int,
         trusted: Collection[str],
-        vocab_size: int,
         metrics: VerifierMetrics,
     ) -> None:
         """Begin without speculators.
@@ -162,7 +166,6 @@ class Speculation:
         self.policy = policy
         self._max_nodes = max_nodes
         self._trusted = trusted
-        self._vocab_size = vocab_size
         self._metrics = metrics
         self._calibration = PodCalibration(metrics.proposer_label)
         metrics.watch(self._calibration.reliability)
@@ -184,14 +187,29 @@ class Speculation:
         self._attach_free(request)
 
     def release(self, request: Request) -> None:
-        """Forget a request that has ended."""
+        """Forget a request that has ended; others may have its slots."""
         self._requests.pop(request.handle, None)
-        for attachment in self._attachments.pop(request.handle, ()):
+        attached = self._attachments.pop(request.handle, [])
+        for attachment in attached:
             attachment.speculator.sessions.discard(request.handle)
             attachment.speculator.link.send(Detach(request.handle))
+            self._leave(attachment)
         for speculator in self._speculators.values():
             speculator.refused.discard(request.handle)
+            speculator.put_off.discard(request.handle)
         self.policy.released(request)
+        for attachment in attached:
+            self._offer_room(attachment.speculator)
+
+    def _offer_room(self, speculator: Speculator) -> None:
+        """It has room: let it be asked by whoever lacks one, and anew by the oldest put off.
+
+        By one of those at a time, since what it is short of may not be slots.
+        """
+        if speculator.put_off:
+            speculator.put_off.remove(min(speculator.put_off))
+        for request in self._requests.values():
+            self._attach_free(request)
 
     def _attach_free(self, request: Request) -> None:
         attached = self._attachments[request.handle]
@@ -218,7 +236,8 @@ class Speculation:
         law, link = request.start.speculation.law, speculator.link
         trusted = "all" in self._trusted or link.address in self._trusted
         serves = law is Law.REPLAY or (trusted and law in link.peer.laws)
-        return serves and request.handle not in speculator.refused
+        turned_down = request.handle in speculator.refused | speculator.put_off
+        return serves and not turned_down
 
     def _sync(self, request: Request, attachment: Attachment) -> None:
         attachment.asked_at = time.monotonic()
@@ -278,21 +297,24 @@ class Speculation:
             for late in attached[1:]:
                 late.speculator.link.send(Detach(request.handle))
                 self._drop(late.speculator, request)
-                self.policy.switched("abandoned")
         elif speculator.has_room and self._may_draft(speculator, request):
             old = attached[0] if attached else None
             self._attach(request, speculator).replaces = old
-            self.policy.switched("begun")
+            if old is not None:
+                self.policy.switched("begun")
 
     def _take_over(self, request: Request, attachment: Attachment) -> None:
-        """A switch's first tree is there: let the old one go."""
+        """A switch's first tree is there: let the old one go, if it has not gone by itself."""
         attached, old = self._attachments[request.handle], attachment.replaces
+        if old is None:
+            return
         attachment.replaces = None
+        self.policy.switched("done")
         if old in attached:
             attached.remove(old)
             old.speculator.sessions.discard(request.handle)
             old.speculator.link.send(Detach(request.handle))
-            self.policy.switched("done")
+            self._offer_room(old.speculator)
 
     def proposers(self, request: Request, bits: int) -> set[str]:
         """Names of those that proposed a node of the request's merged tree."""
@@ -355,14 +377,15 @@ class Speculation:
         if gone is not None:
             self.policy.gone(gone)
         for handle, attachments in self._attachments.items():
-            kept = [a for a in attachments if a.speculator is not gone]
-            if len(kept) < len(attachments):
-                attachments[:] = kept
+            if gone is not None and self._remove(attachments, gone):
                 self._attach_free(self._requests[handle])
         self.on_tree()
 
     def beat(self, link: SpeculatorLink, heartbeat: Heartbeat) -> None:
-        """Liveness is the stream's concern; nothing to do."""
+        """A speculator that had no room may have some now."""
+        speculator = self._speculators.get(id(link))
+        if speculator is not None and speculator.put_off and heartbeat.free_capacity > 0:
+            self._offer_room(speculator)
 
     def failed_frame(self, link: SpeculatorLink, error: BadFrame) -> None:
         """A bad frame ends its own session's speculation there, nothing else."""
@@ -385,18 +408,13 @@ class Speculation:
                 self._sync(request, attachment)
             case Refused():
                 log.info("speculator.refused", peer=link.peer.instance_id, why=frame.why)
-                self._drop(attachment.speculator, request)
+                if frame.no_room:
+                    self._put_off(attachment.speculator, request)
+                else:
+                    self._drop(attachment.speculator, request)
 
     def _draft(self, request: Request, attachment: Attachment, frame: Draft) -> None:
-        try:
-            frame.tree.validate(self._vocab_size)
-            request.law.check(frame.tree)
-        except InvalidTree as error:
-            log.warning("speculator.bad_tree", why=error.message)
-            self._metrics.bad_frames.inc()
-            attachment.speculator.link.send(Detach(frame.handle))
-            self._drop(attachment.speculator, request)
-            return
+        request.law.check(frame.tree)  # what it raises comes back through `failed_frame`
         self._metrics.nodes_offered.inc(len(frame.tree))
         # Under mss too: what is left below the path was drawn given the path alone, so it does not
         # matter what the target made of the rest, and by what other tree.
@@ -423,11 +441,32 @@ class Speculation:
         return None
 
     def _drop(self, speculator: Speculator, request: Request) -> None:
-        """Let a speculator draft the request no more; perhaps another has room."""
-        attachments = self._attachments[request.handle]
-        attachments[:] = [a for a in attachments if a.speculator is not speculator]
-        speculator.sessions.discard(request.handle)
+        """Let a speculator draft the request no more; each may find another."""
         speculator.refused.add(request.handle)
+        self._part(speculator, request)
+        self._offer_room(speculator)
+
+    def _put_off(self, speculator: Speculator, request: Request) -> None:
+        """Let a speculator not draft the request until it has room; perhaps another has."""
+        speculator.put_off.add(request.handle)
+        self._part(speculator, request)
+
+    def _remove(self, attachments: list[Attachment], speculator: Speculator) -> bool:
+        """Take out a speculator's attachment; tells whether there was one."""
+        gone = [a for a in attachments if a.speculator is speculator]
+        attachments[:] = [a for a in attachments if a.speculator is not speculator]
+        for attachment in gone:
+            self._leave(attachment)
+        return bool(gone)
+
+    def _leave(self, attachment: Attachment) -> None:
+        """It is over: so is a switch to it that has brought no tree."""
+        if attachment.replaces is not None:
+            self.policy.switched("abandoned")
+
+    def _part(self, speculator: Speculator, request: Request) -> None:
+        self._remove(self._attachments[request.handle], speculator)
+        speculator.sessions.discard(request.handle)
         self._attach_free(request)
         self.on_tree()
 

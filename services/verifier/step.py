@@ -62,7 +62,7 @@ class StepLoop:
         self._waiting: deque[Request] = deque()
         self._running: list[Request] = []
         self._forgotten: list[SessionKey] = []
-        self._starved = False
+        self._blocked = False
         self._wake = asyncio.Event()
         self._rest = asyncio.Event()
         self._steps = 0
@@ -86,15 +86,17 @@ class StepLoop:
                 f"the request needs room for {needed} positions; the KV pool has "
                 f"{usage.total * usage.page_tokens}"
             )
-        if len(self._waiting) >= self._settings.max_waiting + self._free_slots():
+        running, waiting = len(self._running), len(self._waiting)
+        slots, places = self._settings.max_running, self._settings.max_waiting
+        if running + waiting >= slots + places:
             raise Overloaded(
-                f"{len(self._waiting)} requests are waiting; the limit is "
-                f"{self._settings.max_waiting}"
+                f"{running} requests are running and {waiting} waiting; the limits are {slots} "
+                f"and {places}"
             )
         if request.start.session is not None:
             self.sessions.check_epoch(request.start.session)
         self._waiting.append(request)
-        self._starved = False
+        self._blocked = False
         self._rest.clear()
         self._wake.set()
 
@@ -186,8 +188,8 @@ class StepLoop:
 
     @property
     def _may_admit(self) -> bool:
-        """Whether somebody waits who was not found to lack room at the last step."""
-        return bool(self._waiting) and not self._starved
+        """Whether somebody waits who may find room, or a sibling's prompt, at the next step."""
+        return bool(self._waiting) and not self._blocked
 
     def _longest_wait_s(self) -> float:
         return SILENCE_S if self._settings.planner == "full" else self.curve(len(self._running))
@@ -231,21 +233,27 @@ class StepLoop:
             if request.cancelled:
                 self._complete(request, Stop(FinishReason.CANCELLED))
             else:
-                self._refuse(request, DeadlineExceeded("the deadline passed before a KV page"))
+                self._refuse(request, self._too_late(request))
+
+    def _too_late(self, request: Request) -> DeadlineExceeded:
+        usage = self._engine.usage
+        return DeadlineExceeded(
+            f"deadline of {request.start.deadline_ms} ms passed while the request waited for room; "
+            f"{len(self._running)} of {self._settings.max_running} requests are running, "
+            f"{usage.free} of {usage.total} KV pages are free"
+        )
 
     def _admit(self) -> None:
         """Take waiting requests in, oldest first; one that waits for a sibling holds nobody up."""
-        self._starved = False
+        self._blocked = True
         for request in list(self._waiting):
             if len(self._running) >= self._settings.max_running:
-                self._starved = True
                 return
             try:
                 if not self.sessions.open(request, self._running, self._capacity(request)):
                     continue
             except Overloaded:
-                self._starved = True  # pages will come free
-                return
+                return  # pages will come free
             self._waiting.remove(request)
             self._running.append(request)
             self._speculation.admit(request)
@@ -318,6 +326,7 @@ class StepLoop:
         self._metrics.tokens.inc(count)
         now = time.monotonic()
         if request.last_commit_at is None:
+            self._blocked = False  # siblings may have waited for its prompt
             self._metrics.first_token.observe(now - request.arrived_at)
         else:
             self._metrics.inter_token.observe((now - request.last_commit_at) / count)

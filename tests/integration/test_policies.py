@@ -22,6 +22,8 @@ from treecast.wire.frames import (
     Commit,
     Detach,
     Draft,
+    Heartbeat,
+    Refused,
     SpeculatorFrame,
     VerifierFrame,
 )
@@ -94,6 +96,52 @@ async def test_text_is_plain_decodings_under_each_policy(policy: str, planner: s
     expected += [plain(prompt, SAMPLED, 5) for prompt in prompts]
     assert [outcome.tokens for outcome in outcomes] == expected
     assert sum(o.completed.usage.accepted for o in outcomes if o.completed) > 0
+
+
+def attached(drafter: ScriptedSpeculator) -> list[tuple[int, ...]]:
+    """Prompts of the sessions that the verifier has asked it to draft, in order."""
+    attaches = (frame for frame in drafter.frames if isinstance(frame, Attach))
+    return [frame.tokens[: frame.prompt_len] for frame in attaches]
+
+
+@pytest.mark.parametrize("policy", ["tree", "vote"])
+async def test_a_running_request_gets_the_slot_when_its_holder_ends(policy: str) -> None:
+    only = good(capacity=1)
+    async with mesh(only, policy=policy, planner="full") as rig:
+        holder, held = rig.router.start([9], SamplingParams(temperature=0, max_tokens=900))
+        await held.until(lambda o: len(o.tokens) > 1)
+        _, lacking = rig.router.start(PROMPT, LONG)
+        await lacking.until(lambda o: len(o.tokens) > 1)
+        assert attached(only) == [(9,)]
+        rig.router.cancel(holder)
+        await lacking.end()
+    assert attached(only) == [(9,), tuple(PROMPT)]
+    assert most_at_once(only) == 1
+    assert lacking.tokens == plain(PROMPT, LONG)
+    assert lacking.completed is not None
+    assert lacking.completed.usage.accepted > 0
+
+
+async def test_a_speculator_is_asked_again_only_when_it_has_room_again() -> None:
+    drafting, full = Drafting(Clairvoyant()), [True]
+
+    def act(frame: VerifierFrame) -> Sequence[SpeculatorFrame]:
+        if full[0]:
+            return [Refused(frame.handle, "16 sessions; the limit is 16", no_room=True)]
+        return drafting(frame)
+
+    drafter = ScriptedSpeculator(act)
+    sampling = SamplingParams(temperature=0, max_tokens=400)
+    async with mesh(drafter) as rig:
+        await rig.router.run(PROMPT, LONG)
+        assert len(attached(drafter)) == 1
+        _, outcome = rig.router.start([9], sampling)
+        await outcome.until(lambda o: len(o.tokens) > 1)
+        full[0], drafter.heartbeat = False, Heartbeat(free_capacity=1)
+        await outcome.end()
+    assert attached(drafter) == [tuple(PROMPT), (9,), (9,)]
+    assert outcome.completed is not None
+    assert outcome.completed.usage.accepted > 0
 
 
 async def test_mss_is_refused_by_name_when_drafts_are_voted_on() -> None:
@@ -198,6 +246,15 @@ async def test_switch_is_given_up_when_the_new_one_stays_silent() -> None:
         assert switches(rig, "abandoned") == 1
         assert stage.events.count(("good", "Attach")) == 1  # and it is not tried again
         assert stage.events.count(("good", "Detach")) == 1
+
+
+async def test_switch_is_given_up_when_the_new_one_refuses() -> None:
+    refusing = ScriptedSpeculator(lambda frame: [Refused(frame.handle, "no")], "good", 8)
+    async with mesh(poor(), refusing, **SPIN) as rig:
+        assert (await rig.router.run(PROMPT, LONG)).tokens == plain(PROMPT, LONG)
+        assert attached(refusing) == [tuple(PROMPT)]
+        assert (switches(rig, "begun"), switches(rig, "done")) == (1, 0)
+        assert switches(rig, "abandoned") == 1
 
 
 async def test_new_speculator_stays_when_the_old_one_dies_during_a_switch() -> None:

@@ -441,6 +441,17 @@ TOO_LONG = "x" * 512  # and the token that begins every text
             "number of characters in growth is 257; allowed: at most 256",
         ),
         (
+            {"growth": "wide"},
+            InvalidRequest,
+            "growth is 'wide'; it must be best-first, dp, dp:NODES or "
+            "dp:NODES:FIXED_MS,ROW_MS,PASS_MS, or widths by level such as <1,1,3>",
+        ),
+        (
+            {"law": LAW_MSS, "growth": "best-first"},
+            InvalidRequest,
+            "growth under law mss is 'best-first'; allowed: widths by level such as <3,2,1,1>",
+        ),
+        (
             {"law": LAW_MSS},
             NotServed,
             "law mss is not served by model 'bytes'; served: replay",
@@ -554,6 +565,22 @@ async def test_request_leaves_the_queue_when_it_is_aborted(start: Callable[..., 
         verifier.allow(4)
         await first.read_all()
         assert len(verifier.started) == 1
+
+
+async def test_many_samples_get_their_room_when_single_requests_keep_coming(
+    start: Callable[..., Any],
+) -> None:
+    verifier = await start(capacity=2, budget=1)
+    async with routing([verifier]) as client:
+        first = await client.generate(request_id="first").read_tokens(1)
+        samples = client.generate(request_id="samples", num_samples=2)
+        await client.queued(1)
+        late = client.generate(request_id="late")
+        await client.queued(2)  # though there is a place for it
+        verifier.allow(64)
+        await asyncio.gather(first.read_all(), samples.read_all(), late.read_all())
+    order = [one.request_id.partition("/")[0] for one in verifier.started]
+    assert order == ["first", "samples", "samples", "late"]
 
 
 async def test_all_samples_are_cancelled_when_one_fails(

@@ -279,6 +279,7 @@ async def test_attach_is_refused_when_over_capacity_and_taken_when_one_detaches(
         v.send(attach(1, 1, 2), attach(2, 1, 2))
         refusal = await v.hear(Refused, 2)
         assert refusal.why == "stream has 1 sessions; the limit is 1"
+        assert refusal.no_room
         await v.draft(1, base_len=2)
         v.send(Detach(1), attach(3, 1, 2))
         await v.draft(3, base_len=2)

@@ -12,6 +12,7 @@ import grpc
 import pytest
 import structlog
 
+from treecast.draws import Draws, Proposal
 from treecast.engine.base import Segment
 from treecast.engine.toy import ToyEngine
 from treecast.errors import (
@@ -27,7 +28,7 @@ from treecast.sampling.params import Law, SamplingParams, SpeculationParams
 from treecast.sampling.stops import FinishReason
 from treecast.services.verifier.loading import read_tokenizer
 from treecast.text.tokenizer import TokenizerFiles
-from treecast.tree import TokenTree
+from treecast.tree import ROOT, TokenTree
 from treecast.v1 import verifier_pb2, verifier_pb2_grpc
 from treecast.wire.channel import MAX_ANSWER_BYTES, MAX_MESSAGE_BYTES, open_channel
 from treecast.wire.frames import (
@@ -178,6 +179,14 @@ def too_wide(handle: int, text: list[int], future: list[int]) -> SpeculatorFrame
     return Draft(handle, len(text), tree)
 
 
+def grouped(handle: int, text: list[int], future: list[int]) -> SpeculatorFrame:
+    """Wrong tokens that pass for draws, which no law but mss may take."""
+    wrong = tuple(token for token in range(9) if token != future[0])
+    tree = TokenTree()
+    tree.draw(ROOT, Draws(Proposal.IID, wrong, (1 / len(wrong),) * len(wrong), wrong))
+    return Draft(handle, len(text), tree)
+
+
 def no_session(handle: int, text: list[int], future: list[int]) -> SpeculatorFrame:
     return Draft(handle + 1000, len(text), TokenTree.chain(future))
 
@@ -187,7 +196,7 @@ def refusal(handle: int, text: list[int], future: list[int]) -> SpeculatorFrame:
 
 
 @pytest.mark.parametrize(
-    "make", [wrong, ahead, unknown_token, too_deep, too_wide, no_session, refusal]
+    "make", [wrong, ahead, unknown_token, too_deep, too_wide, grouped, no_session, refusal]
 )
 async def test_text_is_the_same_when_a_speculator_misbehaves(make: Clairvoyant) -> None:
     bad = ScriptedSpeculator(Drafting(make))
@@ -199,6 +208,22 @@ async def test_text_is_the_same_when_a_speculator_misbehaves(make: Clairvoyant) 
         await rig.idle()
         assert rig.engine.usage.used == 0
     assert [o.tokens for o in outcomes] == [plain(PROMPT, GREEDY), plain([1, 2], SAMPLED, 5)]
+
+
+async def test_draws_crowd_nobody_out_when_the_law_is_replay() -> None:
+    honest = ScriptedSpeculator(Drafting(Clairvoyant()), "honest")
+    hostile = ScriptedSpeculator(Drafting(grouped), "hostile")  # type: ignore[arg-type]
+    settings = {"planner": "full", "speculators_per_session": 2}
+    async with (
+        speculator(honest) as one,
+        speculator(hostile) as other,
+        verifier_rig(speculators=[one, other], **settings) as rig,
+    ):
+        await rig.speculators(2)
+        outcome = await rig.router.run(PROMPT, GREEDY)
+        assert rig.verifier.metrics.bad_frames._value.get() == 1
+    assert outcome.completed is not None
+    assert outcome.completed.usage.accepted >= 16  # of 24 tokens, four in five from a draft
 
 
 async def test_a_late_tree_is_used_when_its_path_was_committed() -> None:
@@ -285,6 +310,27 @@ async def test_decoding_goes_on_when_the_speculator_dies() -> None:
         await outcome.end()
         await rig.speculators(0)
     assert outcome.tokens == plain(PROMPT, sampling)
+
+
+async def test_trees_are_waited_for_while_a_sibling_waits_for_a_long_prompt() -> None:
+    """300 tokens take 28 steps; the other request's 48 take 11, were every tree waited for."""
+    drafter = ScriptedSpeculator(Drafting(Clairvoyant()))
+    prompt, engine = [4] * 300, ToyEngine(vocab_size=VOCAB, step_s=0.002)
+    settings = {"planner": "full", "max_rows": 16}
+    async with (
+        speculator(drafter) as address,
+        verifier_rig(engine, speculators=[address], **settings) as rig,
+    ):
+        await rig.speculators(1)
+        _, outcome = rig.router.start(PROMPT, SamplingParams(temperature=0, max_tokens=48))
+        await outcome.until(lambda o: len(o.tokens) > 0)
+        siblings = [rig.router.start(prompt, SAMPLED, session=SESSION)[1] for _ in range(2)]
+        await outcome.end()
+        assert not any(sibling.tokens for sibling in siblings)
+        await asyncio.gather(*(sibling.end() for sibling in siblings))
+    assert outcome.completed is not None
+    assert outcome.completed.usage.steps <= 13
+    assert [s.completed.usage.cached_tokens for s in siblings if s.completed] == [0, 299]
 
 
 # --- ends -------------------------------------------------------------------------------------
@@ -374,6 +420,8 @@ async def test_streams_end_and_the_process_is_told_to_stop_when_the_step_loop_br
             await told.wait()
             while rig.router.open.is_set():
                 await asyncio.sleep(0.01)
+            with pytest.raises(TypeError, match="not callable"):
+                await rig.verifier.drain()
     asyncio.get_running_loop().remove_signal_handler(signal.SIGTERM)
 
 
@@ -592,6 +640,10 @@ async def test_request_waits_when_pages_are_taken_and_ends_at_its_deadline() -> 
         hurried = await rig.router.run([3] * 100, GREEDY, deadline_ms=50)
         await asyncio.gather(first.end(), second.end())
     assert isinstance(hurried.error, DeadlineExceeded)
+    assert str(hurried.error) == (
+        "deadline of 50 ms passed while the request waited for room; "
+        "1 of 32 requests are running, 1 of 4 KV pages are free"
+    )
     assert second.tokens == plain([1, 2], SamplingParams(temperature=0, max_tokens=150))
 
 
@@ -603,7 +655,14 @@ async def test_request_is_refused_when_too_many_wait() -> None:
     refused = [outcome for outcome in started if outcome.error]
     assert refused
     assert all(isinstance(outcome.error, Overloaded) for outcome in refused)
-    assert "the limit is 1" in str(refused[0].error)
+    assert "the limits are 1 and 1" in str(refused[0].error)
+
+
+async def test_burst_is_taken_when_there_is_a_slot_for_each_and_none_may_wait() -> None:
+    async with verifier_rig(max_running=8, max_waiting=0) as rig:
+        started = [rig.router.start([token], GREEDY)[1] for token in range(8)]
+        await asyncio.gather(*(outcome.end() for outcome in started))
+    assert [outcome.tokens for outcome in started] == [plain([token], GREEDY) for token in range(8)]
 
 
 # --- logs -------------------------------------------------------------------------------------

@@ -148,11 +148,12 @@ class ScriptedSpeculator(speculator_pb2_grpc.SpeculatorServiceServicer):
         capacity: int = 64,
     ) -> None:
         self.script = script
+        self.heartbeat = Heartbeat()
         self.frames: list[VerifierFrame] = []
         self.got = asyncio.Event()
         hello = Hello(f"spec-{name}", Role.SPECULATOR, VOCAB, capacity=capacity, proposers=(name,))
         self.acceptor: Acceptor[SpeculatorFrame, VerifierFrame] = Acceptor(
-            SPECULATE, lambda: hello, Heartbeat, self
+            SPECULATE, lambda: hello, lambda: self.heartbeat, self
         )
 
     async def Speculate(self, request_iterator: Any, context: Any) -> AsyncIterator[Any]:

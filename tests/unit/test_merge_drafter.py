@@ -16,8 +16,9 @@ from treecast.drafting.ngram import NgramDrafter
 from treecast.drafting.ssm import PREFILL_ROWS, SSMDrafter
 from treecast.engine.base import Segment
 from treecast.engine.toy import ToyEngine
-from treecast.errors import InvalidRequest, Overloaded
+from treecast.errors import InvalidRequest, ModelError, Overloaded
 from treecast.sampling.params import SamplingParams, SpeculationParams
+from treecast.services.speculator.loading import warm_up
 from treecast.tree import ROOT
 
 # After 1 2 8 1 2 the lookup says 8 1 2 ..; the toy model says 3*2+1+1 = 8, then 27.
@@ -69,6 +70,33 @@ def test_others_draft_on_when_one_has_no_room() -> None:
     drafter.commit(1, [8])
     assert drafter.draft({1: 1})[1].tokens == [1]
     drafter.close(1)
+
+
+class Broken(NgramDrafter):
+    """Opens a session, then fails."""
+
+    def open(self, handle: int, request: DraftRequest) -> None:
+        super().open(handle, request)
+        raise RuntimeError("device lost")
+
+
+def test_others_draft_on_when_one_breaks_as_the_session_opens() -> None:
+    broken = Broken(capacity=1, name="broken")
+    drafter = merged(NgramDrafter(capacity=1), broken)
+    assert set(drafter.draft({1: 4})[1].proposers) == {0b01}
+    drafter.close(1)
+    drafter.open(2, request(TEXT))  # neither was left open
+
+
+def test_warm_up_fails_when_the_draft_does() -> None:
+    def explode(segments: Sequence[Segment]) -> None:
+        raise RuntimeError("device lost")
+
+    engine = ToyEngine(on_forward=explode)
+    drafter = MergedDrafter([SSMDrafter(engine, ExpansionVector((1, 1)), 8)])
+    with pytest.raises(ModelError, match=r"^drafting failed at warm-up: device lost$"):
+        warm_up(drafter, [engine])
+    assert engine.usage.used == 0
 
 
 def test_session_is_refused_when_no_drafter_takes_it() -> None:

@@ -33,6 +33,18 @@ def test_curve_ignores_a_step_that_was_disturbed() -> None:
     assert curve(11) == pytest.approx(0.020)
 
 
+def test_curve_follows_the_machine_when_it_becomes_ten_times_slower_at_once() -> None:
+    curve = StepCurve({1: 0.010, 11: 0.020})
+    for _ in range(4):
+        curve.saw(11, 0.200)
+    assert curve(11) == pytest.approx(0.020)
+    for _ in range(1000):
+        curve.saw(1, 0.100)
+        curve.saw(11, 0.200)
+    assert curve(1) == pytest.approx(0.100, rel=0.02)
+    assert curve(11) == pytest.approx(0.200, rel=0.02)
+
+
 def test_waiting_pays_while_it_gains_more_than_it_costs() -> None:
     # 100 tokens/s; trees come in 5 ms and so cost half a token.
     assert worth_waiting(1.0, 100, 0.005, 0.020)

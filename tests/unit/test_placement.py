@@ -15,6 +15,7 @@ from treecast.services.router.placement import (
     Placement,
     Wanted,
     choose_model,
+    keep_free,
     place,
     serves,
 )
@@ -158,6 +159,14 @@ def test_samples_go_together_when_they_need_room() -> None:
     wanted = replace(WANTED, slots=3)
     assert place([verifier("a", seated=2)], wanted) is None
     assert chosen([verifier("a", seated=1)], wanted).instance_id == "a"
+
+
+def test_the_verifier_with_fewest_places_missing_is_kept_free() -> None:
+    wanted = replace(WANTED, slots=4)
+    crowd = [verifier("a", seated=3), verifier("b", seated=1), verifier("c", seated=4)]
+    assert keep_free(crowd, wanted) == "b"
+    assert keep_free(crowd, replace(wanted, avoid=frozenset("b"))) == "a"
+    assert keep_free(crowd, replace(wanted, model="other")) is None
 
 
 def test_more_samples_than_a_verifier_takes_go_to_an_empty_one() -> None:

@@ -64,7 +64,8 @@ Growth = Annotated[
     typer.Option(
         "--growth",
         metavar="POLICY",
-        help="How trees grow: best-first, or widths by level such as '<1,1,3>'.",
+        help="How trees grow: best-first, dp (the best for what was accepted lately), or widths "
+        "by level such as '<1,1,3>'.",
         show_default="the speculator's own",
     ),
 ]

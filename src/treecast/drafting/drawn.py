@@ -11,6 +11,7 @@ from treecast.drafting.growth import (
     ExpansionVector,
     Growth,
     Selection,
+    parse_growth,
 )
 from treecast.errors import InvalidRequest
 from treecast.sampling.params import Law, SpeculationParams
@@ -76,6 +77,16 @@ def _draw(
         above.computed.get(chosen.tree.tokens[node], UNEXPANDED) for node in nodes
     ]
     return nodes
+
+
+def check_growth(speculation: SpeculationParams) -> None:
+    """Refuse what no drafter would grow by.
+
+    Raises:
+        InvalidRequest: no growth policy, or one that the law cannot serve.
+    """
+    if speculation.growth:
+        growth_for(speculation, parse_growth(speculation.growth))
 
 
 def growth_for(speculation: SpeculationParams, growth: Growth) -> Growth:

@@ -83,11 +83,11 @@ class MergedDrafter:
 
         Raises:
             InvalidRequest: the request's growth policy is none.
-            TreecastError: none takes it; the first one's reason.
+            Exception: none takes it; the first one's reason.
         """
         if request.speculation.growth:
             parse_growth(request.speculation.growth)  # even where no drafter here would look at it
-        refusals: list[TreecastError] = []
+        refusals: list[Exception] = []
         members: list[int] = []
         for index, drafter in enumerate(self._drafters):
             own = replace(request, draft_key=derived_key(request.draft_key, f"{index}"))
@@ -95,6 +95,10 @@ class MergedDrafter:
                 drafter.open(handle, own)
                 members.append(index)
             except TreecastError as error:
+                refusals.append(error)
+            except Exception as error:
+                drafter.close(handle)
+                log.error("draft.failed", drafter=drafter.name, session=handle, exc_info=error)
                 refusals.append(error)
         if not members:
             raise refusals[0]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from treecast.errors import InvalidTree
 from treecast.sampling.pick import Picker
 from treecast.tree import TokenTree
 
@@ -19,7 +20,13 @@ class Replay:
     """
 
     def check(self, tree: TokenTree) -> None:
-        """Every tree will do."""
+        """Every tree will do but one of draws: those would be verified whole, before better ones.
+
+        Raises:
+            InvalidTree: it has groups of draws.
+        """
+        if tree.groups:
+            raise InvalidTree(f"tree has {len(tree.groups)} groups of draws; law replay takes none")
 
     def next_token(
         self, tree: TokenTree, node: int, logits: NDArray[np.float32], picker: Picker

@@ -100,6 +100,7 @@ class NeedSync:
 class Refused:
     handle: int
     why: str
+    no_room: bool = False
 
 
 # --- router to verifier -----------------------------------------------------------------------

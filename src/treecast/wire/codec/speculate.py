@@ -135,7 +135,12 @@ def decode_draft(message: pb.Draft, limits: Limits) -> Draft:
 
 def decode_refused(message: pb.Refused, limits: Limits) -> Refused:
     why = check_text(message.reason, "the reason of a refusal", MAX_TEXT_CHARACTERS)
-    return Refused(message.handle, why)
+    return Refused(message.handle, why, message.no_room)
+
+
+def encode_refused(refused: Refused) -> pb.Refused:
+    why = refused.why[:MAX_TEXT_CHARACTERS]
+    return pb.Refused(handle=refused.handle, reason=why, no_room=refused.no_room)
 
 
 _ENCODERS: dict[type, Encoder] = {
@@ -144,9 +149,7 @@ _ENCODERS: dict[type, Encoder] = {
     Detach: lambda frame: {"detach": pb.Detach(handle=frame.handle)},
     Draft: lambda frame: {"draft": encode_draft(frame)},
     NeedSync: lambda frame: {"need_sync": pb.NeedSync(handle=frame.handle)},
-    Refused: lambda frame: {
-        "refused": pb.Refused(handle=frame.handle, reason=frame.why[:MAX_TEXT_CHARACTERS])
-    },
+    Refused: lambda frame: {"refused": encode_refused(frame)},
 }
 
 _DOWN: dict[str, Decoder[VerifierFrame]] = {
