@@ -80,6 +80,7 @@ def _success(found: Finding) -> dict[str, Paint]:
             own = [(proposer, some) for (name, proposer), some in series.items() if name == setting]
             for index, (proposer, some) in enumerate(own):
                 _line(axes, range(1, NUM_GUESSES + 1), success(some), proposer, index)
+            axes.set_xticks(range(1, NUM_GUESSES + 1))
             _label(axes, "guesses k", "share of tokens within the first k")
             axes.set_ylim(0, 1)
 
@@ -98,6 +99,7 @@ def _width(found: Finding) -> dict[str, Paint]:
                 named = {k: family.replace("k", str(k)) for k in range(1, NUM_GUESSES + 1)}
                 known = {k: own[name] for k, name in named.items() if name in own}
                 _line(axes, known, [rate(some) for some in known.values()], family, index)
+            axes.set_xticks(range(1, NUM_GUESSES + 1))
             _label(axes, "tree width k", "tokens per step")
 
         return paint

@@ -113,7 +113,9 @@ def _measure(
     from treecast.bench.study.bed import Bed, ask, target_folder
     from treecast.bench.study.folder import Folder
     from treecast.bench.study.measure import measure
+    from treecast.engine.openmp import spin_briefly
 
+    spin_briefly()
     folder = Folder(out)
     questions = ask(target_folder(settings.model), prompts or DEFAULT_PROMPTS, limit)
     bed = Bed(settings, questions, out)
