@@ -164,6 +164,26 @@ class PodCalibration:
                 yield Reliability(label, centre, predicted, accepted)
 
 
+def tried(tree: TokenTree, tokens: Sequence[int]) -> dict[int, bool]:
+    """The nodes whose parent was reached by the committed tokens, and whether each held the next.
+
+    What hangs off the path says nothing: it was never tried.
+    """
+    picked: dict[int, int] = {}
+    node = ROOT
+    for token in tokens:
+        picked[node] = token
+        found = tree.child(node, token)
+        if found is None:
+            break
+        node = found
+    return {
+        child: tree.tokens[child] == picked[parent]
+        for child, parent in enumerate(tree.parents)
+        if parent in picked
+    }
+
+
 class Calibration:
     """One session's trust in one speculator's proposers."""
 
@@ -190,19 +210,10 @@ class Calibration:
 
     def learn(self, tree: TokenTree, tokens: Sequence[int]) -> int:
         """Compare what was offered with what was committed; returns how many tokens it held."""
-        picked: dict[int, int] = {}
-        node, hits = ROOT, 0
-        for token in tokens:
-            picked[node] = token
-            found = tree.child(node, token)
-            if found is None:
-                break
-            node, hits = found, hits + 1
-        for child, parent in enumerate(tree.parents):
-            if parent in picked:
-                accepted = tree.tokens[child] == picked[parent]
-                self._saw(tree.proposers[child], tree.confidence[child], accepted)
-        return hits
+        outcomes = tried(tree, tokens)
+        for node, accepted in outcomes.items():
+            self._saw(tree.proposers[node], tree.confidence[node], accepted)
+        return sum(outcomes.values())
 
     def _saw(self, bits: int, confidence: float, accepted: bool) -> None:
         place = bin_of(confidence)

@@ -9,7 +9,6 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.scripted_router import ScriptedRouter, delta, finished, play, started
-from treecast.bench.acceptance import Tally, replay
 from treecast.bench.compare import Spread, interleave, summarize
 from treecast.bench.demonstrate import acceptance_by_depth
 from treecast.bench.prompts import DEFAULT_PROMPTS, read_prompts
@@ -18,12 +17,9 @@ from treecast.bench.run import Run
 from treecast.cli.app import app
 from treecast.cli.bench import render
 from treecast.client import Usage
-from treecast.drafting.merge import MergedDrafter
-from treecast.drafting.ngram import NgramDrafter
 from treecast.errors import CorpusError
 from treecast.sampling.params import SpeculationParams
 from treecast.services.local import MeshSettings
-from treecast.tuning.corpus import Record
 
 
 class Echo:
@@ -166,17 +162,3 @@ def test_the_demo_fails_when_texts_differ():
     assert [row["identical"] for row in document["prompts"]] == [False, True]
     assert not document["all"]["identical"]
     assert document["all"]["speculative"]["tokens"] == 2
-
-
-def test_recorded_text_is_replayed_when_a_lookup_drafts() -> None:
-    # After "1 2 3 1" the lookup knows 2 3 1 2 ..: with 2 nodes each step holds two tokens and the
-    # bonus, but that the last step's bonus is not there to be had.
-    tally = Tally()
-    drafter = MergedDrafter([NgramDrafter()])
-    replay(drafter, Record((1, 2, 3, 1), (2, 3, 1, 2, 3, 1, 2)), max_nodes=2, tally=tally)
-    assert (tally.tokens, tally.steps, tally.nodes) == (7, 3, 6)
-    # Nothing repeats: a token a step.
-    replay(drafter, Record((1,), (2, 3)), max_nodes=2, tally=tally)
-    assert (tally.tokens, tally.steps) == (9, 5)
-    assert tally.rates == [7 / 3, 1.0]
-    assert str(tally).startswith("1.67 +- 0.67 tokens/step over 2 texts, 1.800 over 5 steps")

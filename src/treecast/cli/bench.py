@@ -12,6 +12,7 @@ import typer
 from treecast.errors import InvalidRequest
 
 from . import options
+from .bench_report import SECTIONS, write_report
 from .output import stderr, stdout, write_json
 from .up import (
     Dtype,
@@ -45,6 +46,7 @@ def register(app: typer.Typer) -> None:
 
 
 def bench(
+    context: typer.Context,
     prompts: Annotated[
         Path | None, typer.Option(help="Spec-Bench file. Default: eight prompts that ship.")
     ] = None,
@@ -68,6 +70,20 @@ def bench(
         Path | None, typer.Option(help="Save all runs as JSON: a file, or a folder for one.")
     ] = None,
     as_json: options.Json = False,
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Measure what trees are worth instead, in one process, and write Markdown and "
+            "plots; goes on with what the folder lacks.",
+        ),
+    ] = None,
+    sections: Annotated[
+        str, typer.Option(metavar="A,B", help=f"Of --report; some of: {', '.join(SECTIONS)}.")
+    ] = ",".join(SECTIONS),
+    max_nodes: Annotated[
+        int, typer.Option(min=1, max=256, help="Of --report: nodes of a tree as served.")
+    ] = 24,
 ) -> None:
     """Measure transformers and treecast on the same prompts, data type and threads.
 
@@ -82,7 +98,12 @@ def bench(
         treecast bench --prompts specbench.jsonl --limit 26 --max-tokens 80 --out results/
 
         treecast bench --contenders treecast-plain,treecast --numerics fast
+
+        treecast bench --report trees/ --prompts specbench.jsonl --limit 26 --max-tokens 80
     """
+    if report is not None:
+        write_report(context, report)
+        return
     from treecast.bench.prompts import DEFAULT_PROMPTS, read_prompts
     from treecast.sampling.params import SpeculationParams
     from treecast.services.local import MeshSettings
@@ -101,13 +122,13 @@ def bench(
     )
     speculation = SpeculationParams.of(options.law_of(law), options.proposal_of(proposal), growth)
     with termination_as_interrupt():
-        report = _measure(settings, speculation, names, chosen, max_tokens, rounds)
+        compared = _measure(settings, speculation, names, chosen, max_tokens, rounds)
     if out is not None:
-        stderr().print(f"saved to {report.save(out)}", soft_wrap=True)
+        stderr().print(f"saved to {compared.save(out)}", soft_wrap=True)
     if as_json:
-        write_json(report)
+        write_json(compared)
     else:
-        stdout().print(render(report))
+        stdout().print(render(compared))
 
 
 def _measure(

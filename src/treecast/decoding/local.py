@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from treecast.drafting.base import Drafter, DraftRequest
+from treecast.drafting.base import Drafter, DraftRequest, ModelDrafter
 from treecast.engine.base import Engine, KVSequence, LogitRows, ModelInfo, Segment
 from treecast.errors import InvalidRequest, PromptTooLong
 from treecast.sampling.laws import Acceptance, Walk, acceptance, walk
@@ -84,8 +84,7 @@ def generate(
     check_prompt(prompt, sampling, engine.info)
     stops = StopRules(engine.info.eos_token_ids, sampling, decode)
     picker = Picker(sampling, noise_key, Context(prompt))
-    draft_key = derived_key(noise_key, "local")
-    request = DraftRequest(prompt, len(prompt), sampling, noise_key, speculation, draft_key)
+    request = draft_request(prompt, sampling, noise_key, speculation)
     max_nodes = max_nodes if speculation.max_nodes is None else speculation.max_nodes
     law = acceptance(speculation.law)
     draft = _Draft(drafter, request, law)
@@ -97,6 +96,14 @@ def generate(
     finally:
         draft.close()
         engine.free(sequence)
+
+
+def draft_request(
+    prompt: Sequence[int], sampling: SamplingParams, noise_key: int, speculation: SpeculationParams
+) -> DraftRequest:
+    """What `generate` tells a drafter of a prompt: the same, and it draws the same."""
+    draft_key = derived_key(noise_key, "local")
+    return DraftRequest(prompt, len(prompt), sampling, noise_key, speculation, draft_key)
 
 
 def check_prompt(prompt: Sequence[int], sampling: SamplingParams, info: ModelInfo) -> None:
@@ -169,9 +176,16 @@ class _Draft:
     def tree(self, max_nodes: int, max_depth: int) -> TokenTree:
         if not self.drafter or max_nodes == 0:
             return TokenTree()
-        tree = self.drafter.draft({_HANDLE: max_nodes}).get(_HANDLE, TokenTree())
+        tree = self._grown(self.drafter, max_nodes)
         self.law.check(tree)
         return tree.limit(max_nodes, min(max_depth, MAX_DEPTH))
+
+    def _grown(self, drafter: Drafter, max_nodes: int) -> TokenTree:
+        """Drafted until the text is read: here nobody gains by going on without a tree."""
+        trees = drafter.draft({_HANDLE: max_nodes})
+        while isinstance(drafter, ModelDrafter) and drafter.is_behind(_HANDLE):
+            trees = drafter.draft({_HANDLE: max_nodes})
+        return trees.get(_HANDLE, TokenTree())
 
     def commit(self, tokens: Sequence[int]) -> None:
         if self.drafter:

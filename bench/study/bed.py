@@ -1,0 +1,166 @@
+"""What measurements are made with: settings, questions, and models loaded when first needed."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from treecast.bench.prompts import BenchPrompt, read_prompts
+from treecast.checkpoints import ensure_default_target
+from treecast.drafting.merge import MergedDrafter
+from treecast.engine.base import Engine
+from treecast.services.speculator.loading import load_engines, make_drafter
+from treecast.services.speculator.metrics import SpeculatorMetrics
+from treecast.services.speculator.settings import DrafterSpec, SpeculatorSettings
+
+from .answers import Answer, AnswerFile, Decoding, Question, record_answer
+
+
+@dataclass(frozen=True, slots=True)
+class StudySettings:
+    """What figures depend on, beside machine and versions. A folder holds figures of one only.
+
+    Attributes:
+        drafters: as of a speculator; all in one process.
+        growth: of trees as served.
+        max_nodes: of trees as served.
+        num_prompts: questions asked.
+        prompts_hash: of their tokens; empty until they are known.
+    """
+
+    model: str = "default"
+    draft: str = "default"
+    drafters: tuple[str, ...] = ("ssm", "ngram")
+    growth: str = "best-first"
+    max_nodes: int = 24
+    max_tokens: int = 96
+    dtype: str = "bfloat16"
+    numerics: str = "exact"
+    threads: int = 2
+    num_prompts: int = 0
+    prompts_hash: str = ""
+
+    def fields(self) -> dict[str, Any]:
+        """As JSON gives them back."""
+        return asdict(self) | {"drafters": list(self.drafters)}
+
+    def asking(self, questions: Sequence[Question]) -> StudySettings:
+        """The same with these questions."""
+        tokens = repr([question.token_ids for question in questions]).encode()
+        digest = hashlib.sha256(tokens).hexdigest()[:16]
+        return replace(self, num_prompts=len(questions), prompts_hash=digest)
+
+
+def ask(model: Path, prompts: Path, limit: int | None) -> list[Question]:
+    """The prompts of a file as the model's chat template puts them."""
+    from transformers import AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(model)
+
+    def encode(prompt: BenchPrompt) -> tuple[int, ...]:
+        if not tokenizer.chat_template:
+            return tuple(tokenizer(prompt.text)["input_ids"])
+        turn = [{"role": "user", "content": prompt.text}]
+        return tuple(
+            tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=False)
+        )
+
+    return [
+        Question(prompt.id, prompt.category, encode(prompt))
+        for prompt in read_prompts(prompts, limit)
+    ]
+
+
+def target_folder(model: str) -> Path:
+    return ensure_default_target() if model == "default" else Path(model)
+
+
+class Bed:
+    """One folder's measurements are made on one bed."""
+
+    def __init__(
+        self,
+        settings: StudySettings,
+        questions: Sequence[Question],
+        folder: Path,
+        load_target: Callable[[StudySettings], Engine] | None = None,
+        load_drafts: Callable[[SpeculatorSettings], Sequence[Engine]] = load_engines,
+    ) -> None:
+        """Load nothing yet.
+
+        Args:
+            folder: where answers are kept.
+            load_target: by default the settings' model, in this process.
+            load_drafts: the engines of the `ssm` drafters, in order.
+        """
+        self.settings = settings.asking(questions)
+        self.questions = tuple(questions)
+        self._folder = folder
+        self._load_target = load_target or _load_target
+        self._load_drafts = load_drafts
+        self._specs = self._speculator(settings.drafters).specs
+
+    @cached_property
+    def target(self) -> Engine:
+        return self._load_target(self.settings)
+
+    @cached_property
+    def _drafts(self) -> dict[str, Engine]:
+        """Draft models by drafter name."""
+        engines = self._load_drafts(self._speculator(self.settings.drafters))
+        return dict(zip([spec.name for spec in self.drafts], engines, strict=True))
+
+    @property
+    def specs(self) -> tuple[DrafterSpec, ...]:
+        """The drafters asked for."""
+        return self._specs
+
+    @property
+    def drafts(self) -> tuple[DrafterSpec, ...]:
+        """Those of them that are models."""
+        return tuple(spec for spec in self.specs if spec.kind == "ssm")
+
+    def drafter(self, specs: Sequence[DrafterSpec]) -> MergedDrafter:
+        """New drafters over the loaded models, merged."""
+        texts = [f"ssm={spec.model}" if spec.model else spec.kind for spec in specs]
+        engines = [self._drafts[spec.name] for spec in specs if spec.kind == "ssm"]
+        return make_drafter(self._speculator(texts), engines, SpeculatorMetrics())
+
+    def missing(self, decoding: Decoding) -> list[Question]:
+        """Questions that the target has not answered yet."""
+        return AnswerFile(self._folder, decoding).missing(self.questions)
+
+    def record(self, question: Question, decoding: Decoding) -> None:
+        """Have the target answer, and keep it."""
+        answer = record_answer(self.target, question, decoding, self.settings.max_tokens)
+        AnswerFile(self._folder, decoding).add(answer)
+
+    def answers(self, decoding: Decoding) -> list[Answer]:
+        """The recorded answers to all questions."""
+        return AnswerFile(self._folder, decoding).read(self.questions)
+
+    def _speculator(self, drafters: Sequence[str]) -> SpeculatorSettings:
+        settings = self.settings
+        flags = {
+            "drafters": ",".join(drafters),
+            "model": settings.draft,
+            "growth": settings.growth,
+            "dtype": settings.dtype,
+            "torch-threads": settings.threads,
+        }
+        return SpeculatorSettings.load([f"--{k}={v}" for k, v in flags.items()], "treecast bench")
+
+
+def _load_target(settings: StudySettings) -> Engine:
+    from treecast.engine.hf import HFEngine
+
+    return HFEngine.load(
+        target_folder(settings.model),
+        dtype=settings.dtype,  # type: ignore[arg-type]  # the command line has checked it
+        numerics=settings.numerics,  # type: ignore[arg-type]
+        threads=settings.threads,
+    )
