@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import structlog
 
@@ -26,124 +26,16 @@ from treecast.wire.frames import (
     NeedSync,
     Refused,
     SpeculatorFrame,
-    VerifierFrame,
 )
-from treecast.wire.link import Link
 
+from .attachments import Attachment, Owed, Speculator, SpeculatorLink
 from .calibration import Calibration, PodCalibration
 from .choice import Offer, TreePolicy
 from .choice.vote import voter_names
 from .metrics import VerifierMetrics
 from .requests import Request
 
-SpeculatorLink = Link[VerifierFrame, SpeculatorFrame]
-
-_HALF_LIFE_STEPS = 16
-_DECAY = 0.5 ** (1 / _HALF_LIFE_STEPS)
-
 log = structlog.get_logger()
-
-
-@dataclass(slots=True)
-class Pace:
-    """What waiting for a speculator costs and gains, as running means.
-
-    It begins hopeful, so that the first waits show the truth.
-
-    Attributes:
-        latency_s: from commit to tree, of trees that were waited for.
-        alone_tokens: accepted tokens per step that its trees hold.
-        added_tokens: those that no other speculator's tree held.
-    """
-
-    latency_s: float = 0.0
-    alone_tokens: float = 2.0
-    added_tokens: float = 1.0
-
-    def saw_latency(self, latency_s: float) -> None:
-        self.latency_s += (1 - _DECAY) * (latency_s - self.latency_s)
-
-    def saw_gain(self, alone: int, others: int) -> None:
-        self.alone_tokens += (1 - _DECAY) * (alone - self.alone_tokens)
-        self.added_tokens += (1 - _DECAY) * (max(0, alone - others) - self.added_tokens)
-
-
-@dataclass(slots=True, eq=False)
-class Speculator:
-    """One speculator that a stream is open to.
-
-    Attributes:
-        refused: requests that it will not draft, whatever comes.
-        put_off: requests that it had no room for.
-    """
-
-    link: SpeculatorLink
-    pace: Pace = field(default_factory=Pace)
-    sessions: set[int] = field(default_factory=set)
-    refused: set[int] = field(default_factory=set)
-    put_off: set[int] = field(default_factory=set)
-
-    @property
-    def willing(self) -> bool:
-        return self.link.alive and not self.link.last_heartbeat.draining
-
-    @property
-    def has_room(self) -> bool:
-        """Whether another session may be attached, as far as is known here."""
-        return self.willing and self.free_capacity > 0
-
-    @property
-    def free_capacity(self) -> int:
-        return self.link.peer.capacity - len(self.sessions)
-
-
-@dataclass(slots=True, eq=False)
-class Attachment:
-    """One speculator's work for one request.
-
-    Attributes:
-        place: which of the request's speculators it is; says where its proposers' bits lie.
-        tree: its newest tree, re-rooted to the committed text; empty when it missed.
-        offered: that tree as it was when the running step was planned.
-        answered: whether it was grown for the text as it was then, not re-rooted from an older one.
-        asked_at: when the tree was asked for that has not come; None if nothing is owed.
-        base_len: committed length that the newest tree hung off when it came.
-        replaces: whom it takes over from once its first tree is there; it is not waited for.
-    """
-
-    speculator: Speculator
-    place: int
-    calibration: Calibration
-    tree: TokenTree = field(default_factory=TokenTree)
-    offered: TokenTree = field(default_factory=TokenTree)
-    answered: bool = False
-    asked_at: float | None = None
-    base_len: int = -1
-    replaces: Attachment | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Owed:
-    """Trees that one request's speculators have not sent yet.
-
-    Attributes:
-        gain_tokens: accepted tokens per step that they would add to what is at hand.
-        latency_s: time from commit to the last of them, as seen lately.
-    """
-
-    gain_tokens: float
-    latency_s: float
-
-    @classmethod
-    def of(cls, attachments: Sequence[Attachment]) -> Owed | None:
-        late = [a.speculator.pace for a in attachments if a.asked_at is not None]
-        if not late:
-            return None
-        added = sorted(pace.added_tokens for pace in late)
-        gain = sum(added)
-        if not any(attachment.tree.tokens for attachment in attachments):
-            gain = max(pace.alone_tokens for pace in late) + sum(added[:-1])
-        return cls(gain, max(pace.latency_s for pace in late))
 
 
 class Speculation:

@@ -13,9 +13,10 @@ import pytest
 from treecast.engine.toy import ToyEngine
 from treecast.errors import NotServed
 from treecast.sampling.params import Law, SamplingParams, SpeculationParams
+from treecast.services.verifier.attachments import Speculator
 from treecast.services.verifier.choice.hedge import Hedge
 from treecast.services.verifier.requests import Request
-from treecast.services.verifier.speculation import Speculation, Speculator
+from treecast.services.verifier.speculation import Speculation
 from treecast.tree import TokenTree
 from treecast.wire.frames import (
     Attach,

@@ -13,8 +13,8 @@ from treecast.tree import TokenTree, merge
 from .metrics import ChoiceMetrics
 
 if TYPE_CHECKING:
+    from treecast.services.verifier.attachments import Attachment, Speculator
     from treecast.services.verifier.requests import Request
-    from treecast.services.verifier.speculation import Attachment, Speculator
 
 
 @dataclass(frozen=True, slots=True)

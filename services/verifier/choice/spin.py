@@ -13,8 +13,8 @@ from .matching import match
 from .metrics import ChoiceMetrics
 
 if TYPE_CHECKING:
+    from treecast.services.verifier.attachments import Attachment, Speculator
     from treecast.services.verifier.requests import Request
-    from treecast.services.verifier.speculation import Attachment, Speculator
 
 _STAY = 1.1
 """A move must promise a tenth more than staying: building KV anew is not free."""

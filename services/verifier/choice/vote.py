@@ -17,8 +17,8 @@ from .length import AcceptanceTrend, AdaptiveLength
 from .metrics import ChoiceMetrics
 
 if TYPE_CHECKING:
+    from treecast.services.verifier.attachments import Attachment, Speculator
     from treecast.services.verifier.requests import Request
-    from treecast.services.verifier.speculation import Attachment, Speculator
 
 MAX_LENGTH = 16
 
