@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 from treecast.checkpoints import HEAD_TOKENS, read_trained
 from treecast.engine.base import Segment
@@ -29,7 +29,7 @@ from treecast.tuning.labels import Teacher
 from treecast.tuning.settings import TuneProgress, TuneReport, TuneSettings
 from treecast.tuning.whole_file import write_whole
 
-VOCAB = 48
+from .tiny_target import VOCAB, tiny_target
 
 
 @pytest.fixture(autouse=True)
@@ -39,25 +39,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(num_threads)
-
-
-def tiny_target(vocab_size: int = VOCAB, num_layers: int = 4) -> Any:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=vocab_size,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=num_layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=2,
-        initializer_range=0.3,
-        tie_word_embeddings=True,
-    )
-    return LlamaForCausalLM(config).to(torch.bfloat16).eval()
 
 
 @pytest.fixture

@@ -15,8 +15,6 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import (
     AutoModelForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
 
@@ -36,9 +34,10 @@ from treecast.tuning.labels import Labels, Teacher
 from treecast.tuning.selfplay import SelfPlaySettings, chat_frame, generate_corpus
 from treecast.tuning.settings import TuneProgress, TuneReport, TuneSettings
 
+from .tiny_target import VOCAB, tiny_target
+
 ONE = Record((1, 2, 3), (4, 5))
 TWO = Record((1, 2, 7, 3), (6, 4, 4))
-VOCAB = 48
 
 
 @pytest.fixture(autouse=True)
@@ -48,25 +47,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(num_threads)
-
-
-def tiny_target(num_layers: int = 4) -> Any:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=num_layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=2,
-        initializer_range=0.3,
-        tie_word_embeddings=True,
-    )
-    return LlamaForCausalLM(config).to(torch.bfloat16).eval()
 
 
 # --- corpus -----------------------------------------------------------------------------------
