@@ -27,12 +27,14 @@ class _Growing:
     """A session as the thread sees it.
 
     Attributes:
+        tokens_per_s: what its time is worth; 0 is nothing.
         owes_tree: a tree for this length was asked for and is not, or not fully, delivered.
         may_run_ahead: there may be more to compute beyond the tree delivered.
     """
 
     length: int
     max_nodes: int
+    tokens_per_s: float
     owes_tree: bool = True
     may_run_ahead: bool = False
 
@@ -135,7 +137,8 @@ class Grower:
                 case Open():
                     self._drafter.open(order.session, order.request)
                     length = len(order.request.tokens)
-                    self._growing[order.session] = _Growing(length, order.max_nodes)
+                    growing = _Growing(length, order.max_nodes, order.tokens_per_s)
+                    self._growing[order.session] = growing
                 case Advance():
                     self._advance(order)
                 case Close():
@@ -150,7 +153,7 @@ class Grower:
             return
         self._drafter.commit(order.session, order.tokens)
         growing.length += len(order.tokens)
-        growing.max_nodes = order.max_nodes
+        growing.max_nodes, growing.tokens_per_s = order.max_nodes, order.tokens_per_s
         growing.owes_tree = True
         if self._run_ahead_nodes:
             outcome = "hit" if self._drafter.foresaw(order.session) else "miss"
@@ -179,7 +182,8 @@ class Grower:
         }
         if not budgets:
             return []
-        trees = self._timed(lambda: self._drafter.draft(budgets))
+        tokens_per_s = sum(self._growing[session].tokens_per_s for session in budgets)
+        trees = self._timed(lambda: self._drafter.draft(budgets, tokens_per_s))
         grown = [self._grown(session, tree) for session, tree in trees.items()]
         return self._take_lost() + grown
 

@@ -16,6 +16,7 @@ from treecast.drafting.ngram import NgramDrafter
 from treecast.drafting.ssm import PREFILL_ROWS, SSMDrafter
 from treecast.drafting.suffix import SuffixDrafter
 from treecast.engine.base import Engine, ModelInfo
+from treecast.engine.curve import measure_curve
 from treecast.errors import InvalidRequest, ModelError, SettingsError
 from treecast.sampling.params import SamplingParams
 
@@ -27,6 +28,7 @@ log = structlog.get_logger()
 _AHEAD_CONFIDENCE = 0.01
 """Run-ahead looks for the tokens that are not in the tree offered, so it goes where few go."""
 _WARM_UP = -1
+_MEASURED_ROWS = 32
 
 
 def load_engines(settings: SpeculatorSettings) -> list[Engine]:
@@ -80,7 +82,7 @@ def _load(settings: SpeculatorSettings, model: str) -> Engine:
 def make_drafter(
     settings: SpeculatorSettings, engines: Sequence[Engine], metrics: SpeculatorMetrics
 ) -> MergedDrafter:
-    """The drafters asked for, merged in that order.
+    """The drafters asked for, merged in that order; on the engines' thread, as it times them.
 
     Raises:
         SettingsError: draft models whose vocabularies differ.
@@ -106,12 +108,14 @@ def _make(settings: SpeculatorSettings, spec: DrafterSpec, models: Iterator[Engi
         case "suffix":
             return SuffixDrafter(settings.max_sessions, settings.suffix_memory, name=spec.name)
         case _:
+            engine = next(models)
             return SSMDrafter(
-                next(models),
+                engine,
                 settings.growth,
                 settings.max_sessions,
                 ahead=BestFirst(min_confidence=_AHEAD_CONFIDENCE),
                 name=spec.name,
+                pass_s=measure_curve(engine, _MEASURED_ROWS),
             )
 
 

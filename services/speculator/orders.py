@@ -12,11 +12,15 @@ from treecast.tree import TokenTree
 
 @dataclass(frozen=True, slots=True)
 class Open:
-    """Begin a session; the first tree may have `max_nodes` nodes, with 0 none is grown."""
+    """Begin a session; the first tree may have `max_nodes` nodes, with 0 none is grown.
+
+    Its second is worth `tokens_per_s` tokens.
+    """
 
     session: int
     request: DraftRequest
     max_nodes: int
+    tokens_per_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +30,7 @@ class Advance:
     session: int
     tokens: Sequence[int]
     max_nodes: int
+    tokens_per_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,7 +43,7 @@ class Speculator(speculator_pb2_grpc.SpeculatorServiceServicer):
         self._engines = engines
         self._instance_id = instance_id
         self.metrics = SpeculatorMetrics()
-        self._drafter = make_drafter(settings, engines, self.metrics)
+        self._drafter = thread.submit(make_drafter, settings, engines, self.metrics).result()
         self.grower = Grower(
             self._drafter, self._deliver, self.metrics, thread, settings.run_ahead_nodes
         )

@@ -135,7 +135,7 @@ class Sessions:
             attach.speculation,
             derived_key(attach.noise_key, self.instance_id),
         )
-        self._order(Open(session.number, request, attach.node_budget))
+        self._order(Open(session.number, request, attach.node_budget, attach.tokens_per_s))
 
     def _check_admission(self, link: VerifierLink, attach: Attach) -> None:
         """Raise what the attach is refused for; it comes back as a failed frame."""
@@ -155,7 +155,8 @@ class Sessions:
             self.metrics.unknown_frames.inc()
         elif session.in_sync and commit.from_len == session.length:
             session.length += len(commit.tokens)
-            self._order(Advance(session.number, commit.tokens, commit.node_budget))
+            budget, rate = commit.node_budget, commit.tokens_per_s
+            self._order(Advance(session.number, commit.tokens, budget, rate))
         elif session.in_sync:
             session.in_sync = False
             self.metrics.resyncs.inc()

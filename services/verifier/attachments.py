@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 
 from treecast.tree import TokenTree
 from treecast.wire.frames import SpeculatorFrame, VerifierFrame
@@ -13,8 +14,20 @@ from .calibration import Calibration
 
 SpeculatorLink = Link[VerifierFrame, SpeculatorFrame]
 
+PROBE_EVERY = 8
+"""Commits between trees that are asked for only so that their worth stays known."""
+_RAREST_PROBE = 64
+"""The same, of a speculator that goes on being worth too little."""
 _HALF_LIFE_STEPS = 16
 _DECAY = 0.5 ** (1 / _HALF_LIFE_STEPS)
+
+
+class Turn(Enum):
+    """What one commit asks of a speculator."""
+
+    DRAFT = "a tree"
+    CATCH_UP = "a tree after text that it has yet to read, so its time says nothing"
+    SIT_OUT = "nothing"
 
 
 @dataclass(slots=True)
@@ -25,20 +38,31 @@ class Pace:
 
     Attributes:
         latency_s: from commit to tree, of trees that were waited for.
-        alone_tokens: accepted tokens per step that its trees hold.
-        added_tokens: those that no other speculator's tree held.
+        alone_tokens: accepted nodes per step that it proposed, as far as they follow one another.
+        added_tokens: those that would not have been reached without it.
+        probe_every: commits that it sits out at a time while it does not pay.
     """
 
     latency_s: float = 0.0
     alone_tokens: float = 2.0
     added_tokens: float = 1.0
+    probe_every: int = PROBE_EVERY
+
+    def pays(self, tokens_per_s: float, *, alone: bool) -> bool:
+        """Whether its trees add more tokens than would be committed while they are made.
+
+        Args:
+            alone: there is nobody cheaper whose trees hold some of the same tokens.
+        """
+        gain = self.alone_tokens if alone else self.added_tokens
+        return gain >= tokens_per_s * self.latency_s
 
     def saw_latency(self, latency_s: float) -> None:
         self.latency_s += (1 - _DECAY) * (latency_s - self.latency_s)
 
-    def saw_gain(self, alone: int, others: int) -> None:
+    def saw_gain(self, alone: int, added: int) -> None:
         self.alone_tokens += (1 - _DECAY) * (alone - self.alone_tokens)
-        self.added_tokens += (1 - _DECAY) * (max(0, alone - others) - self.added_tokens)
+        self.added_tokens += (1 - _DECAY) * (added - self.added_tokens)
 
 
 @dataclass(slots=True, eq=False)
@@ -66,6 +90,11 @@ class Speculator:
         return self.willing and self.free_capacity > 0
 
     @property
+    def shares_cores(self) -> bool:
+        """Whether drafting there and verifying here slow each other down."""
+        return self.link.peer.shares_cores
+
+    @property
     def free_capacity(self) -> int:
         return self.link.peer.capacity - len(self.sessions)
 
@@ -80,6 +109,8 @@ class Attachment:
         offered: that tree as it was when the running step was planned.
         answered: whether it was grown for the text as it was then, not re-rooted from an older one.
         asked_at: when the tree was asked for that has not come; None if nothing is owed.
+        turn: what was asked for last.
+        num_sat_out: commits in a row that asked for nothing.
         base_len: committed length that the newest tree hung off when it came.
         replaces: whom it takes over from once its first tree is there; it is not waited for.
     """
@@ -91,8 +122,25 @@ class Attachment:
     offered: TokenTree = field(default_factory=TokenTree)
     answered: bool = False
     asked_at: float | None = None
+    turn: Turn = Turn.CATCH_UP
+    num_sat_out: int = 0
     base_len: int = -1
     replaces: Attachment | None = None
+
+    def next_turn(self, pays: bool) -> Turn:
+        """What to ask for, if its trees pay or not; changes the counts.
+
+        Who does not pay has two turns now and then, one to catch up and one to be measured.
+        """
+        pace = self.speculator.pace
+        if pays:
+            self.num_sat_out, pace.probe_every = 0, PROBE_EVERY
+            return Turn.DRAFT
+        if self.turn is Turn.CATCH_UP:
+            self.num_sat_out, pace.probe_every = 0, min(2 * pace.probe_every, _RAREST_PROBE)
+            return Turn.DRAFT
+        self.num_sat_out += 1
+        return Turn.SIT_OUT if self.num_sat_out < pace.probe_every else Turn.CATCH_UP
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,18 +150,22 @@ class Owed:
     Attributes:
         gain_tokens: accepted tokens per step that they would add to what is at hand.
         latency_s: time from commit to the last of them, as seen lately.
+        shares_cores: they are being made on the cores that the step runs on.
     """
 
     gain_tokens: float
     latency_s: float
+    shares_cores: bool
 
     @classmethod
     def of(cls, attachments: Sequence[Attachment]) -> Owed | None:
-        late = [a.speculator.pace for a in attachments if a.asked_at is not None]
-        if not late:
+        owing = [a.speculator for a in attachments if a.asked_at is not None]
+        if not owing:
             return None
+        late = [speculator.pace for speculator in owing]
         added = sorted(pace.added_tokens for pace in late)
         gain = sum(added)
         if not any(attachment.tree.tokens for attachment in attachments):
             gain = max(pace.alone_tokens for pace in late) + sum(added[:-1])
-        return cls(gain, max(pace.latency_s for pace in late))
+        beside = any(speculator.shares_cores for speculator in owing)
+        return cls(gain, max(pace.latency_s for pace in late), beside)

@@ -208,12 +208,10 @@ class Calibration:
         values: list[float] = worth.tolist()
         return values
 
-    def learn(self, tree: TokenTree, tokens: Sequence[int]) -> int:
-        """Compare what was offered with what was committed; returns how many tokens it held."""
-        outcomes = tried(tree, tokens)
-        for node, accepted in outcomes.items():
+    def learn(self, tree: TokenTree, tokens: Sequence[int]) -> None:
+        """Compare what was offered with what was committed."""
+        for node, accepted in tried(tree, tokens).items():
             self._saw(tree.proposers[node], tree.confidence[node], accepted)
-        return sum(outcomes.values())
 
     def _saw(self, bits: int, confidence: float, accepted: bool) -> None:
         place = bin_of(confidence)

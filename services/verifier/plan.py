@@ -56,6 +56,7 @@ def plan(
     trees: Sequence[TokenTree],
     step_s: Callable[[int], float],
     max_rows: int,
+    tokens_per_s: float,
 ) -> list[Work]:
     """Divide a step's rows among requests, oldest first.
 
@@ -66,6 +67,7 @@ def plan(
     Args:
         trees: one per request, empty where there is none; confidence calibrated.
         step_s: predicted seconds of a step by its number of rows.
+        tokens_per_s: what all requests together get lately; 0: a step may take its time.
     """
     roots = [request for request in requests if request.decoding][:max_rows]
     room = max_rows - len(roots)
@@ -77,8 +79,7 @@ def plan(
     planned = [(r, tree) for r, tree in zip(requests, trees, strict=True) if id(r) in counts]
     sampling = [tree if counts[id(r)] == len(r.pending) else TokenTree() for r, tree in planned]
     base_rows = sum(counts.values())
-    num_sampling = sum(counts[id(r)] == len(r.pending) for r, _ in planned)
-    chosen = choose_nodes(sampling, num_sampling, base_rows, step_s, max_rows - base_rows)
+    chosen = choose_nodes(sampling, base_rows, step_s, max_rows - base_rows, tokens_per_s)
     return [
         Work(request, counts[id(request)], tree)
         for (request, _), tree in zip(planned, chosen, strict=True)
@@ -103,12 +104,12 @@ def _prefill_chunks(requests: Sequence[Request], budget: int) -> dict[int, int]:
 
 def choose_nodes(
     trees: Sequence[TokenTree],
-    base_tokens: int,
     base_rows: int,
     step_s: Callable[[int], float],
     budget: int,
+    tokens_per_s: float,
 ) -> list[TokenTree]:
-    """Pick nodes across trees while expected tokens per added second exceed the current rate.
+    """Pick nodes across trees while each is expected to add what its time is worth.
 
     Trees of draws are taken whole: a choice by confidence is a choice by what was drawn, which the
     law mss does not bear.
@@ -117,10 +118,10 @@ def choose_nodes(
     path; a node is looked at only after its parent was taken.
 
     Args:
-        base_tokens: tokens that the step yields without any node.
-        base_rows: rows that it has without any.
+        base_rows: rows that the step has without any node.
+        tokens_per_s: the price of time; see `Goodput`.
 
-    Source: the goodput rule of SmartSpec (arXiv 2406.14066), applied to trees.
+    Source: goodput as in SmartSpec (arXiv 2406.14066), applied to trees.
     """
     paths = [tree.path_confidence() for tree in trees]
     children = [_children(tree) for tree in trees]
@@ -133,15 +134,15 @@ def choose_nodes(
     heapq.heapify(heap)
     taken: list[list[int]] = [[] for _ in trees]
     num_drawn = sum(len(tree) for tree in trees if tree.groups)
-    expected, rows = float(base_tokens), base_rows + num_drawn
+    rows = base_rows + num_drawn
     now_s = step_s(rows)
     while heap and rows - base_rows < budget:
         negative, t, node = heapq.heappop(heap)
         next_s = step_s(rows + 1)
-        if -negative * now_s < expected * (next_s - now_s):
+        if -negative < tokens_per_s * (next_s - now_s):
             break
         taken[t].append(node)
-        expected, rows, now_s = expected - negative, rows + 1, next_s
+        rows, now_s = rows + 1, next_s
         for child in children[t].get(node, ()):
             heapq.heappush(heap, (-paths[t][child], t, child))
     return [

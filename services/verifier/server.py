@@ -12,6 +12,7 @@ import grpc
 import structlog
 
 from treecast.engine.base import Engine
+from treecast.engine.curve import measure_curve
 from treecast.engine.openmp import load_on_thread
 from treecast.errors import NotServed, Unavailable
 from treecast.sampling.params import Law
@@ -32,7 +33,6 @@ from .admission import Admission
 from .choice import make_policy
 from .loading import load_engine, read_tokenizer
 from .metrics import VerifierMetrics
-from .pace import measure_curve
 from .settings import VerifierSettings
 from .speculation import Speculation
 from .step import StepLoop

@@ -7,6 +7,7 @@ mss, where they are believed, so that only trusted speculators draft.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
@@ -28,7 +29,7 @@ from treecast.wire.frames import (
     SpeculatorFrame,
 )
 
-from .attachments import Attachment, Owed, Speculator, SpeculatorLink
+from .attachments import Attachment, Owed, Speculator, SpeculatorLink, Turn
 from .calibration import Calibration, PodCalibration
 from .choice import Offer, TreePolicy
 from .choice.vote import voter_names
@@ -65,6 +66,8 @@ class Speculation:
         self._requests: dict[int, Request] = {}
         self._attachments: dict[int, list[Attachment]] = {}
         self.on_tree: Callable[[], None] = lambda: None
+        self.tokens_per_s = 0.0
+        """Of each request, lately; what drafting time is worth. 0: nothing."""
 
     @property
     def instances(self) -> list[str]:
@@ -132,7 +135,7 @@ class Speculation:
         return serves and not turned_down
 
     def _sync(self, request: Request, attachment: Attachment) -> None:
-        attachment.asked_at = time.monotonic()
+        attachment.asked_at, attachment.turn = time.monotonic(), Turn.CATCH_UP
         attachment.speculator.link.send(
             Attach(
                 request.handle,
@@ -142,6 +145,7 @@ class Speculation:
                 request.start.noise_key,
                 self._budget(request),
                 request.start.speculation,
+                self.tokens_per_s,
             )
         )
 
@@ -157,7 +161,7 @@ class Speculation:
         attachments = self._attachments.get(request.handle, ())
         for attachment in attachments:
             attachment.offered = attachment.tree
-            attachment.answered = attachment.asked_at is None
+            attachment.answered = attachment.asked_at is None and attachment.turn is Turn.DRAFT
         offers = [_offer(attachment) for attachment in attachments if attachment.tree.tokens]
         if not offers or budget <= 0:
             return TokenTree()
@@ -238,22 +242,43 @@ class Speculation:
         attached = self._attachments.get(request.handle, [])
         return [attachment for attachment in attached if attachment.replaces not in attached]
 
-    def committed(self, request: Request, tokens: Sequence[int]) -> None:
-        """Tokens were committed: learn, re-root, tell the speculators."""
+    def committed(self, request: Request, tokens: Sequence[int], proposers: Sequence[int]) -> None:
+        """Tokens were committed: learn, re-root, tell the speculators.
+
+        Args:
+            proposers: bits of those who proposed each accepted node, in order.
+        """
         attachments = self._attachments.get(request.handle, [])
-        _learn(attachments, tokens)
+        for attachment in attachments:
+            attachment.calibration.learn(attachment.offered, tokens)
+            if attachment.answered:
+                attachment.speculator.pace.saw_gain(*gain_of(attachment, proposers))
         self.policy.committed(request, attachments, tokens)
+        self._choose_turns(attachments)
         for attachment in attachments:
             attachment.tree = attachment.tree.reroot(tokens) or TokenTree()
-            attachment.asked_at = time.monotonic()
+            asked = attachment.turn is not Turn.SIT_OUT
+            attachment.asked_at = time.monotonic() if asked else None
             attachment.speculator.link.send(
                 Commit(
                     request.handle,
                     len(request.tokens) - len(tokens),
                     tuple(tokens),
-                    self._budget(request),
+                    self._budget(request) if asked else 0,
+                    self.tokens_per_s,
                 )
             )
+
+    def _choose_turns(self, attachments: Iterable[Attachment]) -> None:
+        """Who drafts on our cores sits out the steps that it would delay for too little.
+
+        The quickest is judged by all that its trees hold, the others by what they add.
+        """
+        ranked = sorted(attachments, key=lambda each: each.speculator.pace.latency_s)
+        for rank, attachment in enumerate(ranked):
+            speculator = attachment.speculator
+            pays = speculator.pace.pays(self.tokens_per_s, alone=rank == 0)
+            attachment.turn = attachment.next_turn(pays or not speculator.shares_cores)
 
     # --- PairHandler: frames from speculators ---------------------------------------------------
 
@@ -320,7 +345,8 @@ class Speculation:
         self._take_over(request, attachment)
         asked_at = attachment.asked_at
         if behind == 0 and asked_at is not None:
-            attachment.speculator.pace.saw_latency(time.monotonic() - asked_at)
+            if attachment.turn is Turn.DRAFT:
+                attachment.speculator.pace.saw_latency(time.monotonic() - asked_at)
             attachment.asked_at = None
             self.on_tree()
         elif len(tree):
@@ -363,13 +389,12 @@ class Speculation:
         self.on_tree()
 
 
-def _learn(attachments: Sequence[Attachment], tokens: Sequence[int]) -> None:
-    """Compare what was offered with what the target picked."""
-    hits = [each.calibration.learn(each.offered, tokens) for each in attachments]
-    for index, attachment in enumerate(attachments):
-        others = max(hits[:index] + hits[index + 1 :], default=0)
-        if attachment.answered:
-            attachment.speculator.pace.saw_gain(hits[index], others)
+def gain_of(attachment: Attachment, proposers: Sequence[int]) -> tuple[int, int]:
+    """Accepted nodes that it proposed, up to the first gap, and those not reached without it."""
+    own = ((1 << MAX_PROPOSERS) - 1) << (attachment.place * MAX_PROPOSERS)
+    alone = itertools.takewhile(lambda bits: bits & own, proposers)
+    without = itertools.takewhile(lambda bits: bits & ~own, proposers)
+    return sum(1 for _ in alone), len(proposers) - sum(1 for _ in without)
 
 
 def _offer(attachment: Attachment) -> Offer:

@@ -16,22 +16,21 @@ from contextlib import contextmanager, suppress
 import structlog
 
 from treecast.engine.base import Engine, LogitRows
+from treecast.engine.curve import StepCurve
 from treecast.errors import DeadlineExceeded, Overloaded, TreecastError
 from treecast.sampling.laws import Walk, walk
 from treecast.sampling.stops import FinishReason, Stop
 from treecast.wire.frames import Completed, Cost, Failed, Heartbeat, Progress, SessionKey
 from treecast.wire.link import SILENCE_S
 
+from .attachments import PROBE_EVERY
 from .metrics import VerifierMetrics
-from .pace import StepCurve, worth_waiting
+from .pace import Goodput, worth_waiting
 from .plan import Work, plan
 from .requests import Request
 from .sessions import SessionStore
 from .settings import VerifierSettings
 from .speculation import Speculation
-
-_PROBE_EVERY = 8
-"""Steps between waits that only keep the speculators' worth known."""
 
 log = structlog.get_logger()
 
@@ -58,6 +57,8 @@ class StepLoop:
         self._speculation = speculation
         self._metrics = metrics
         self.curve = curve
+        self._goodput = Goodput(1 / curve(1))
+        self._round_began = 0.0
         self.sessions = SessionStore(engine, settings.session_ttl_s)
         self._waiting: deque[Request] = deque()
         self._running: list[Request] = []
@@ -168,6 +169,7 @@ class StepLoop:
                 await asyncio.wait_for(self._wake.wait(), timeout=1.0)
             self._wake.clear()
             self.sessions.expire()
+            self._round_began = time.monotonic()
         await asyncio.sleep(0)  # let frames that have arrived be handled
         await self._wait_for_trees()
 
@@ -197,17 +199,24 @@ class StepLoop:
     def _worth_waiting(self, cap_s: float, waited_s: float) -> bool:
         """Whether the trees owed are expected to add more tokens than the wait costs.
 
-        Now and then it waits anyway, so that what trees are worth stays known.
+        Now and then it waits anyway, so that what trees are worth stays known. Those that are made
+        on our own cores were asked for because they pay, and a step beside them is a slow one.
         """
         owed = self._speculation.owed(self._running)
         if not owed or any(request.cancelled for request in self._running):
             return False
-        if self._settings.planner == "full":
+        if self._settings.planner == "full" or any(item.shares_cores for item in owed):
             return True
         gain = sum(item.gain_tokens for item in owed)
         left_s = max(item.latency_s for item in owed) - waited_s
-        probing = self._steps % _PROBE_EVERY == 0
-        return probing or worth_waiting(gain, len(self._running) / cap_s, left_s, cap_s - waited_s)
+        probing = self._steps % PROBE_EVERY == 0
+        rate = self._price * len(self._running)
+        return probing or worth_waiting(gain, rate, left_s, cap_s - waited_s)
+
+    @property
+    def _price(self) -> float:
+        """Tokens that a second is worth to each request; the planner `full` takes its time."""
+        return 0.0 if self._settings.planner == "full" else self._goodput.tokens_per_s
 
     def _plan(self) -> list[Work]:
         """Admit, drop what has ended, and divide the step's rows."""
@@ -219,8 +228,8 @@ class StepLoop:
         self._admit()
         self._speculation.rearrange()
         trees = [self._speculation.tree(request) for request in self._running]
-        step_s = _every_row_is_free if self._settings.planner == "full" else self.curve
-        batch = plan(self._running, trees, step_s, self._settings.max_rows)
+        price = self._price * len(self._running)
+        batch = plan(self._running, trees, self.curve, self._settings.max_rows, price)
         self._observe()
         return batch
 
@@ -290,6 +299,7 @@ class StepLoop:
 
     def _commit(self, batch: Sequence[Work], walks: Sequence[Walk | TreecastError | None]) -> None:
         """Keep the accepted paths' KV; tell speculators and routers; end what has finished."""
+        self._measure(batch, walks)
         for work, walked in zip(batch, walks, strict=True):
             request = work.request
             if isinstance(walked, TreecastError):
@@ -302,12 +312,22 @@ class StepLoop:
             if walked is not None:
                 self._emit(work, walked)
 
+    def _measure(self, batch: Sequence[Work], walks: Sequence[Walk | TreecastError | None]) -> None:
+        """How much came out since the last step; those with prompts in them say nothing."""
+        now, began = time.monotonic(), self._round_began
+        self._round_began = now
+        counts = [len(walked.tokens) for walked in walks if isinstance(walked, Walk)]
+        if counts and all(work.num_pending == 1 for work in batch):
+            self._goodput.saw(sum(counts), len(counts), now - began)
+        self._speculation.tokens_per_s = self._price
+
     def _emit(self, work: Work, walked: Walk) -> None:
         request = work.request
         begin = request.num_output
         request.tokens.extend(walked.tokens)
         self._account(work, walked)
-        self._speculation.committed(request, walked.tokens)
+        proposers = [work.tree.proposers[node] for node in walked.accepted]
+        self._speculation.committed(request, walked.tokens, proposers)
         cost = Cost(1, len(work.tree), len(walked.accepted))
         tokens, logprobs = tuple(walked.tokens), tuple(walked.logprobs)
         request.link.send(Progress(request.start.handle, begin, tokens, logprobs, cost))
@@ -381,11 +401,6 @@ class StepLoop:
     def close(self) -> None:
         """Stop the engine's thread once its work is done. Blocks."""
         self._thread.shutdown(wait=True)
-
-
-def _every_row_is_free(rows: int) -> float:
-    """The cost model of the planner `full`."""
-    return 1.0
 
 
 def _walk_one(work: Work, rows: LogitRows) -> Walk | TreecastError | None:

@@ -135,6 +135,7 @@ async def speculator_rig(engine: ToyEngine | None = None, **fields: Any) -> Asyn
         "spec-1",
         ThreadPoolExecutor(1),
     )
+    engine.num_passes = engine.num_rows = 0  # without those that were timed at start
     server = Server()
     server.add(
         speculator_pb2_grpc.add_SpeculatorServiceServicer_to_server,
@@ -193,14 +194,16 @@ async def test_every_session_gets_its_own_tree_when_many_draft_at_once() -> None
 
 
 async def test_commits_meanwhile_are_applied_together_when_a_draft_is_slow() -> None:
-    entered, go_on = threading.Event(), threading.Event()
+    started, entered, go_on = threading.Event(), threading.Event(), threading.Event()
 
     def hold(segments: Sequence[Segment]) -> None:
-        entered.set()
-        assert go_on.wait(TIMEOUT_S)
+        if started.is_set():
+            entered.set()
+            assert go_on.wait(TIMEOUT_S)
 
     engine = ToyEngine(on_forward=hold)
     async with speculator_rig(engine, growth="<1>") as rig, rig.verifier() as v:
+        started.set()
         v.send(attach(1, 1, 2))
         await rig.until(entered.is_set)
         v.send(commit(1, 2, 8), commit(1, 3, 27), Detach(99))
@@ -384,6 +387,7 @@ async def test_one_session_is_lost_when_the_batch_fails_over_it() -> None:
             raise RuntimeError("the model broke down")
 
     async with speculator_rig(ToyEngine(on_forward=fail)) as rig, rig.verifier() as v:
+        batches.clear()
         v.send(attach(1, 1, 2), attach(2, 1, 13), attach(3, 1, 4))
         assert (await v.hear(Refused, 2)).why == "drafting failed"
         # They were one batch, and it was the middle one that broke it.
@@ -564,9 +568,10 @@ def test_models_are_refused_when_their_tokenizers_differ() -> None:
 
 def test_torch_stays_unloaded_when_only_lookup_drafts() -> None:
     code = (
-        "import sys; from treecast.services.speculator.server import Speculator; "
+        "import sys; from concurrent.futures import ThreadPoolExecutor; "
+        "from treecast.services.speculator.server import Speculator; "
         "from treecast.services.speculator.settings import SpeculatorSettings; "
-        "Speculator(SpeculatorSettings(drafters='ngram,suffix'), [], 'x', None); "
+        "Speculator(SpeculatorSettings(drafters='ngram,suffix'), [], 'x', ThreadPoolExecutor(1)); "
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0

@@ -297,6 +297,23 @@ async def test_no_tree_is_asked_for_when_a_request_decodes_plainly() -> None:
     assert outcome.completed.usage.drafted == 0
 
 
+@pytest.mark.parametrize(("make", "useful"), [(wrong, False), (Clairvoyant(), True)])
+async def test_a_speculator_on_our_cores_sits_out_commits_when_it_is_of_no_use(
+    make: Clairvoyant, useful: bool
+) -> None:
+    drafter = ScriptedSpeculator(Drafting(make), shares_cores=True)
+    engine = ToyEngine(vocab_size=VOCAB, step_s=0.004)
+    sampling = SamplingParams(temperature=0, max_tokens=400)
+    async with speculator(drafter) as address, verifier_rig(engine, speculators=[address]) as rig:
+        await rig.speculators(1)
+        outcome = await rig.router.run(PROMPT, sampling)
+    assert outcome.tokens == plain(PROMPT, sampling)
+    budgets = [frame.node_budget for frame in drafter.frames if isinstance(frame, Commit)]
+    late = budgets[len(budgets) // 2 :]
+    share = sum(budget > 0 for budget in late) / len(late)
+    assert share > 0.7 if useful else 0 < share < 0.3
+
+
 async def test_decoding_goes_on_when_the_speculator_dies() -> None:
     drafter = ScriptedSpeculator(Drafting(Clairvoyant()))
     engine = ToyEngine(vocab_size=VOCAB, step_s=0.01)

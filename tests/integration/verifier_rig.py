@@ -146,12 +146,20 @@ class ScriptedSpeculator(speculator_pb2_grpc.SpeculatorServiceServicer):
         script: Callable[[VerifierFrame], Sequence[SpeculatorFrame]],
         name: str = "scripted",
         capacity: int = 64,
+        shares_cores: bool = False,
     ) -> None:
         self.script = script
         self.heartbeat = Heartbeat()
         self.frames: list[VerifierFrame] = []
         self.got = asyncio.Event()
-        hello = Hello(f"spec-{name}", Role.SPECULATOR, VOCAB, capacity=capacity, proposers=(name,))
+        hello = Hello(
+            f"spec-{name}",
+            Role.SPECULATOR,
+            VOCAB,
+            capacity=capacity,
+            proposers=(name,),
+            shares_cores=shares_cores,
+        )
         self.acceptor: Acceptor[SpeculatorFrame, VerifierFrame] = Acceptor(
             SPECULATE, lambda: hello, lambda: self.heartbeat, self
         )

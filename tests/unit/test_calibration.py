@@ -104,14 +104,13 @@ def tree_of_two() -> TokenTree:
 def test_only_children_of_accepted_nodes_are_learnt_from() -> None:
     pod = PodCalibration()
     calibration = Calibration(pod, ["ssm", "ngram"])
-    assert calibration.learn(tree_of_two(), [11, 5]) == 1
+    calibration.learn(tree_of_two(), [11, 5])
     # 10 was tried and missed, 11 was right; 20 was never tried.
     sums = {(r.proposer, round(r.centre, 2)): (r.predicted, r.accepted) for r in pod.reliability()}
     assert sums["ssm", 0.67] == (0.6, 0)
     assert sums["ngram", 0.67] == (0.6, 0)
     assert sums["ssm", 0.33] == (0.3, 1)
     assert sums["ngram", 0.89] == (0, 0)
-    assert Calibration(pod, []).learn(tree_of_two(), [10, 20, 7]) == 2
 
 
 def test_agreement_is_trusted_apart_from_its_members() -> None:

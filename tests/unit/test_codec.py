@@ -117,6 +117,7 @@ def attaches(draw: st.DrawFn) -> Attach:
         noise_key=draw(uint64),
         node_budget=draw(st.integers(0, 256)),
         speculation=draw(speculations(st.none())),
+        tokens_per_s=draw(st.floats(0, 1e6, width=32)),
     )
 
 
@@ -459,6 +460,13 @@ def test_node_budget_is_capped_when_beyond_the_receivers_cap() -> None:
     (frame,) = codec.decode_verifier_frames(down(commit=commit), codec.Limits(max_nodes=64))
     assert isinstance(frame, Commit)
     assert frame.node_budget == 64
+
+
+@pytest.mark.parametrize("rate", [-1.0, float("nan"), float("inf")])
+def test_frame_is_refused_when_its_rate_is_no_rate(rate: float) -> None:
+    commit = speculator_pb2.Commit(tokens=[1], tokens_per_s=rate)
+    (bad,) = codec.decode_verifier_frames(down(commit=commit))
+    assert str(bad) == f"tokens_per_s is {rate}; it must be finite and not negative"
 
 
 def test_message_is_refused_when_it_has_too_many_frames() -> None:

@@ -322,6 +322,6 @@ def test_uniforms_differ_when_domain_branch_or_position_do() -> None:
 def test_draws_are_taken_whole_when_nodes_compete() -> None:
     """Rows that cost so much that no other node is worth one."""
     chain = TokenTree.chain([1, 2], 0.5)
-    drawn, rest = choose_nodes([example(), chain], 2, 2, lambda rows: rows**3, budget=100)
+    drawn, rest = choose_nodes([example(), chain], 2, lambda rows: rows**3, 100, 1.0)
     assert drawn == example()
     assert len(rest) == 0

@@ -8,8 +8,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
+from treecast.engine.curve import StepCurve
 from treecast.services.verifier.choice.length import AcceptanceTrend, AdaptiveLength
-from treecast.services.verifier.pace import StepCurve
 
 MAX_LENGTH = 16
 CHAIN = [0] * MAX_LENGTH

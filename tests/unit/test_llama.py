@@ -9,6 +9,7 @@ import torch
 import transformers
 
 from treecast.engine import bridge
+from treecast.engine.cut_head import cut_head
 from treecast.engine.llama import LlamaRunner, is_llama_like
 from treecast.engine.runner import ModuleRunner, choose_runner, relative_error
 
@@ -106,3 +107,19 @@ def test_a_model_without_weights_in_its_norms_keeps_its_modules() -> None:
 
 def test_a_llama_is_run_fused() -> None:
     assert isinstance(choose_runner(tiny("Llama"), True, 2), LlamaRunner)
+
+
+def test_a_llama_is_run_fused_when_its_head_is_cut() -> None:
+    model = tiny("Llama")
+    model.config.head_token_ids = list(range(0, 128, 3))
+    cut_head(model)
+    assert isinstance(choose_runner(model, True, 2), LlamaRunner)
+
+
+def test_a_head_cut_elsewhere_is_seen() -> None:
+    model, other = tiny("Llama"), tiny("Llama")
+    model.config.head_token_ids, other.config.head_token_ids = [1, 2, 3], [1, 2, 4]
+    cut_head(model)
+    cut_head(other)
+    error = relative_error(LlamaRunner(model, 2), ModuleRunner(other), TEXT, PLACES)
+    assert not error < 1e-3

@@ -1,48 +1,27 @@
-"""What rows cost, and whether waiting for trees pays."""
+"""What a second is worth, and whether waiting for trees pays."""
 
 from __future__ import annotations
 
 import pytest
 
-from treecast.services.verifier.pace import StepCurve, worth_waiting
+from treecast.services.verifier.pace import Goodput, worth_waiting
 
 
-def test_curve_is_the_line_through_what_was_measured() -> None:
-    curve = StepCurve({1: 0.011, 5: 0.015, 21: 0.031})
-    assert curve(1) == pytest.approx(0.011)
-    assert curve(11) == pytest.approx(0.021)
+def test_goodput_is_what_one_request_gets_per_second() -> None:
+    goodput = Goodput(50.0)
+    assert goodput.tokens_per_s == pytest.approx(50.0)
+    for _ in range(200):
+        goodput.saw(6, 2, 0.030)  # two requests, three tokens each, every 30 ms
+    assert goodput.tokens_per_s == pytest.approx(100.0, rel=0.001)
 
 
-def test_curve_never_falls_when_measurements_do() -> None:
-    curve = StepCurve({1: 0.020, 8: 0.010})
-    assert curve(8) >= curve(1) > 0
-
-
-def test_curve_follows_the_machine_when_it_slows_down() -> None:
-    curve = StepCurve({1: 0.010, 11: 0.020})
-    for _ in range(1000):
-        curve.saw(1, 0.020)
-        curve.saw(11, 0.040)
-    assert curve(1) == pytest.approx(0.020, rel=0.02)
-    assert curve(11) == pytest.approx(0.040, rel=0.02)
-
-
-def test_curve_ignores_a_step_that_was_disturbed() -> None:
-    curve = StepCurve({1: 0.010, 11: 0.020})
-    curve.saw(11, 5.0)
-    assert curve(11) == pytest.approx(0.020)
-
-
-def test_curve_follows_the_machine_when_it_becomes_ten_times_slower_at_once() -> None:
-    curve = StepCurve({1: 0.010, 11: 0.020})
-    for _ in range(4):
-        curve.saw(11, 0.200)
-    assert curve(11) == pytest.approx(0.020)
-    for _ in range(1000):
-        curve.saw(1, 0.100)
-        curve.saw(11, 0.200)
-    assert curve(1) == pytest.approx(0.100, rel=0.02)
-    assert curve(11) == pytest.approx(0.200, rel=0.02)
+def test_goodput_follows_within_some_steps_when_the_text_changes() -> None:
+    goodput = Goodput(100.0)
+    for _ in range(200):
+        goodput.saw(1, 1, 0.010)
+    for _ in range(20):
+        goodput.saw(1, 1, 0.020)
+    assert 50.0 < goodput.tokens_per_s < 70.0
 
 
 def test_waiting_pays_while_it_gains_more_than_it_costs() -> None:

@@ -51,51 +51,50 @@ def linear(rows: int) -> float:
 
 def test_all_nodes_are_taken_when_rows_are_free() -> None:
     tree = TokenTree.build([5, 6, 7], [-1, 0, -1], [0.5, 0.5, 0.01])
-    (chosen,) = choose_nodes([tree], 1, 1, flat, 10)
+    (chosen,) = choose_nodes([tree], 1, flat, 10, 1.0)
     assert chosen.tokens == [5, 6, 7]
 
 
 def test_nodes_stop_when_they_do_not_pay() -> None:
-    # One row takes 1.1 s and yields 1 token. A node at 0.5 adds 0.1 s and pays (0.5/0.1 > 1/1.1);
-    # its child at 0.5 * 0.1 = 0.05 does not (0.05/0.1 < 1.5/1.2).
+    # A node adds 0.1 s, worth 0.09 tokens. One at 0.5 pays; its child at 0.5 * 0.1 = 0.05 does not.
     tree = TokenTree.build([5, 6], [-1, 0], [0.5, 0.1])
-    (chosen,) = choose_nodes([tree], 1, 1, linear, 10)
+    (chosen,) = choose_nodes([tree], 1, linear, 10, 0.9)
     assert chosen.tokens == [5]
 
 
 def test_budget_goes_to_the_most_confident_nodes_of_all_trees() -> None:
     sure = TokenTree.build([5, 6], [-1, 0], [0.9, 0.9])  # paths .9, .81
     unsure = TokenTree.build([7, 8], [-1, -1], [0.85, 0.3])
-    chosen = choose_nodes([unsure, sure], 2, 2, flat, 3)
+    chosen = choose_nodes([unsure, sure], 2, flat, 3, 1.0)
     assert [tree.tokens for tree in chosen] == [[7], [5, 6]]
 
 
 def test_a_child_waits_for_its_parent_when_it_is_the_surer_one() -> None:
     tree = TokenTree.build([5, 6, 9], [-1, 0, -1], [0.2, 1.0, 0.3])
-    (chosen,) = choose_nodes([tree], 1, 1, flat, 2)
+    (chosen,) = choose_nodes([tree], 1, flat, 2, 1.0)
     assert sorted(chosen.tokens) == [5, 9]
 
 
 def test_a_prompt_is_cut_into_chunks_when_it_exceeds_the_rows() -> None:
     newcomer = FakeRequest(list(range(100)), 0)
-    (work,) = plan([newcomer], [TokenTree()], flat, 64)  # type: ignore[list-item]
+    (work,) = plan([newcomer], [TokenTree()], flat, 64, 1.0)  # type: ignore[list-item]
     assert (work.num_pending, work.samples) == (64, False)
     newcomer.sequence.length = 64
-    (work,) = plan([newcomer], [TokenTree()], flat, 64)  # type: ignore[list-item]
+    (work,) = plan([newcomer], [TokenTree()], flat, 64, 1.0)  # type: ignore[list-item]
     assert (work.num_pending, work.samples) == (36, True)
 
 
 def test_decoding_goes_on_when_a_long_prompt_arrives() -> None:
     old, newcomer = decoding(), FakeRequest(list(range(1000)), 0)
     tree = TokenTree.chain([4, 5], confidence=0.9)
-    works = plan([old, newcomer], [tree, TokenTree()], flat, 32)  # type: ignore[list-item]
+    works = plan([old, newcomer], [tree, TokenTree()], flat, 32, 1.0)  # type: ignore[list-item]
     assert [work.num_rows for work in works] == [3, 29]
 
 
 def test_a_step_never_exceeds_its_rows() -> None:
     requests = [decoding() for _ in range(10)] + [FakeRequest(list(range(50)), 0)]
     trees = [TokenTree.chain(range(8)) for _ in range(10)] + [TokenTree()]
-    works = plan(requests, trees, flat, 24)  # type: ignore[arg-type]
+    works = plan(requests, trees, flat, 24, 1.0)  # type: ignore[arg-type]
     assert sum(work.num_rows for work in works) == 24
 
 
@@ -118,5 +117,5 @@ def test_path_names_pending_rows_then_accepted_nodes() -> None:
 @pytest.mark.parametrize("max_rows", [2, 3])
 def test_requests_wait_their_turn_when_rows_are_few(max_rows: int) -> None:
     requests = [decoding() for _ in range(5)]
-    works = plan(requests, [TokenTree()] * 5, flat, max_rows)  # type: ignore[arg-type]
+    works = plan(requests, [TokenTree()] * 5, flat, max_rows, 1.0)  # type: ignore[arg-type]
     assert [work.request for work in works] == requests[:max_rows]

@@ -14,6 +14,7 @@ from treecast.drafting.growth import BestFirst, ExpansionVector, Growth
 from treecast.drafting.growth.acceptance import PERIOD
 from treecast.drafting.proposal import likeliest, propose_coupled
 from treecast.drafting.ssm import PREFILL_ROWS, SSMDrafter
+from treecast.engine.curve import StepCurve
 from treecast.engine.toy import ToyEngine, toy_logits
 from treecast.errors import InvalidRequest, Overloaded, PromptTooLong
 from treecast.sampling.noise import gumbel
@@ -203,6 +204,53 @@ def test_first_child_is_the_targets_pick_when_draft_is_the_target() -> None:
 def test_likeliest_holds_the_top_scores_when_row_is_long(count: int) -> None:
     scores = np.random.default_rng(count).normal(size=4999).astype(np.float32)
     assert likeliest(scores, count).tolist() == sorted(np.argsort(-scores)[:count].tolist())
+
+
+def test_likeliest_leaves_out_what_has_no_chance() -> None:
+    scores = np.full(100, -np.inf, np.float32)
+    scores[[3, 50, 70]] = 1.0, 3.0, 2.0
+    assert likeliest(scores, 2).tolist() == [50, 70]
+    assert likeliest(scores, 5).tolist() == [3, 50, 70]
+
+
+# --- what a pass is worth: a pass takes 10 ms, and .685 tokens are expected below a node ----------
+
+
+class Unmoved(StepCurve):
+    """A curve that stays as it is, however quick the toy model may be."""
+
+    def saw(self, rows: int, seconds: float) -> None: ...
+
+
+def priced(engine: ToyEngine, growth: Growth, tokens: Sequence[int]) -> SSMDrafter:
+    drafter = SSMDrafter(engine, growth, pass_s=Unmoved({1: 0.010, 64: 0.010}))
+    drafter.open(1, request(tokens))
+    return drafter
+
+
+def test_no_pass_is_taken_when_time_is_worth_more() -> None:
+    engine = ToyEngine()
+    drafter = priced(engine, UNBOUNDED, [1, 2])
+    assert len(drafter.draft({1: 16}, tokens_per_s=80)[1]) == 0  # .8 tokens in 10 ms
+    assert not drafter.is_behind(1)  # nothing is owed until the next commit
+    assert engine.num_passes == 0
+    drafter.commit(1, [8])
+    assert len(drafter.draft({1: 16}, tokens_per_s=68)[1]) > 0
+    assert engine.num_passes == 1  # below the root .685 are, below its children fewer
+    assert drafter.draft({1: 16})[1].depths.count(2) > 0
+    assert engine.num_passes > 2  # free time
+
+
+def test_text_is_read_all_the_same_when_much_of_it_is_left() -> None:
+    engine = ToyEngine()
+    drafter = priced(engine, UNBOUNDED, range(40))
+    assert len(drafter.draft({1: 16}, tokens_per_s=1000)[1]) > 0
+    assert engine.num_passes == 1
+
+
+def test_a_shape_that_was_asked_for_is_grown_whatever_time_is_worth() -> None:
+    drafter = priced(ToyEngine(), ExpansionVector((2, 1)), [1, 2])
+    assert drafter.draft({1: 16}, tokens_per_s=1000)[1].tokens == [8, 9, 27, 30]
 
 
 # --- limits ---------------------------------------------------------------------------------------

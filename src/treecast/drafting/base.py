@@ -59,8 +59,11 @@ class Drafter(Protocol):
             InvalidRequest: a token that the drafter does not have.
         """
 
-    def draft(self, budgets: dict[int, int]) -> dict[int, TokenTree]:
+    def draft(self, budgets: dict[int, int], tokens_per_s: float = 0.0) -> dict[int, TokenTree]:
         """Grow trees of up to the budgeted nodes (1 or more), by handle, batched over sessions.
+
+        What is computed for a tree should add as many tokens as its time is worth, at
+        `tokens_per_s` for all these sessions together; 0 leaves time free.
 
         Proposer bit 0 is set throughout. An empty tree says that nothing can be proposed. A
         session missing from the result has committed text left to compute: call again.

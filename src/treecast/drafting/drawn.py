@@ -39,6 +39,10 @@ class DrawnVector:
     def max_passes(self) -> int:
         return self.vector.max_passes
 
+    @property
+    def is_fixed(self) -> bool:
+        return self.vector.is_fixed
+
     def select(
         self, expansions: Sequence[Expansion], max_nodes: int, max_depth: int = MAX_DEPTH
     ) -> Selection:

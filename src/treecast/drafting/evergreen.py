@@ -27,6 +27,7 @@ class Evergreen:
         growth: how the trees offered grow.
         ahead: how run-ahead grows them.
         last_position: no row is computed behind it (end of the context, or of the reservation).
+        declined: computing the text committed last was not worth its time.
     """
 
     sequence: KVSequence
@@ -37,6 +38,7 @@ class Evergreen:
     ahead: Growth
     last_position: int
     expansions: list[Expansion] = field(default_factory=list)
+    declined: bool = False
 
     @property
     def max_depth(self) -> int:
@@ -85,6 +87,7 @@ class Evergreen:
 
     def commit(self, engine: Engine, tokens: Sequence[int]) -> None:
         """Append committed tokens; what was computed of them, and below them, is kept."""
+        self.declined = False
         self.tokens.extend(tokens)
         for token in tokens:
             self.context.append(token)

@@ -118,13 +118,20 @@ class MergedDrafter:
         if handle in self._lost:
             raise self._lost.pop(handle)
 
-    def draft(self, budgets: dict[int, int]) -> dict[int, TokenTree]:
+    def draft(self, budgets: dict[int, int], tokens_per_s: float = 0.0) -> dict[int, TokenTree]:
         """The union of what the drafters grow, as far as they have got; see `is_behind`.
 
         Sessions that no drafter could draft for are missing; `take_lost` says why.
         """
+
+        def draft(drafter: Drafter, mine: dict[int, int]) -> dict[int, TokenTree]:
+            began = time.perf_counter()
+            grown = drafter.draft(mine, tokens_per_s)
+            self._observe(drafter.name, time.perf_counter() - began)
+            return grown
+
         trees: dict[int, list[TokenTree]] = {}
-        for index, grown in self._each(budgets, self._timed_draft):
+        for index, grown in self._each(budgets, draft):
             for handle, tree in grown.items():
                 trees.setdefault(handle, []).append(_sign(tree, index))
         return {handle: merge(grown, budgets[handle]) for handle, grown in trees.items()}
@@ -156,12 +163,6 @@ class MergedDrafter:
         self._lost.pop(handle, None)
         for index in self._members.pop(handle, ()):
             self._drafters[index].close(handle)
-
-    def _timed_draft(self, drafter: Drafter, budgets: dict[int, int]) -> dict[int, TokenTree]:
-        began = time.perf_counter()
-        trees = drafter.draft(budgets)
-        self._observe(drafter.name, time.perf_counter() - began)
-        return trees
 
     def _each(
         self, budgets: dict[int, int], work: Callable[[Drafter, dict[int, int]], dict[int, Grown]]

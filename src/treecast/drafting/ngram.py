@@ -132,7 +132,7 @@ class NgramDrafter:
         """Append what the target committed."""
         self._texts[handle].extend(tokens)
 
-    def draft(self, budgets: dict[int, int]) -> dict[int, TokenTree]:
+    def draft(self, budgets: dict[int, int], tokens_per_s: float = 0.0) -> dict[int, TokenTree]:
         """Grow one tree per budgeted session; a text that repeats nothing gets an empty one."""
         return {
             handle: grow(self._texts[handle], max_nodes, self._max_depth, self._laws[handle])

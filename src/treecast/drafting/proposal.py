@@ -187,11 +187,14 @@ def likeliest(
     scores: NDArray[np.float32],  # [vocab]
     count: int,
 ) -> NDArray[np.int64]:
-    """Ids, ascending, of the `count` highest scores; all of them where there are fewer."""
-    rest = len(scores) - count
-    if rest <= 0:
-        return np.arange(len(scores))
-    return np.sort(np.argpartition(scores, rest)[rest:])
+    """Ids, ascending, of the `count` highest scores; fewer where only so many are above -inf.
+
+    Those at -inf, most of a vocabulary under a cut head, go first: among many equal scores the
+    partition takes twenty times as long.
+    """
+    ids = np.flatnonzero(scores > -np.inf)
+    rest = len(ids) - count
+    return ids if rest <= 0 else np.sort(ids[np.argpartition(scores[ids], rest)[rest:]])
 
 
 def _ranked(

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Iterable, Sequence
 
 from treecast.drafting.base import DraftRequest
 from treecast.drafting.drawn import DrawnVector, growth_for
 from treecast.drafting.evergreen import Evergreen
 from treecast.drafting.growth import Acceptance, Growth, Selection, parse_growth
-from treecast.engine.base import Engine, Segment
+from treecast.engine.base import Engine, LogitRows, Segment
+from treecast.engine.curve import StepCurve
 from treecast.errors import InvalidRequest, Overloaded, PromptTooLong
 from treecast.sampling.transforms import Context
 from treecast.tree import MAX_DEPTH, MAX_NODES, TokenTree
 
 PREFILL_ROWS = 256
 """Prompt rows that one draft computes, over all sessions: what a long prompt delays the others."""
+_ARREARS = 16
+"""Tokens of committed text that may be left uncomputed while drafts are not worth their time."""
 
 
 class SSMDrafter:
@@ -29,6 +33,7 @@ class SSMDrafter:
         max_rows: int = MAX_NODES,
         ahead: Growth | None = None,
         name: str = "ssm",
+        pass_s: StepCurve | None = None,
     ) -> None:
         """Draft with `engine`, which nobody else may call.
 
@@ -38,6 +43,7 @@ class SSMDrafter:
             max_rows: computed nodes that a session keeps at most.
             ahead: policy of `run_ahead`, where time is free; by default the session's own.
             name: tells it from other draft models.
+            pass_s: what the engine's passes take; None takes them for free.
 
         Raises:
             InvalidRequest: the text names no policy.
@@ -49,6 +55,7 @@ class SSMDrafter:
         self._ahead = ahead
         self._capacity = capacity
         self._max_rows = max_rows
+        self._pass_s = pass_s
         self._sessions: dict[int, Evergreen] = {}
 
     @property
@@ -103,16 +110,18 @@ class SSMDrafter:
             self._acceptance.saw(rank)
         session.commit(self._engine, tokens)
 
-    def draft(self, budgets: dict[int, int]) -> dict[int, TokenTree]:
-        """Grow until the policy is content or has used up its passes.
+    def draft(self, budgets: dict[int, int], tokens_per_s: float = 0.0) -> dict[int, TokenTree]:
+        """Grow until the policy is content or out of passes, or a pass is not worth its time.
 
         A session whose prompt is not computed yet is missing from the result: call again. One at
-        the end of the draft's context gets an empty tree.
+        the end of the draft's context gets an empty tree, and so does one whose last token was not
+        worth a pass.
         """
-        ready = self._compute_roots(budgets)
-        selections = self._grow({handle: self._sessions[handle].growth for handle in ready}, ready)
-        spent = {handle for handle in budgets if self._sessions[handle].is_spent}
-        empty = {handle: TokenTree() for handle in spent}
+        ready = self._compute_roots(budgets, tokens_per_s)
+        policies = {handle: self._sessions[handle].growth for handle in ready}
+        selections = self._grow(policies, ready, tokens_per_s=tokens_per_s)
+        without = [s for s in budgets if self._sessions[s].is_spent or self._sessions[s].declined]
+        empty = {handle: TokenTree() for handle in without}
         return empty | {handle: selected.tree for handle, selected in selections.items()}
 
     def run_ahead(self, budgets: dict[int, int]) -> set[int]:
@@ -132,7 +141,8 @@ class SSMDrafter:
 
     def is_behind(self, handle: int) -> bool:
         """Whether a part of the committed text is not computed yet."""
-        return self._sessions[handle].is_behind
+        session = self._sessions[handle]
+        return session.is_behind and not session.declined
 
     def foresaw(self, handle: int) -> bool:
         """Whether the last commit left a computed root."""
@@ -154,7 +164,7 @@ class SSMDrafter:
                     f"token id is {token}; the draft's vocabulary has {self.vocab_size}"
                 )
 
-    def _compute_roots(self, budgets: dict[int, int]) -> dict[int, int]:
+    def _compute_roots(self, budgets: dict[int, int], tokens_per_s: float = 0.0) -> dict[int, int]:
         """Compute committed text where some is left; returns the budgets of rooted sessions."""
         for handle in budgets:
             self._sessions[handle].mend(self._engine)
@@ -166,17 +176,50 @@ class SSMDrafter:
             if allowance:
                 chunks[handle] = self._sessions[handle].next_chunk(allowance)
                 allowance -= len(chunks[handle].tokens)
-        rows = self._engine.forward(list(chunks.values())) if chunks else []
-        for (handle, chunk), logits in zip(chunks.items(), rows, strict=True):
-            self._sessions[handle].take_chunk(self._engine, chunk, logits)
+        if self._roots_pay(chunks, tokens_per_s):
+            rows = self._forward(list(chunks.values()))
+            for (handle, chunk), logits in zip(chunks.items(), rows, strict=True):
+                self._sessions[handle].take_chunk(self._engine, chunk, logits)
+        else:
+            for handle in chunks:
+                self._sessions[handle].declined = True
         return {
             handle: budget
             for handle, budget in budgets.items()
             if self._sessions[handle].expansions
         }
 
+    def _roots_pay(self, chunks: dict[int, Segment], tokens_per_s: float) -> bool:
+        """Whether to compute committed text. More than a little of it is an investment."""
+        sessions = [self._sessions[handle] for handle in chunks]
+        if any(each.growth.is_fixed or each.num_pending > _ARREARS for each in sessions):
+            return True
+        num_rows = sum(len(chunk.tokens) for chunk in chunks.values())
+        return self._pays(float(len(chunks)), num_rows, tokens_per_s)
+
+    def _pays(self, reached: float, num_rows: int, tokens_per_s: float) -> bool:
+        """Whether a pass adds what its time is worth, if so many of its nodes are reached."""
+        if self._pass_s is None:
+            return True
+        return reached * self._acceptance.total >= tokens_per_s * self._pass_s(num_rows)
+
+    def _forward(self, segments: Sequence[Segment]) -> list[LogitRows]:
+        """One pass of the engine, timed; none for nothing."""
+        if not segments:
+            return []
+        began = time.perf_counter()
+        rows = self._engine.forward(segments)
+        if self._pass_s is not None:
+            num_rows = sum(len(segment.tokens) for segment in segments)
+            self._pass_s.saw(num_rows, time.perf_counter() - began)
+        return rows
+
     def _grow(
-        self, policies: dict[int, Growth], budgets: dict[int, int], max_passes: int = MAX_DEPTH
+        self,
+        policies: dict[int, Growth],
+        budgets: dict[int, int],
+        max_passes: int = MAX_DEPTH,
+        tokens_per_s: float = 0.0,
     ) -> dict[int, Selection]:
         """Compute frontiers, pass by pass, each session as its policy wants; returns what is
         selected at the end.
@@ -195,7 +238,7 @@ class SSMDrafter:
                     continue
                 if nodes := self._frontier(growth, session, selection, budgets[handle]):
                     frontiers[handle] = nodes
-            if not frontiers:
+            if not frontiers or not self._frontiers_pay(frontiers, selections, tokens_per_s):
                 break
             self._compute(frontiers, selections)
             selections |= {handle: select(handle) for handle in frontiers}
@@ -207,6 +250,22 @@ class SSMDrafter:
         room = max(0, self._max_rows - len(session.expansions))
         return growth.frontier(selection, max_nodes, session.max_depth)[:room]
 
+    def _frontiers_pay(
+        self,
+        frontiers: dict[int, list[int]],
+        selections: dict[int, Selection],
+        tokens_per_s: float,
+    ) -> bool:
+        """Whether to compute these nodes; a shape that was asked for is."""
+        if any(self._sessions[handle].growth.is_fixed for handle in frontiers):
+            return True
+        reached = 0.0
+        for handle, frontier in frontiers.items():
+            paths = selections[handle].tree.path_confidence()
+            reached += sum(paths[node] for node in frontier)
+        num_rows = sum(len(frontier) for frontier in frontiers.values())
+        return self._pays(reached, num_rows, tokens_per_s)
+
     def _compute(self, frontiers: dict[int, list[int]], selections: dict[int, Selection]) -> None:
         """One packed pass over the sessions' frontiers."""
         segments = []
@@ -216,7 +275,7 @@ class SSMDrafter:
             parents = [selection.expansion_of(selection.tree.parents[node]) for node in frontier]
             sequence = self._sessions[handle].sequence
             segments.append(Segment(sequence, tokens, parents, range(len(frontier))))
-        rows = self._engine.forward(segments)
+        rows = self._forward(segments)
         for (handle, frontier), segment, logits in zip(
             frontiers.items(), segments, rows, strict=True
         ):

@@ -186,7 +186,7 @@ class SuffixDrafter:
         self._sessions[handle].append(tokens)
         self._sessions[handle].output.extend(tokens)
 
-    def draft(self, budgets: dict[int, int]) -> dict[int, TokenTree]:
+    def draft(self, budgets: dict[int, int], tokens_per_s: float = 0.0) -> dict[int, TokenTree]:
         """Grow one tree per budgeted session; a text that repeats nothing gets an empty one."""
         remembered = self._memory.automata if self._memory else ()
         trees: dict[int, TokenTree] = {}

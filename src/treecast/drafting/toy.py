@@ -68,7 +68,7 @@ class ToyDrafter:
     def commit(self, handle: int, tokens: Sequence[int]) -> None:
         self._sessions[handle].tokens.extend(tokens)
 
-    def draft(self, budgets: dict[int, int]) -> dict[int, TokenTree]:
+    def draft(self, budgets: dict[int, int], tokens_per_s: float = 0.0) -> dict[int, TokenTree]:
         return {
             handle: self._grow(self._sessions[handle], budget)
             for handle, budget in budgets.items()

@@ -59,6 +59,10 @@ class Heartbeat:
 
 @dataclass(frozen=True, slots=True)
 class Attach:
+    """Its `tokens_per_s` is what the request commits lately: time may cost a tree no more tokens
+    than that. 0: time is free.
+    """
+
     handle: int
     tokens: tuple[int, ...]
     prompt_len: int
@@ -66,6 +70,7 @@ class Attach:
     noise_key: int
     node_budget: int
     speculation: SpeculationParams = SpeculationParams()  # noqa: RUF009  frozen
+    tokens_per_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +79,7 @@ class Commit:
     from_len: int
     tokens: tuple[int, ...]
     node_budget: int
+    tokens_per_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

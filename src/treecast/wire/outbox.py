@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Hashable
+from dataclasses import replace
 from typing import Generic, TypeVar
 
 from treecast.errors import Overloaded
@@ -122,7 +123,7 @@ def join(last: object, frame: object) -> Commit | Progress | None:
 def _join_commits(last: Commit, frame: Commit) -> Commit:
     if last.from_len + len(last.tokens) != frame.from_len:
         return frame
-    return Commit(frame.handle, last.from_len, last.tokens + frame.tokens, frame.node_budget)
+    return replace(frame, from_len=last.from_len, tokens=last.tokens + frame.tokens)
 
 
 def _join_progress(last: Progress, frame: Progress) -> Progress | None:

@@ -30,6 +30,11 @@ class Acceptance:
     _weight: float = 0.0
     _num_new: int = 0
 
+    @property
+    def total(self) -> float:
+        """Probability that one of a node's proposals is the one accepted."""
+        return sum(self.vector)
+
     def saw(self, rank: int | None) -> None:
         """The target picked the proposal of that rank, from 0; None: none of them."""
         self._weight += 1

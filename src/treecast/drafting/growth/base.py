@@ -78,6 +78,10 @@ class Growth(Protocol):
     def max_passes(self) -> int:
         """Engine passes that one draft may take."""
 
+    @property
+    def is_fixed(self) -> bool:
+        """Whether its shape was asked for: then no pass is left out for its cost."""
+
     def select(
         self, expansions: Sequence[Expansion], max_nodes: int, max_depth: int = MAX_DEPTH
     ) -> Selection:

@@ -53,6 +53,10 @@ class BestFirst:
                 f"growth is {text!r}; it must be best-first or best-first:CONFIDENCE"
             ) from None
 
+    @property
+    def is_fixed(self) -> bool:
+        return False
+
     def select(
         self, expansions: Sequence[Expansion], max_nodes: int, max_depth: int = MAX_DEPTH
     ) -> Selection:

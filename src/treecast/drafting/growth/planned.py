@@ -66,6 +66,10 @@ class Planned:
     def max_passes(self) -> int:
         return MAX_PASSES
 
+    @property
+    def is_fixed(self) -> bool:
+        return False
+
     def select(
         self, expansions: Sequence[Expansion], max_nodes: int, max_depth: int = MAX_DEPTH
     ) -> Selection:

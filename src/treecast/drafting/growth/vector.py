@@ -68,6 +68,10 @@ class ExpansionVector:
     def max_passes(self) -> int:
         return len(self.widths)
 
+    @property
+    def is_fixed(self) -> bool:
+        return True
+
     def select(
         self, expansions: Sequence[Expansion], max_nodes: int, max_depth: int = MAX_DEPTH
     ) -> Selection:

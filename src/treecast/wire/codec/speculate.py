@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 
 from treecast.errors import InvalidFrame
@@ -76,6 +77,7 @@ def encode_attach(attach: Attach) -> pb.Attach:
         law=encode_law(attach.speculation.law),
         proposal=encode_proposal(attach.speculation.proposal),
         growth=attach.speculation.growth,
+        tokens_per_s=attach.tokens_per_s,
     )
 
 
@@ -99,6 +101,7 @@ def decode_attach(message: pb.Attach, limits: Limits) -> Attach:
         noise_key=message.noise_key,
         node_budget=min(message.node_budget, limits.max_nodes),
         speculation=decode_speculation(message),
+        tokens_per_s=_check_rate(message.tokens_per_s),
     )
 
 
@@ -108,6 +111,7 @@ def encode_commit(commit: Commit) -> pb.Commit:
         from_len=commit.from_len,
         tokens=commit.tokens,
         node_budget=commit.node_budget,
+        tokens_per_s=commit.tokens_per_s,
     )
 
 
@@ -120,7 +124,14 @@ def decode_commit(message: pb.Commit, limits: Limits) -> Commit:
     tokens = check_tokens(message.tokens, "commit", limits)
     check_at_most(message.from_len + len(tokens), MAX_TOKENS, "text length after a commit")
     budget = min(message.node_budget, limits.max_nodes)
-    return Commit(message.handle, message.from_len, tokens, budget)
+    rate = _check_rate(message.tokens_per_s)
+    return Commit(message.handle, message.from_len, tokens, budget, rate)
+
+
+def _check_rate(tokens_per_s: float) -> float:
+    if not 0 <= tokens_per_s < math.inf:
+        raise InvalidFrame(f"tokens_per_s is {tokens_per_s}; it must be finite and not negative")
+    return tokens_per_s
 
 
 def encode_draft(draft: Draft) -> pb.Draft:
