@@ -50,7 +50,7 @@ class Session:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class Route:
     """Where trees of a session go."""
 
     link: VerifierLink
@@ -76,17 +76,17 @@ class Sessions:
     instance_id: str
     draining: bool = False
     _streams: dict[VerifierLink, dict[int, Session]] = field(default_factory=dict)
-    _places: dict[int, Place] = field(default_factory=dict)
+    _routes: dict[int, Route] = field(default_factory=dict)
     _numbers: itertools.count[int] = field(default_factory=itertools.count)
     _orders: list[Order] = field(default_factory=list)
     _none_left: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._routes)
 
     async def finished(self) -> None:
         """Wait until no session is attached."""
-        while self._places:
+        while self._routes:
             self._none_left.clear()
             await self._none_left.wait()
 
@@ -125,8 +125,8 @@ class Sessions:
         self._check_admission(link, attach)
         session = Session(next(self._numbers), len(attach.tokens))
         self._streams[link][attach.handle] = session
-        self._places[session.number] = Place(link, attach.handle)
-        self.metrics.sessions.set(len(self._places))
+        self._routes[session.number] = Route(link, attach.handle)
+        self.metrics.sessions.set(len(self._routes))
         request = DraftRequest(
             attach.tokens,
             attach.prompt_len,
@@ -144,9 +144,9 @@ class Sessions:
         mine = len(self._streams[link])
         if mine >= self.capacity:
             raise Overloaded(f"stream has {mine} sessions; the limit is {self.capacity}")
-        if len(self._places) >= self.max_sessions:
+        if len(self._routes) >= self.max_sessions:
             raise Overloaded(
-                f"speculator has {len(self._places)} sessions; the limit is {self.max_sessions}"
+                f"speculator has {len(self._routes)} sessions; the limit is {self.max_sessions}"
             )
 
     def _commit(self, link: VerifierLink, commit: Commit) -> None:
@@ -168,10 +168,10 @@ class Sessions:
         session = self._streams[link].pop(handle, None)
         if session is None:
             return False
-        del self._places[session.number]
-        self.metrics.sessions.set(len(self._places))
+        del self._routes[session.number]
+        self.metrics.sessions.set(len(self._routes))
         self._order(Close(session.number))
-        if not self._places:
+        if not self._routes:
             self._none_left.set()
         return True
 
@@ -195,12 +195,12 @@ class Sessions:
     def deliver(self, results: Sequence[Result]) -> None:
         """Send what was grown to whom it belongs, unless the session has ended meanwhile."""
         for result in results:
-            place = self._places.get(result.session)
-            if place is None:
+            route = self._routes.get(result.session)
+            if route is None:
                 continue
             if isinstance(result, Grown):
                 self.metrics.trees.inc()
                 self.metrics.nodes.inc(len(result.tree))
-                place.link.send(Draft(place.handle, result.base_len, result.tree))
+                route.link.send(Draft(route.handle, result.base_len, result.tree))
             else:
-                self._refuse(place.link, place.handle, result.error)
+                self._refuse(route.link, route.handle, result.error)

@@ -10,7 +10,7 @@ import structlog
 
 from treecast.engine.base import Engine
 from treecast.errors import InvalidRequest, PromptTooLong, TreecastError
-from treecast.sampling.laws import acceptance
+from treecast.sampling.laws import acceptance_rule
 from treecast.sampling.params import Law
 from treecast.sampling.pick import Picker
 from treecast.sampling.stops import Stop, StopRules
@@ -124,7 +124,7 @@ class Admission:
             link=link,
             tokens=[*prompt, *start.committed],
             prompt_len=len(prompt),
-            law=acceptance(start.speculation.law),
+            law=acceptance_rule(start.speculation.law),
             picker=Picker(sampling, start.noise_key, Context(prompt, start.committed)),
             stops=StopRules(info.eos_token_ids, sampling, self._decode),
             deadline=deadline,

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from treecast.engine.base import KVSequence
-from treecast.sampling.laws import Acceptance
+from treecast.sampling.laws import AcceptanceRule
 from treecast.sampling.pick import Picker
 from treecast.sampling.stops import StopRules
 from treecast.tree import MAX_DEPTH, TokenTree
@@ -36,7 +36,7 @@ class Request:
     link: Link[ServingFrame, RouterFrame]
     tokens: list[int]
     prompt_len: int
-    law: Acceptance
+    law: AcceptanceRule
     picker: Picker
     stops: StopRules
     deadline: float | None

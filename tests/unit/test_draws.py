@@ -20,7 +20,7 @@ from treecast.draws import DrawGroup, Draws, Proposal, distribution
 from treecast.engine.toy import ToyEngine
 from treecast.errors import InvalidRequest, InvalidTree
 from treecast.sampling.decisions import Domain, Uniforms
-from treecast.sampling.laws import acceptance
+from treecast.sampling.laws import acceptance_rule
 from treecast.sampling.params import Law, SamplingParams, SpeculationParams
 from treecast.sampling.transforms import Context
 from treecast.services.verifier.plan import choose_nodes
@@ -91,8 +91,8 @@ def test_groups_are_left_behind_when_nodes_are_chosen_by_confidence() -> None:
     assert len(pruned) == 3
     assert pruned.groups == []
     with pytest.raises(InvalidTree, match=r"node 0 is no draw of a group; law mss needs the draws"):
-        acceptance(Law.MSS).check(pruned)
-    acceptance(Law.REPLAY).check(pruned)
+        acceptance_rule(Law.MSS).check(pruned)
+    acceptance_rule(Law.REPLAY).check(pruned)
 
 
 def test_multiplicity_and_distributions_are_kept_when_trees_merge() -> None:
@@ -210,7 +210,7 @@ def grown(growth: Growth, speculation: SpeculationParams, max_nodes: int = 24) -
 
 def test_widths_are_those_asked_for_when_draws_are_independent() -> None:
     tree = grown(BestFirst(), SpeculationParams.of(Law.MSS, IID, "<3,2>"))
-    acceptance(Law.MSS).check(tree)
+    acceptance_rule(Law.MSS).check(tree)
     assert [len(group.draws.drawn) for group in tree.groups_below(ROOT)] == [3]
     below = [group for group in tree.groups if group.parent != ROOT]
     assert {len(group.draws.drawn) for group in below} == {2}
@@ -264,7 +264,7 @@ def test_lookup_is_certain_of_its_guesses_when_the_law_is_mss() -> None:
     text = [1, 2, 3, 1, 2]
     drafter.open(1, request(text, SpeculationParams.of(Law.MSS)))
     tree = drafter.draft({1: 24})[1]
-    acceptance(Law.MSS).check(tree)
+    acceptance_rule(Law.MSS).check(tree)
     by_lookup = [group for group in tree.groups_below(ROOT) if group.proposers == 2]
     assert [group.draws.drawn for group in by_lookup] == [(3,)]
     assert by_lookup[0].draws.weights == (1.0,)

@@ -22,7 +22,7 @@ from treecast.errors import CorpusError, ModelError
 from treecast.tuning.batches import epoch_batches, make_batch, shared_prefix, split_records
 from treecast.tuning.boost import tune
 from treecast.tuning.corpus import Record, append_records, read_corpus, write_corpus
-from treecast.tuning.cut_head import CutHead, frequent_tokens, used_tokens
+from treecast.tuning.cut_head import HeadRows, frequent_tokens, used_tokens
 from treecast.tuning.draft import cut_draft, default_layers
 from treecast.tuning.head_loss import frozen_head_loss
 from treecast.tuning.heldout import (
@@ -263,7 +263,7 @@ def test_head_loss_and_gradient_equal_plain_cross_entropy() -> None:
 
 def test_cut_head_renumbers_labels_and_shares_out_lost_weight() -> None:
     head = torch.arange(10.0).unsqueeze(1)
-    cut = CutHead(head, used_tokens([Record((1, 4), (9,))], 10))
+    cut = HeadRows(head, used_tokens([Record((1, 4), (9,))], 10))
     assert cut.weight.flatten().tolist() == [1.0, 4.0, 9.0]
     labels = Labels(torch.tensor([[4, 9, 7]]), torch.tensor([[0.25, 0.25, 0.5]]))
     renumbered = cut.renumber(labels)
@@ -273,7 +273,7 @@ def test_cut_head_renumbers_labels_and_shares_out_lost_weight() -> None:
 
 
 def test_cut_head_leaves_out_positions_that_keep_no_weight() -> None:
-    cut = CutHead(torch.arange(10.0).unsqueeze(1), torch.tensor([1, 4]))
+    cut = HeadRows(torch.arange(10.0).unsqueeze(1), torch.tensor([1, 4]))
     labels = Labels(torch.tensor([[7, 8], [4, 8]]), torch.tensor([[0.5, 0.5], [0.25, 0.75]]))
     renumbered = cut.renumber(labels)
     assert renumbered.kept.tolist() == [False, True]

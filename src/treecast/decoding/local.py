@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from treecast.drafting.base import Drafter, DraftRequest, ModelDrafter
 from treecast.engine.base import Engine, KVSequence, LogitRows, ModelInfo, Segment
 from treecast.errors import InvalidRequest, PromptTooLong
-from treecast.sampling.laws import Acceptance, Walk, acceptance, walk
+from treecast.sampling.laws import AcceptanceRule, Walk, acceptance_rule, walk
 from treecast.sampling.logprobs import TokenLogprobs
 from treecast.sampling.noise import derived_key
 from treecast.sampling.params import SamplingParams, SpeculationParams
@@ -86,7 +86,7 @@ def generate(
     picker = Picker(sampling, noise_key, Context(prompt))
     request = draft_request(prompt, sampling, noise_key, speculation)
     max_nodes = max_nodes if speculation.max_nodes is None else speculation.max_nodes
-    law = acceptance(speculation.law)
+    law = acceptance_rule(speculation.law)
     draft = _Draft(drafter, request, law)
     sequence = engine.allocate(len(prompt) + sampling.max_tokens + max_nodes)
     try:
@@ -167,7 +167,7 @@ class _Draft:
 
     drafter: Drafter | None
     request: DraftRequest
-    law: Acceptance
+    law: AcceptanceRule
 
     def open(self) -> None:
         if self.drafter:

@@ -8,7 +8,7 @@ from zlib import crc32
 
 from treecast.drafting.base import DraftRequest
 from treecast.drafting.growth import Expansion, Growth
-from treecast.drafting.proposal import Place, propose
+from treecast.drafting.proposal import DraftPosition, propose
 from treecast.engine.base import Engine, KVSequence, LogitRows, Segment
 from treecast.sampling.transforms import Context
 from treecast.tree import MAX_DEPTH
@@ -127,7 +127,7 @@ class Evergreen:
     def _expand(self, logits: LogitRows, depths: Sequence[int], branches: Sequence[int]) -> None:
         num_children = max(self.growth.num_children, self.ahead.num_children)
         for row, (depth, branch) in enumerate(zip(depths, branches, strict=True)):
-            place = Place(len(self.tokens) + depth, branch)
+            place = DraftPosition(len(self.tokens) + depth, branch)
             found = propose(logits[row], self.context, place, self.request, num_children)
             self.expansions.append(
                 Expansion(found.tokens, found.confidence, draws=found.draws, branch=branch)

@@ -38,7 +38,7 @@ class Children:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class DraftPosition:
     """Where a token is proposed.
 
     Attributes:
@@ -53,7 +53,7 @@ class Place:
 def propose(
     logits: NDArray[np.float32],  # [vocab], the draft's
     context: Context,
-    place: Place,
+    place: DraftPosition,
     request: DraftRequest,
     num_children: int,
 ) -> Children:

@@ -18,7 +18,7 @@ from treecast.sampling.stops import Stop
 from treecast.tree import ROOT, TokenTree
 
 
-class Acceptance(Protocol):
+class AcceptanceRule(Protocol):
     """A law: what a tree must carry, and which token follows at a node."""
 
     def check(self, tree: TokenTree) -> None:
@@ -69,7 +69,7 @@ def walk(
     rows: Rows,  # [len(tree) + 1] rows of [vocab]: the root's, then each node's
     picker: Picker,
     check_stop: Callable[[int], Stop | None],
-    law: Acceptance,
+    law: AcceptanceRule,
 ) -> Walk:
     """Follow a law's tokens down a drafted tree.
 
@@ -96,6 +96,6 @@ def _emit(token: int, logits: NDArray[np.float32], picker: Picker, done: Walk) -
         done.logprobs.append(token_logprobs(logits, token, picker.sampling.logprobs))
 
 
-def acceptance(law: Law) -> Acceptance:
+def acceptance_rule(law: Law) -> AcceptanceRule:
     """The law of that name."""
     return Replay() if law is Law.REPLAY else MSS()

@@ -23,7 +23,7 @@ class CutLabels:
     kept: Tensor  # [num_targets] bool
 
 
-class CutHead:
+class HeadRows:
     """Some rows of a head, and labels renumbered to fit."""
 
     def __init__(self, head: Tensor, token_ids: Tensor) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from treecast.checkpoints import assemble_draft, read_trained
 from treecast.errors import ModelError
 from treecast.tuning.batches import Batch, epoch_batches, make_batch
-from treecast.tuning.cut_head import CutHead, frequent_tokens, used_tokens
+from treecast.tuning.cut_head import HeadRows, frequent_tokens, used_tokens
 from treecast.tuning.draft import cut_draft, load_start, save_trained
 from treecast.tuning.head_loss import frozen_head_loss
 from treecast.tuning.heldout import completion_tokens, guesses_of, heldout_guesses, success
@@ -208,14 +208,14 @@ class DraftRun:
             digest.update(self.dropped[index].numpy().tobytes())
         return digest.hexdigest()
 
-    def _cut_head(self) -> CutHead:
+    def _cut_head(self) -> HeadRows:
         head = self.draft.get_output_embeddings().weight
         train = [self.material.records[i] for i in self.material.split.train]
         if self.settings.head_rows:
             ids = frequent_tokens(train, len(head), self.settings.head_rows)
         else:
             ids = used_tokens(train, len(head))
-        return CutHead(head, ids)
+        return HeadRows(head, ids)
 
     def _batches(self) -> Iterator[Batch]:
         """Batches from the run's place on, epoch after epoch, without end."""
