@@ -16,6 +16,7 @@ from treecast.engine.base import Engine
 from treecast.services.speculator.loading import load_engines, make_drafter
 from treecast.services.speculator.metrics import SpeculatorMetrics
 from treecast.services.speculator.settings import DrafterSpec, SpeculatorSettings
+from treecast.settings import DType
 
 from .answers import Answer, AnswerFile, Decoding, Question, record_answer
 
@@ -38,7 +39,7 @@ class StudySettings:
     growth: str = "best-first"
     max_nodes: int = 24
     max_tokens: int = 96
-    dtype: str = "bfloat16"
+    dtype: DType = "auto"
     numerics: str = "exact"
     threads: int = 2
     num_prompts: int = 0
@@ -160,7 +161,7 @@ def _load_target(settings: StudySettings) -> Engine:
 
     return HFEngine.load(
         target_folder(settings.model),
-        dtype=settings.dtype,  # type: ignore[arg-type]  # the command line has checked it
-        numerics=settings.numerics,  # type: ignore[arg-type]
+        dtype=settings.dtype,
+        numerics=settings.numerics,  # type: ignore[arg-type]  # the command line has checked it
         threads=settings.threads,
     )

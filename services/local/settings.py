@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from treecast.settings import DType
+
 Flags = Mapping[str, object]
 """Settings of a service by their field names; None leaves one at its default."""
 
@@ -32,7 +34,7 @@ class MeshSettings:
     model: str = "default"
     draft: str = "default"
     engine: Literal["hf", "toy"] = "hf"
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    dtype: DType = "auto"
     numerics: Literal["exact", "fast", "oracle"] = "exact"
     num_verifiers: int = 1
     speculators: tuple[str, ...] = ("ssm", "ngram")

@@ -12,7 +12,7 @@ from pydantic_settings import NoDecode, SettingsConfigDict
 from treecast.drafting.growth import FORM, parse_growth
 from treecast.drafting.merge import MAX_DRAFTERS
 from treecast.errors import InvalidRequest
-from treecast.settings import ServiceSettings, split_commas
+from treecast.settings import DType, ServiceSettings, split_commas
 
 KINDS = ("ssm", "ngram", "suffix")
 
@@ -60,7 +60,11 @@ class SpeculatorSettings(ServiceSettings):
     )
     engine: Literal["hf", "toy"] = Field("hf", description="hf: a real model; toy: for tests")
     model: str = Field("default", description="draft model's folder; 'default' is the one shipped")
-    dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="weights and activations")
+    dtype: DType = Field(
+        "auto",
+        description="weights and activations; auto: bfloat16 where the processor multiplies it, "
+        "else float32",
+    )
     numerics: Literal["exact", "fast", "oracle"] = Field(
         "fast", description="of the draft's passes; trees need no exact bits"
     )

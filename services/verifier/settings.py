@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from treecast.sampling.params import Law
-from treecast.settings import ServiceSettings
+from treecast.settings import DType, ServiceSettings
 from treecast.wire.registry import Addresses
 
 
@@ -16,7 +16,11 @@ class VerifierSettings(ServiceSettings):
 
     engine: Literal["hf", "toy"] = Field("hf", description="hf: a real model; toy: for tests")
     model: str = Field("default", description="model folder; 'default' is SmolLM2-135M-Instruct")
-    dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="weights and activations")
+    dtype: DType = Field(
+        "auto",
+        description="weights and activations; auto: bfloat16 where the processor multiplies it, "
+        "else float32",
+    )
     numerics: Literal["exact", "fast", "oracle"] = Field(
         "exact", description="exact: bits do not depend on tree or batch; fast: free to reorder"
     )

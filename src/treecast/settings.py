@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -17,6 +17,9 @@ from pydantic_settings.exceptions import SettingsError as ParserError
 from treecast.errors import SettingsError
 
 ENV_PREFIX = "TREECAST_"
+
+DType = Literal["auto", "bfloat16", "float32"]
+"""Of weights and activations; auto: bfloat16 where the processor multiplies it, else float32."""
 
 
 def split_commas(given: str | Iterable[str]) -> tuple[str, ...]:

@@ -63,7 +63,7 @@ def bench(
     draft: options.Draft = "default",
     speculators: Speculators = "ssm,ngram",
     numerics: Numerics = "exact",
-    dtype: Dtype = "bfloat16",
+    dtype: Dtype = "auto",
     planner: options.Planner = "goodput",
     threads: options.Threads = 2,
     out: Annotated[
@@ -105,6 +105,7 @@ def bench(
         write_report(context, report)
         return
     from treecast.bench.prompts import DEFAULT_PROMPTS, read_prompts
+    from treecast.engine.loading import resolve_dtype
     from treecast.sampling.params import SpeculationParams
     from treecast.services.local import MeshSettings
 
@@ -116,7 +117,7 @@ def bench(
         draft=draft,
         speculators=parse_speculators(speculators),
         numerics=numerics,
-        dtype=dtype,
+        dtype=resolve_dtype(dtype),
         torch_threads=threads,
         planner=planner,
     )

@@ -82,6 +82,7 @@ def settings_of(asked: Mapping[str, Any]) -> StudySettings:
         InvalidRequest: no draft model, or one that is not for the target.
     """
     from treecast.bench.study.bed import StudySettings
+    from treecast.engine.loading import resolve_dtype
 
     drafters = parse_speculators(asked["speculators"])
     if not any(drafter.partition("=")[0] == "ssm" for drafter in drafters):
@@ -95,10 +96,8 @@ def settings_of(asked: Mapping[str, Any]) -> StudySettings:
         draft=asked["draft"],
         drafters=drafters,
         growth=asked["growth"] or "best-first",
-        **{
-            name: asked[name]
-            for name in ("max_nodes", "max_tokens", "dtype", "numerics", "threads")
-        },
+        dtype=resolve_dtype(asked["dtype"]),
+        **{name: asked[name] for name in ("max_nodes", "max_tokens", "numerics", "threads")},
     )
 
 

@@ -45,7 +45,7 @@ def demo(
     draft: options.Draft = "default",
     speculators: Speculators = "ssm,ngram",
     numerics: Numerics = "exact",
-    dtype: Dtype = "bfloat16",
+    dtype: Dtype = "auto",
     threads: options.Threads = 2,
     planner: options.Planner = "full",
     router: options.Router = None,

@@ -14,6 +14,7 @@ import typer
 
 from treecast.address import parse_address
 from treecast.errors import SettingsError
+from treecast.settings import DType
 
 from . import options
 from .output import stderr, stdout, write_json
@@ -27,7 +28,13 @@ Numerics = Annotated[
     Literal["exact", "fast"],
     typer.Option(help="exact: the same bits with any tree or batch; fast: free to reorder sums."),
 ]
-Dtype = Annotated[Literal["bfloat16", "float32"], typer.Option(help="Weights and activations.")]
+Dtype = Annotated[
+    DType,
+    typer.Option(
+        help="Weights and activations; auto: bfloat16 where the processor multiplies it, "
+        "else float32."
+    ),
+]
 Speculators = Annotated[
     str,
     typer.Option(
@@ -48,7 +55,7 @@ def up(
     verifiers: Annotated[int, typer.Option(min=1, help="Verifiers to start.")] = 1,
     speculators: Speculators = "ssm,ngram",
     numerics: Numerics = "exact",
-    dtype: Dtype = "bfloat16",
+    dtype: Dtype = "auto",
     planner: options.Planner = "goodput",
     policy: Annotated[
         Literal["tree", "spin", "vote"],

@@ -17,12 +17,12 @@ from treecast.engine.bridge import KernelPass
 from treecast.engine.kv_pool import PAGE_TOKENS, KVPool, PagedSequence
 from treecast.engine.kv_tensors import KVTensors, LayerShape
 from treecast.engine.loading import (
-    DType,
     LoadOptions,
     Numerics,
     describe,
     load_model,
     num_layers,
+    resolve_dtype,
 )
 from treecast.engine.runner import Runner, choose_runner, layer_shapes
 from treecast.errors import InvalidRequest, ModelError
@@ -30,6 +30,7 @@ from treecast.kernels.exact import NORM_COLUMNS, ExactAttention
 from treecast.kernels.fast import FastAttention
 from treecast.kernels.oracle import OracleAttention
 from treecast.kernels.plan import LayerAttention, SegmentLayout
+from treecast.settings import DType
 
 DEFAULT_POOL_TOKENS = 16384
 
@@ -60,7 +61,7 @@ class HFEngine:
         cls,
         path: Path | str,
         *,
-        dtype: DType = "bfloat16",
+        dtype: DType = "auto",
         numerics: Numerics = "exact",
         device: str = "cpu",
         pool_tokens: int = DEFAULT_POOL_TOKENS,
@@ -70,7 +71,7 @@ class HFEngine:
 
         Args:
             path: a folder as `from_pretrained` reads it.
-            dtype: of weights and activations.
+            dtype: of weights and activations; see `loading.resolve_dtype` for "auto".
             numerics: `exact` (a row's bits do not depend on what is computed beside it; CPU),
                 `fast`, or `oracle` (slow, for tests).
             device: where torch computes.
@@ -82,7 +83,7 @@ class HFEngine:
         """
         folder = Path(path)
         checkpoints.check_model_dir(folder)
-        options = LoadOptions(dtype, numerics, device, threads)
+        options = LoadOptions(resolve_dtype(dtype, device), numerics, device, threads)
         model = load_model(folder, options)
         info = describe(folder, model, options)
         runner = choose_runner(model, options.on_cpu, options.min_rows)

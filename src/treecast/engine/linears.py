@@ -3,6 +3,10 @@
 Packed, they are quicker than `nn.Linear` in bfloat16 and in float32, and a row's bits do not
 depend on how many rows are beside it, as long as there are at least two (a lone row takes another
 code path where the inner dimension is large). `nn.Linear` in float32 has no such rule.
+
+A processor without bfloat16 products (x86 with AVX2 alone, say) would multiply such matrices by a
+scalar loop: 16 rows of a 1536 x 576 layer took 7.0 ms against 0.5 in float32. There the weights are
+packed in float32: the products are exact, the sum is rounded to bfloat16 at the end.
 """
 
 from __future__ import annotations
@@ -27,8 +31,10 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self._min_rows = min_rows
-        self._packed = _OPS._reorder_linear_weight(linear.weight.detach(), None)
-        self._bias = None if linear.bias is None else linear.bias.detach()
+        self._dtype = product_dtype(linear.weight.dtype)
+        weight = linear.weight.detach().to(self._dtype)
+        self._packed = _OPS._reorder_linear_weight(weight, None)
+        self._bias = None if linear.bias is None else linear.bias.detach().to(self._dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] to [..., out_features]."""
@@ -41,17 +47,27 @@ class PackedLinear(nn.Module):
         return self._apply_packed(filled)[:rows].view(*x.shape[:-1], self.out_features)
 
     def _apply_packed(self, x: Tensor) -> Tensor:
-        y: Tensor = _OPS._linear_pointwise(x, self._packed, self._bias, "none", [], "")
-        return y
+        y: Tensor = _OPS._linear_pointwise(
+            x.to(self._dtype), self._packed, self._bias, "none", [], ""
+        )
+        return y.to(x.dtype)
 
 
 def can_pack(dtype: torch.dtype) -> bool:
-    """Whether this machine and this build of torch can pack weights of a type."""
-    if not torch._C._has_mkldnn or not hasattr(_OPS, "_linear_pointwise"):
-        return False
-    return dtype == torch.float32 or (
-        dtype == torch.bfloat16 and bool(_OPS._is_mkldnn_bf16_supported())
-    )
+    """Whether this build of torch can pack weights of a type."""
+    packs = torch._C._has_mkldnn and hasattr(_OPS, "_linear_pointwise")
+    return bool(packs) and dtype in (torch.float32, torch.bfloat16)
+
+
+def product_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type in which this processor multiplies matrices of a type: its own, or float32."""
+    own = dtype != torch.bfloat16 or multiplies_bfloat16()
+    return dtype if own else torch.float32
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether oneDNN has bfloat16 products for this processor."""
+    return bool(torch._C._has_mkldnn) and bool(_OPS._is_mkldnn_bf16_supported())
 
 
 def pack_linears(model: nn.Module, min_rows: int) -> int:

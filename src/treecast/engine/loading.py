@@ -6,7 +6,7 @@ import hashlib
 import platform
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import structlog
 import torch
@@ -16,9 +16,10 @@ from treecast import checkpoints
 from treecast.engine import bridge
 from treecast.engine.base import ModelInfo
 from treecast.engine.cut_head import cut_head
+from treecast.engine.linears import product_dtype
 from treecast.errors import ModelError
+from treecast.settings import DType
 
-DType = Literal["bfloat16", "float32"]
 Numerics = Literal["exact", "fast", "oracle"]
 
 DTYPES: dict[str, torch.dtype] = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -32,7 +33,7 @@ _log = structlog.get_logger()
 
 @dataclass(frozen=True, slots=True)
 class LoadOptions:
-    """How a model is to be computed."""
+    """How a model is to be computed; `dtype` is no longer "auto"."""
 
     dtype: DType
     numerics: Numerics
@@ -61,8 +62,19 @@ class LoadOptions:
 
     @property
     def kv_dtype(self) -> torch.dtype:
-        """float32 wherever rounding keys once more would blur what is compared."""
-        return DTYPES[self.dtype] if self.numerics == "fast" else torch.float32
+        """float32 wherever rounding keys once more would blur what is compared, or cost time."""
+        own = DTYPES[self.dtype]
+        if self.numerics != "fast":
+            return torch.float32
+        return product_dtype(own) if self.on_cpu else own
+
+
+def resolve_dtype(dtype: str, device: str = "cpu") -> DType:
+    """What "auto" stands for: bfloat16 where the device multiplies it, else float32."""
+    if dtype != "auto":
+        return cast(DType, dtype)
+    native = torch.device(device).type != "cpu" or product_dtype(torch.bfloat16) == torch.bfloat16
+    return "bfloat16" if native else "float32"
 
 
 def load_model(path: Path, options: LoadOptions) -> nn.Module:

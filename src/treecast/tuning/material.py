@@ -4,9 +4,8 @@ import hashlib
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from treecast.checkpoints import check_model_dir, model_revision
+from treecast.engine.loading import DTYPES, resolve_dtype
 from treecast.tuning.batches import Split, shared_prefix, split_records
 from treecast.tuning.corpus import Corpus, Record, check_vocabulary, read_corpus
 from treecast.tuning.labels import Teacher
@@ -54,7 +53,9 @@ def gather(settings: TuneSettings) -> Material:
 def _load_target(settings: TuneSettings) -> Any:
     from transformers import AutoModelForCausalLM
 
-    target: Any = AutoModelForCausalLM.from_pretrained(settings.target, dtype=torch.bfloat16)
+    target: Any = AutoModelForCausalLM.from_pretrained(
+        settings.target, dtype=DTYPES[resolve_dtype("auto")]
+    )
     return target.eval().requires_grad_(False)
 
 

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from treecast.checkpoints import check_model_dir
-from treecast.engine.loading import DType, LoadOptions, load_model
+from treecast.engine.loading import LoadOptions, load_model, resolve_dtype
 from treecast.errors import CorpusError
+from treecast.settings import DType
 from treecast.tuning.batch_decode import Choose, decode_batch, greedy, nucleus
 from treecast.tuning.corpus import Record, append_records, read_corpus, write_corpus
 
@@ -41,7 +42,7 @@ class SelfPlaySettings:
     top_p: float = 0.95
     top_k: int = 8
     seed: int = 0
-    dtype: DType = "bfloat16"
+    dtype: DType = "auto"
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,9 @@ def generate_corpus(
     if num_done >= settings.num_records:
         return num_done
     tokenizer: Any = AutoTokenizer.from_pretrained(settings.target)
-    model = load_model(settings.target, LoadOptions(settings.dtype, "fast", "cpu", None))
+    model = load_model(
+        settings.target, LoadOptions(resolve_dtype(settings.dtype), "fast", "cpu", None)
+    )
     frame = chat_frame(tokenizer)
     while num_done < settings.num_records:
         records = _play(model, frame, settings, num_done)
