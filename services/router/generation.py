@@ -18,6 +18,7 @@ from .dispatch import Dispatcher
 from .messages import Ask
 from .metrics import RouterMetrics
 from .placement import Wanted
+from .prefixes import Prefixes
 from .relay import Relay, Write
 from .seat import Lost, Seat
 from .sessions import Session
@@ -33,6 +34,7 @@ class Job:
 
     Attributes:
         model: hello of one of the verifiers that serve it.
+        tenant: whose request it is.
         deadline_s: time of the event loop; None for none.
     """
 
@@ -40,6 +42,7 @@ class Job:
     prompt: tuple[int, ...]
     model: Hello
     session: Session
+    tenant: str
     deadline_s: float | None
     arrived_s: float
     detokenizer: Callable[[], DetokStream]
@@ -73,10 +76,16 @@ class Generation:
     """Serves one job. Everything it takes is given back when `run` ends, however it ends."""
 
     def __init__(
-        self, job: Job, dispatcher: Dispatcher, max_placements: int, metrics: RouterMetrics
+        self,
+        job: Job,
+        dispatcher: Dispatcher,
+        prefixes: Prefixes,
+        max_placements: int,
+        metrics: RouterMetrics,
     ) -> None:
         self._job = job
         self._dispatcher = dispatcher
+        self._prefixes = prefixes
         self._max_placements = max_placements
         self._metrics = metrics
         self._seats: list[Seat] = []
@@ -103,6 +112,8 @@ class Generation:
                     group.create_task(self._serve(self._sample(index, seat), seat, placed.key))
                     for index, seat in enumerate(placed.seats)
                 ]
+                holder = placed.seats[0].verifier.instance_id
+                group.create_task(self._prefixes.note(self._job.tenant, self._job.prompt, holder))
         except ExceptionGroup as errors:
             raise errors.exceptions[0] from None
         return tasks[0].result()
@@ -154,6 +165,7 @@ class Generation:
             speculation=ask.speculation,
             deadline_ms=left_ms,
             truncate_prompt=ask.truncate_prompt,
+            tenant=job.tenant,
         )
 
     def _bear(self, sample: Sample, seat: Seat, end: Failed | Lost) -> None:
@@ -214,6 +226,7 @@ class Generation:
                 law=self._job.ask.speculation.law,
                 slots=slots,
                 holder=where.holder,
+                prefix_holders=await self._near(where.holder),
                 rendezvous=where.rendezvous,
                 fingerprint=fingerprint,
                 avoid=avoid,
@@ -225,6 +238,10 @@ class Generation:
                 return Placed(seats, taken.key)
             _leave(seats)
             admit = self._readmit
+
+    async def _near(self, holder: str) -> tuple[str, ...]:
+        """Who has the prompt's beginning; not asked where the session's holder is known."""
+        return () if holder else await self._prefixes.find(self._job.tenant, self._job.prompt)
 
     async def _admit(self, wanted: Wanted) -> list[Seat]:
         return await self._dispatcher.admit(wanted, self._job.ask.priority, self._job.deadline_s)

@@ -49,7 +49,7 @@ class RouterMetrics:
         )
         self.placements = Counter(
             "treecast_router_placements_total",
-            "Placements by what decided: affinity (lease), rendezvous (hash), or load.",
+            "Placements by what decided: affinity (lease), prefix, rendezvous (hash), or load.",
             ["by"],
             registry=registry,
         )

@@ -11,6 +11,10 @@ from treecast.errors import InvalidRequest, NotServed
 from treecast.sampling.params import Law
 from treecast.wire.frames import Heartbeat, Hello
 
+BUSIER = 1.25
+"""How much more than the average, and one request, a verifier may have to do and still be chosen
+for the beginning of a prompt that it has computed."""
+
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
@@ -55,6 +59,7 @@ class Wanted:
         spread: evens out ties between routers and requests; the request id.
         slots: samples to be placed together.
         holder: instance that has the session's KV cache, empty if unknown.
+        prefix_holders: instances that computed a beginning of the prompt, the longest first.
         rendezvous: session to be placed by hashing, when Redis cannot tell its holder.
         fingerprint: numerics of an earlier placement, which keep the text the same; empty for any.
         avoid: instances that have given the request up.
@@ -66,6 +71,7 @@ class Wanted:
     law: Law = Law.REPLAY
     slots: int = 1
     holder: str = ""
+    prefix_holders: tuple[str, ...] = ()
     rendezvous: str = ""
     fingerprint: str = ""
     avoid: frozenset[str] = frozenset()
@@ -75,6 +81,7 @@ class PlacedBy(Enum):
     """Why a request went where it went; the values are metric labels."""
 
     AFFINITY = "affinity"
+    PREFIX = "prefix"
     RENDEZVOUS = "rendezvous"
     LOAD = "load"
 
@@ -86,9 +93,10 @@ class Placement:
 
 
 def place(candidates: Iterable[Candidate], wanted: Wanted) -> Placement | None:
-    """Choose a verifier: the session's holder, else by hash, else the least loaded.
+    """Choose a verifier: the session's holder, who has the prompt's beginning, by hash, by load.
 
-    A full holder is passed over: to compute a prefix again costs less than to wait for a place.
+    A full holder is passed over, and one of a beginning alone if it is busy too: to compute a
+    prefix again costs less than to wait for a place.
 
     Returns:
         None if every verifier that would do is full, or there is none.
@@ -100,11 +108,25 @@ def place(candidates: Iterable[Candidate], wanted: Wanted) -> Placement | None:
     pool = alike or roomy
     if not pool:
         return None
+    near = _near(pool, wanted.prefix_holders)
+    if near is not None:
+        return Placement(near.instance_id, PlacedBy.PREFIX)
     if wanted.rendezvous:
         best = max(pool, key=lambda one: _weight(wanted.rendezvous, one))
         return Placement(best.instance_id, PlacedBy.RENDEZVOUS)
     best = min(pool, key=lambda one: (one.load, one.kv_use, _weight(wanted.spread, one)))
     return Placement(best.instance_id, PlacedBy.LOAD)
+
+
+def _near(pool: Sequence[Candidate], prefix_holders: Sequence[str]) -> Candidate | None:
+    """The first holder that is there and not much busier than the average.
+
+    Source of the bound: Mirrokni et al. 2016, "Consistent hashing with bounded loads"
+    (arXiv 1608.01350).
+    """
+    bound = BUSIER * sum(one.load for one in pool) / len(pool) + 1
+    there = {one.instance_id: one for one in pool if one.load <= bound}
+    return next((there[name] for name in prefix_holders if name in there), None)
 
 
 def serves(candidate: Candidate, wanted: Wanted) -> bool:

@@ -17,6 +17,7 @@ from treecast.wire.server import Server
 from .fleet import Fleet
 from .leases import Leases
 from .metrics import RouterMetrics
+from .prefixes import Prefixes
 from .server import RouterService
 from .settings import RouterSettings
 
@@ -45,8 +46,9 @@ class Router:
         self._redis = GuardedRedis(settings.redis_url)
         self._registry = Registry(self._redis, Role.VERIFIER, settings.verifiers)
         leases = Leases(self._redis, settings.lease_ttl_s)
+        prefixes = Prefixes(self._redis, settings.lease_ttl_s)
         self.service = RouterService(
-            settings, self.fleet, leases, lambda: self.redis_ok, self.metrics
+            settings, self.fleet, leases, prefixes, lambda: self.redis_ok, self.metrics
         )
         self.presence = Presence(
             settings, Role.ROUTER, instance_id, Server(), self._redis, self.metrics.registry

@@ -22,6 +22,7 @@ from .generation import Generation, Job
 from .leases import Leases, epoch_without_redis
 from .messages import Ask, check_id, parse_ask
 from .metrics import RouterMetrics
+from .prefixes import Prefixes
 from .sessions import (
     TENANT,
     LeasedSession,
@@ -49,6 +50,7 @@ class RouterService(router_pb2_grpc.RouterServiceServicer):
         settings: RouterSettings,
         fleet: Fleet,
         leases: Leases,
+        prefixes: Prefixes,
         redis_ok: Callable[[], bool],
         metrics: RouterMetrics,
     ) -> None:
@@ -56,6 +58,7 @@ class RouterService(router_pb2_grpc.RouterServiceServicer):
         self._settings = settings
         self._fleet = fleet
         self._leases = leases
+        self._prefixes = prefixes
         self._redis_ok = redis_ok
         self._metrics = metrics
         self._dispatcher = Dispatcher(
@@ -136,14 +139,15 @@ class RouterService(router_pb2_grpc.RouterServiceServicer):
             prompt=checked.prompt,
             model=checked.model,
             session=self._session(ask),
+            tenant=TENANT,
             deadline_s=deadline_s,
             arrived_s=arrived_s,
             detokenizer=lambda: checked.text.detokenizer(ask.sampling.stop),
             write=_writer(context),
         )
         limit = self._settings.max_placements
-        reason = await Generation(job, self._dispatcher, limit, self._metrics).run()
-        return reason.name.lower()
+        generation = Generation(job, self._dispatcher, self._prefixes, limit, self._metrics)
+        return (await generation.run()).name.lower()
 
     def _deadline(self, context: Context, now_s: float) -> float | None:
         """Ahead of the client's own, so that the last event still gets there."""

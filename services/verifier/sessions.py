@@ -12,13 +12,14 @@ from treecast.engine.base import Engine, KVSequence
 from treecast.errors import Overloaded, StaleLease
 from treecast.wire.frames import SessionKey
 
+from .prefixes import PrefixIndex
 from .requests import Request
 
 Key = tuple[str, str]
 T = TypeVar("T")
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Retained:
     """KV of an idle session: `tokens` are the positions that `sequence` holds."""
 
@@ -27,11 +28,35 @@ class Retained:
     idle_since: float
 
 
+@dataclass(frozen=True, slots=True)
+class Source:
+    """KV that a request could begin with: a fork of somebody's pages.
+
+    Attributes:
+        shared: tokens that the holder's text and the request's have in common.
+    """
+
+    holder: Request | Retained
+    shared: int
+
+    @property
+    def length(self) -> int:
+        """Positions that are computed by now."""
+        return min(self.shared, _length(self.holder))
+
+    @property
+    def complete(self) -> bool:
+        """Whether there is no more to come: the holder is not computing the shared part."""
+        decodes = isinstance(self.holder, Request) and self.holder.decoding
+        return decodes or self.length == self.shared
+
+
 class SessionStore:
     """Retained sequences by (tenant, session id), least recently used first.
 
-    A request takes over what its session retained, or forks the pages of a running sibling. The
-    last of a session's requests to finish leaves its KV here.
+    A request takes over what its session retained, or forks the pages of whoever has more of its
+    prompt: a running sibling to the token, anybody of its tenant by whole pages. The last of a
+    session's requests to finish leaves its KV here.
     """
 
     def __init__(self, engine: Engine, ttl_s: float) -> None:
@@ -39,6 +64,7 @@ class SessionStore:
         self._ttl_s = ttl_s
         self._idle: OrderedDict[Key, Retained] = OrderedDict()
         self._epochs: OrderedDict[Key, int] = OrderedDict()
+        self._prefixes: PrefixIndex[Request | Retained] = PrefixIndex(engine.usage.page_tokens)
 
     def __len__(self) -> int:
         return len(self._idle)
@@ -62,33 +88,33 @@ class SessionStore:
         """Give a request its sequence, with as much computed prefix as can be had.
 
         Returns:
-            False if the request should wait: a sibling is computing a prefix that it can share.
+            False if the request should wait: somebody is computing a prefix that it can share.
 
         Raises:
             Overloaded: not enough pages, even with every idle session evicted.
         """
-        best, shared = _longest_shared(request, siblings)
-        if best is not None and not best.decoding and shared > _length(best):
+        source = self._best_source(request, siblings)
+        if source is not None and not source.complete:
             return False
         self._require(request, capacity)
         retained = self._take(request.start.session)
         kept = 0 if retained is None else _common(retained.tokens, request.tokens[:-1])
-        if best is not None and min(shared, _length(best)) > kept:
+        if source is not None and source.length > kept:
             self._drop(retained)
-            assert best.sequence is not None
-            kept = min(shared, best.sequence.length)
-            source = best.sequence
-            sequence = self._with_eviction(lambda: self._engine.fork(source, kept, capacity))
+            kept = source.length
+            sequence = self._fork(source, capacity)
         elif retained is not None:
             sequence = self._take_over(retained, kept, capacity)
         else:
             sequence = self._with_eviction(lambda: self._engine.allocate(capacity))
         request.sequence, request.cached_tokens = sequence, kept
+        if request.start.tenant:
+            self._prefixes.add(request, request.start.tenant, request.tokens)
         return True
 
     def close(self, request: Request, siblings: Iterable[Request]) -> None:
         """Take a finished request's sequence: retain it for its session, or free it."""
-        sequence, request.sequence = request.sequence, None
+        sequence = self._withdraw(request)
         if sequence is None:
             return
         session = request.start.session
@@ -100,11 +126,13 @@ class SessionStore:
         self._engine.trim(sequence)
         self.forget(session)
         tokens = request.tokens[: sequence.length]
-        self._idle[session.name] = Retained(sequence, tokens, time.monotonic())
+        retained = self._idle[session.name] = Retained(sequence, tokens, time.monotonic())
+        if request.start.tenant:
+            self._prefixes.add(retained, request.start.tenant, tokens)
 
     def discard(self, request: Request) -> None:
         """Free a request's sequence and retain nothing."""
-        sequence, request.sequence = request.sequence, None
+        sequence = self._withdraw(request)
         if sequence is not None:
             self._engine.free(sequence)
 
@@ -118,19 +146,47 @@ class SessionStore:
         while self._idle and next(iter(self._idle.values())).idle_since < horizon:
             self.evict()
 
-    def evict(self) -> bool:
-        """Free the session idle for longest; False if there is none."""
-        if not self._idle:
-            return False
-        _, retained = self._idle.popitem(last=False)
-        self._drop(retained)
-        return True
+    def evict(self, spared: Request | Retained | None = None) -> bool:
+        """Free the session idle for longest, the spared one aside; False if there is none."""
+        for key, retained in self._idle.items():
+            if retained is not spared:
+                del self._idle[key]
+                self._drop(retained)
+                return True
+        return False
+
+    def _best_source(self, request: Request, siblings: Iterable[Request]) -> Source | None:
+        """Who has most of the request's prompt, among running siblings and its tenant's texts."""
+        text = request.tokens[:-1]
+        mine = [one for one in siblings if one.belongs_to(request.start.session)]
+        found = [Source(one, _common(one.tokens, text)) for one in mine if one is not request]
+        if request.start.tenant:
+            holder, shared = self._prefixes.longest(request.start.tenant, text)
+            found += [Source(holder, shared)] if holder is not None else []
+        return max(found, key=lambda source: source.shared, default=None)
+
+    def _fork(self, source: Source, capacity: int) -> KVSequence:
+        sequence = source.holder.sequence
+        assert sequence is not None
+        return self._with_eviction(
+            lambda: self._engine.fork(sequence, source.length, capacity), spared=source.holder
+        )
+
+    def _withdraw(self, request: Request) -> KVSequence | None:
+        """Take a request's sequence from it; nobody begins with its pages any more."""
+        self._prefixes.discard(request)
+        sequence, request.sequence = request.sequence, None
+        return sequence
 
     def _take(self, session: SessionKey | None) -> Retained | None:
-        return None if session is None else self._idle.pop(session.name, None)
+        retained = None if session is None else self._idle.pop(session.name, None)
+        if retained is not None:
+            self._prefixes.discard(retained)
+        return retained
 
     def _drop(self, retained: Retained | None) -> None:
         if retained is not None:
+            self._prefixes.discard(retained)
             self._engine.free(retained.sequence)
 
     def _take_over(self, retained: Retained, kept: int, capacity: int) -> KVSequence:
@@ -156,28 +212,19 @@ class SessionStore:
         if needed - shareable > usage.free + idle:
             raise Overloaded(f"{needed} KV pages are needed; {usage.free + idle} can be had")
 
-    def _with_eviction(self, reserve: Callable[[], T]) -> T:
+    def _with_eviction(
+        self, reserve: Callable[[], T], spared: Request | Retained | None = None
+    ) -> T:
         while True:
             try:
                 return reserve()
             except Overloaded:
-                if not self.evict():
+                if not self.evict(spared):
                     raise
 
 
-def _length(request: Request) -> int:
-    return 0 if request.sequence is None else request.sequence.length
-
-
-def _longest_shared(request: Request, siblings: Iterable[Request]) -> tuple[Request | None, int]:
-    best, longest = None, 0
-    for other in siblings:
-        if other is request or not other.belongs_to(request.start.session):
-            continue
-        shared = _common(other.tokens, request.tokens[:-1])
-        if shared > longest:
-            best, longest = other, shared
-    return best, longest
+def _length(holder: Request | Retained) -> int:
+    return 0 if holder.sequence is None else holder.sequence.length
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:

@@ -65,8 +65,8 @@ class Outcome:
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def until(self, holds: Callable[[Outcome], bool]) -> Outcome:
-        """Wait until something holds, 10 s at most."""
-        async with asyncio.timeout(10):
+        """Wait until something holds, a minute at most: the machine may be busy."""
+        async with asyncio.timeout(60):
             while not holds(self):
                 self.changed.clear()
                 await self.changed.wait()
@@ -210,19 +210,22 @@ class Rig:
 
     async def idle(self) -> None:
         """Wait until no request is left at a step boundary."""
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             await self.verifier.steps.finished()
 
     async def speculators(self, count: int) -> None:
         """Wait for open streams to so many speculators."""
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while len(self.verifier.speculation.instances) != count:
                 await asyncio.sleep(0.01)  # the service has no such event
 
 
 @asynccontextmanager
 async def verifier_rig(
-    engine: ToyEngine | None = None, tokenizer: TokenizerFiles | None = None, **settings: Any
+    engine: ToyEngine | None = None,
+    tokenizer: TokenizerFiles | None = None,
+    instance_id: str = "test",
+    **settings: Any,
 ) -> AsyncIterator[Rig]:
     """A running verifier, and a router with an open stream to it."""
     engine = engine or ToyEngine(vocab_size=VOCAB)
@@ -232,7 +235,7 @@ async def verifier_rig(
         engine,
         tokenizer or TokenizerFiles(),
         GuardedRedis(None),
-        "test",
+        instance_id,
         ThreadPoolExecutor(1),
     )
     server = server_of(verifier)
@@ -241,7 +244,7 @@ async def verifier_rig(
     router = RouterEnd(address)
     router.dialer.start()
     try:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             await router.open.wait()
         yield Rig(verifier, engine, router, address)
     finally:

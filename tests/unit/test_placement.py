@@ -216,3 +216,26 @@ def test_resume_is_refused_when_its_revision_is_gone() -> None:
         NotServed, match=r"^revision 'r0' of model 'm' is not served any more; served: r1$"
     ):
         choose_model("m", "r0", [hello("a")], ())
+
+
+# --- the beginning of a prompt ------------------------------------------------------------------
+
+
+def test_longest_beginning_is_chosen_when_its_holder_is_hardly_busier() -> None:
+    pool = [verifier("a"), verifier("b", running=1), verifier("c", running=1)]
+    wanted = replace(WANTED, prefix_holders=("gone", "b", "c"))
+    assert chosen(pool, wanted) == Placement("b", PlacedBy.PREFIX)
+
+
+def test_next_beginning_is_chosen_when_the_longest_ones_holder_is_busy() -> None:
+    # Average load 2, so the bound is 1.25 * 2 + 1 = 3.5.
+    pool = [verifier("a", running=2), verifier("b", running=4), verifier("c", running=0)]
+    assert chosen(pool, replace(WANTED, prefix_holders=("b", "a"))).instance_id == "a"
+    assert chosen(pool, replace(WANTED, prefix_holders=("b",))) == Placement("c", PlacedBy.LOAD)
+
+
+def test_session_comes_before_beginnings_and_hashes_behind() -> None:
+    pool = [verifier("a"), verifier("b")]
+    wanted = replace(WANTED, holder="a", prefix_holders=("b",), rendezvous="s")
+    assert chosen(pool, wanted) == Placement("a", PlacedBy.AFFINITY)
+    assert chosen(pool, replace(wanted, holder="")).by == PlacedBy.PREFIX

@@ -136,6 +136,7 @@ class Start:
     speculation: SpeculationParams = SpeculationParams()  # noqa: RUF009  frozen
     deadline_ms: int | None = None
     truncate_prompt: bool = False
+    tenant: str = ""
 
 
 @dataclass(frozen=True, slots=True)

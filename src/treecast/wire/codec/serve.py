@@ -86,6 +86,7 @@ def encode_start(start: Start) -> pb.Start:
         max_nodes=start.speculation.max_nodes,
         deadline_ms=start.deadline_ms,
         truncate_prompt=start.truncate_prompt,
+        tenant=start.tenant,
     )
 
 
@@ -111,6 +112,7 @@ def decode_start(message: pb.Start, limits: Limits) -> Start:
         speculation=decode_speculation(message, max_nodes),
         deadline_ms=message.deadline_ms if message.HasField("deadline_ms") else None,
         truncate_prompt=message.truncate_prompt,
+        tenant=check_text(message.tenant, "tenant"),
     )
 
 
