@@ -14,7 +14,7 @@ from treecast.drafting.base import DraftRequest
 from treecast.drafting.growth import BestFirst, Growth
 from treecast.drafting.merge import MergedDrafter
 from treecast.drafting.ngram import NgramDrafter
-from treecast.drafting.proposal import Place, Weighed, draw, propose, weigh
+from treecast.drafting.proposal import DraftPosition, Weighed, draw, propose, weigh
 from treecast.drafting.ssm import SSMDrafter
 from treecast.draws import DrawGroup, Draws, Proposal, distribution
 from treecast.engine.toy import ToyEngine
@@ -280,7 +280,7 @@ def test_tree_carries_no_distributions_when_the_law_is_replay(proposal: Proposal
 def test_children_are_the_likeliest_when_the_proposal_is_top_k() -> None:
     logits = np.log(np.array([0.1, 0.4, 0.2, 0.3], np.float32))
     asked = request([1], SpeculationParams(proposal=Proposal.TOPK))
-    children = propose(logits, Context([1]), Place(1), asked, num_children=3)
+    children = propose(logits, Context([1]), DraftPosition(1), asked, num_children=3)
     assert children.tokens == [1, 3, 2]
     assert children.confidence == pytest.approx([0.4, 0.3, 0.2])
 
