@@ -18,9 +18,11 @@ from .dispatch import Dispatcher
 from .messages import Ask
 from .metrics import RouterMetrics
 from .placement import Wanted
-from .relay import Relay, Write
+from .queue import Share
+from .relay import Relay
 from .seat import Lost, Seat
 from .sessions import Session
+from .writer import Writer
 
 MAX_STALE_LEASES = 3
 
@@ -32,18 +34,20 @@ class Job:
     """A request that has been checked, and all that serving it needs.
 
     Attributes:
+        share: its turn in the queue, and what it may cost.
         model: hello of one of the verifiers that serve it.
         deadline_s: time of the event loop; None for none.
     """
 
     ask: Ask
+    share: Share
     prompt: tuple[int, ...]
     model: Hello
     session: Session
     deadline_s: float | None
     arrived_s: float
     detokenizer: Callable[[], DetokStream]
-    write: Write
+    writer: Writer
 
 
 @dataclass(slots=True)
@@ -81,6 +85,11 @@ class Generation:
         self._metrics = metrics
         self._seats: list[Seat] = []
 
+    @property
+    def spent(self) -> int:
+        """Tokens of the prompt and the output so far; 0 before it is placed."""
+        return len(self._job.prompt) + self._job.writer.num_tokens if self._seats else 0
+
     async def run(self) -> FinishReason:
         """Serve all samples; returns why the first one ended.
 
@@ -94,6 +103,8 @@ class Generation:
         finally:
             for seat in self._seats:
                 seat.leave()
+            if self._seats:
+                self._dispatcher.settle(job.share, self.spent)
             await job.session.end()
 
     async def _serve_all(self, placed: Placed) -> FinishReason:
@@ -113,7 +124,7 @@ class Generation:
             index,
             job.ask.committed,
             job.detokenizer(),
-            job.write,
+            job.writer.write,
             self._metrics,
             loop.time,
             job.arrived_s,
@@ -124,7 +135,7 @@ class Generation:
         """Relay one sample, placing it anew until one verifier sees it through."""
         job = self._job
         seat.start(self._start(sample, seat, key))
-        await job.write(messages.started(sample.index, job.ask, job.prompt, seat.verifier))
+        await job.writer.write(messages.started(sample.index, job.ask, job.prompt, seat.verifier))
         while True:
             sample.same_numerics &= seat.verifier.fingerprint == sample.fingerprint
             end = await sample.relay.follow(seat)
@@ -227,7 +238,7 @@ class Generation:
             admit = self._readmit
 
     async def _admit(self, wanted: Wanted) -> list[Seat]:
-        return await self._dispatcher.admit(wanted, self._job.ask.priority, self._job.deadline_s)
+        return await self._dispatcher.admit(wanted, self._job.share, self._job.deadline_s)
 
     async def _readmit(self, wanted: Wanted) -> list[Seat]:
         return await self._dispatcher.readmit(wanted, self._job.deadline_s)

@@ -20,6 +20,7 @@ from treecast.wire.guarded_redis import GuardedRedis
 from treecast.wire.lifecycle import begin, serve_until_stopped
 from treecast.wire.pair import SPECULATE, Acceptor
 from treecast.wire.server import Server
+from treecast.wire.tls import tls_of
 
 from .grower import Grower
 from .loading import load_engines, make_drafter, warm_up
@@ -135,11 +136,12 @@ async def serve(settings: SpeculatorSettings) -> None:
     instance_id = begin(settings, Role.SPECULATOR)
     thread, engines = load_on_thread(lambda: load_engines(settings))
     speculator = Speculator(settings, engines, instance_id, thread)
-    server = Server()
+    server = Server(tls=tls_of(settings))
     server.add(
         speculator_pb2_grpc.add_SpeculatorServiceServicer_to_server,
         speculator,
         "treecast.v1.SpeculatorService",
+        callers=["verifier"],
     )
     thread.submit(speculator.warm_up).result()
     speculator.start()
