@@ -38,7 +38,7 @@ class Authority:
     def make(cls, name: str = "treecast test authority") -> Authority:
         key = ec.generate_private_key(ec.SECP256R1())
         subject = _name(name)
-        builder = _builder(subject, subject, key.public_key(), VALID_DAYS)
+        builder = _builder(subject, key.public_key(), subject, key.public_key(), VALID_DAYS)
         builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=0), True)
         return cls(builder.sign(key, hashes.SHA256()), key)
 
@@ -51,8 +51,9 @@ class Authority:
             hosts: names and addresses that clients dial a router by.
         """
         key = ec.generate_private_key(ec.SECP256R1())
-        issuer = self.certificate.subject
-        builder = _builder(_name(f"treecast {role}"), issuer, key.public_key(), days)
+        issuer, issuer_key = self.certificate.subject, self.key.public_key()
+        subject = _name(f"treecast {role}")
+        builder = _builder(subject, key.public_key(), issuer, issuer_key, days)
         usages = [ExtendedKeyUsageOID.CLIENT_AUTH]
         names: list[x509.GeneralName] = [x509.UniformResourceIdentifier(IDENTITY_PREFIX + role)]
         if role != "client":
@@ -86,9 +87,16 @@ def make_certificates(folder: Path, hosts: Sequence[str] = LOCAL_HOSTS) -> dict[
 
 
 def _builder(
-    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, days: int
+    subject: x509.Name,
+    key: ec.EllipticCurvePublicKey,
+    issuer: x509.Name,
+    issuer_key: ec.EllipticCurvePublicKey,
+    days: int,
 ) -> x509.CertificateBuilder:
+    """Key identifiers tell authorities of one name apart, as while one takes over from another."""
     now = datetime.now(UTC)
+    own_id = x509.SubjectKeyIdentifier.from_public_key(key)
+    issuer_id = x509.AuthorityKeyIdentifier.from_issuer_public_key(issuer_key)
     return (
         x509.CertificateBuilder()
         .subject_name(subject)
@@ -97,6 +105,8 @@ def _builder(
         .serial_number(x509.random_serial_number())
         .not_valid_before(now - _CLOCK_SKEW)
         .not_valid_after(now + timedelta(days=days))
+        .add_extension(own_id, False)
+        .add_extension(issuer_id, False)
     )
 
 

@@ -10,11 +10,10 @@ import grpc
 
 from treecast.errors import DuplicateRequest, TreecastError
 from treecast.wire.frames import Heartbeat, Hello
-from treecast.wire.greeting import accept_any, check_certificate, receive_greeting
+from treecast.wire.greeting import accept_any, receive_greeting
 from treecast.wire.hop import Hop
 from treecast.wire.link import Link, PairHandler
 from treecast.wire.status import abort
-from treecast.wire.tls import role_of
 
 Out = TypeVar("Out")
 In = TypeVar("In")
@@ -63,7 +62,6 @@ class Acceptor(Generic[Out, In]):
         ours = self._hello()
         try:
             greeting = await receive_greeting(self._end, messages, ours, self._check)
-            check_certificate(greeting.hello, role_of(context.auth_context()))
         except TreecastError as error:
             await abort(context, error)
         link = Link(self._end, context.peer(), ours, greeting, self._heartbeat, self._handler)

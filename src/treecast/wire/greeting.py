@@ -94,16 +94,6 @@ def check_peer(ours: Hello, theirs: Hello, role: Role) -> None:
         raise _mismatch("laws", mine, other, theirs)
 
 
-def check_certificate(theirs: Hello, certified: str) -> None:
-    """Raise PeerMismatch if a caller's certificate names another role than its hello.
-
-    Args:
-        certified: empty without a certificate; whether one is needed is the server's concern.
-    """
-    if certified and certified != theirs.role.name.lower():
-        raise _mismatch("role", certified, theirs.role.name.lower(), theirs)
-
-
 def _mismatch(name: str, expected: object, got: object, theirs: Hello) -> PeerMismatch:
     return PeerMismatch(f"{name} of peer {theirs.instance_id!r} is {got}; expected {expected}")
 
