@@ -15,7 +15,7 @@ import structlog
 from redis.asyncio import Redis, RedisCluster
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
+from redis.exceptions import RedisClusterException, RedisError
 
 from treecast.errors import SettingsError
 from treecast.wire.breaker import Breaker
@@ -27,6 +27,7 @@ CLUSTER = "+cluster"
 """Marks the scheme of a Redis Cluster's URL, that of any of its nodes: redis+cluster://host."""
 
 TIMEOUT_S = 0.25
+FIRST_TIMEOUT_S = 2.0
 PAUSE_S = 1.0
 
 
@@ -73,13 +74,19 @@ class GuardedRedis:
             raise RedisLost
         self._breaker.trying()
         try:
-            async with asyncio.timeout(self._timeout_s):
+            async with asyncio.timeout(self._patience_s):
                 answer = await command(self._redis)
-        except (RedisError, OSError, TimeoutError) as error:
+        except (RedisError, RedisClusterException, OSError, TimeoutError) as error:
             self._lost(error)
             raise RedisLost from error
         self._answered()
         return answer
+
+    @property
+    def _patience_s(self) -> float:
+        """A cluster's client learns who is there before its first command."""
+        first = self._answers is None and isinstance(self._redis, RedisCluster)
+        return max(self._timeout_s, FIRST_TIMEOUT_S) if first else self._timeout_s
 
     def _lost(self, error: Exception) -> None:
         self._breaker.failed()
