@@ -62,15 +62,21 @@ class Level(Generic[T]):
             del self.lines[share.tenant]
 
     def in_order(self) -> Iterator[T]:
-        """As they would be served if each could be: at every turn the least served tenant's."""
-        turns = [(self.served[tenant], tenant, 0) for tenant in self.lines]
+        """As they would be served if each could be: at every turn the least served tenant's.
+
+        Of those level with one another the one with the shortest line goes first.
+        """
+        turns = [
+            (self.served[tenant], len(line), tenant, iter(line))
+            for tenant, line in self.lines.items()
+        ]
         heapq.heapify(turns)
         while turns:
-            served, tenant, at = turns[0]
-            item, cost = self.lines[tenant][at]
+            served, left, tenant, line = turns[0]
+            item, cost = next(line)
             yield item
-            if at + 1 < len(self.lines[tenant]):
-                heapq.heapreplace(turns, (served + cost, tenant, at + 1))
+            if left > 1:
+                heapq.heapreplace(turns, (served + cost, left - 1, tenant, line))
             else:
                 heapq.heappop(turns)
 

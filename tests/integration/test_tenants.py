@@ -290,7 +290,7 @@ async def test_light_tenant_is_served_every_other_time_beside_a_neighbour_that_f
     verifier = await start(capacity=1)
     async with routing([verifier], api_keys=KEYS) as client:
         order = await serve_all(client, verifier, ["tc_heavy"] * 10 + ["tc_light"] * 3)
-    assert order == "hlhlhlhhhhhhh"
+    assert order == "lhlhlhhhhhhhh"
 
 
 async def test_light_tenant_waits_behind_all_of_them_when_first_come_is_first_served(

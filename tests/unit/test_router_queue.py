@@ -98,7 +98,7 @@ def test_light_tenant_takes_every_other_turn_when_a_neighbour_fills_the_queue() 
         join(queue, f"heavy{number}")
     for number in range(3):
         join(queue, f"light{number}")
-    assert "".join(name[0] for name in queue) == order(queue) == "hlhlhlhhhhh"
+    assert "".join(name[0] for name in queue) == order(queue) == "lhlhlhhhhhh"
 
 
 def test_light_tenant_waits_behind_its_neighbour_in_a_plain_queue() -> None:
