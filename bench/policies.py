@@ -117,7 +117,7 @@ def speculators(settings: MeshSettings, drafters: Sequence[str]) -> Iterator[lis
     try:
         for number, drafter in enumerate(drafters):
             kind = "ngram" if drafter == "ngram" else "ssm"
-            flags = speculator_flags(replace(settings, draft=drafter), "", kind)
+            flags = speculator_flags(replace(settings, draft=drafter), kind)
             command = service_command("speculator", flags)
             log = log_dir / f"speculator-{number}.log"
             pods.append(

@@ -10,9 +10,10 @@ from types import TracebackType
 from typing import Self
 
 from treecast.checkpoints import DEFAULT_TARGET, default_cache_dir
-from treecast.client import Client, RetryPolicy, Status
+from treecast.client import Client, RetryPolicy, Status, TlsFiles
 from treecast.errors import Unavailable
 
+from .certificates import make_certificates
 from .folders import default_folders
 from .logs import new_log_dir
 from .process import MeshError, ServiceProcess, Spawner, child_environment, service_command
@@ -48,6 +49,7 @@ class LocalMesh:
         processes: by name: "valkey", "ssm", "ngram" ("ssm-0" and so on where there are several),
             "verifier-0" and so on, "router".
         log_dir: where each of them writes <name>.log.
+        certificates: of a mesh with TLS, by role; "client" is what a client of it needs.
     """
 
     def __init__(self, settings: MeshSettings, progress: ProgressFn | None = None) -> None:
@@ -55,6 +57,7 @@ class LocalMesh:
         self.processes: dict[str, ServiceProcess] = {}
         self.redis_url = settings.redis_url or os.environ.get(REDIS_VARIABLE, "")
         self.log_dir = settings.log_dir or new_log_dir(default_cache_dir() / "logs")
+        self.certificates: dict[str, TlsFiles] = {}
         self._report = progress or (lambda name, state: None)
         self._spawner = Spawner()
 
@@ -116,7 +119,8 @@ class LocalMesh:
         """
         deadline = time.monotonic() + timeout_s
         missing = "the router does not answer"
-        with Client(self.router_address, RetryPolicy(attempts_to_start=1)) as client:
+        retry, files = RetryPolicy(attempts_to_start=1), self.certificates.get("client")
+        with Client(self.router_address, retry, tls=files) as client:
             while time.monotonic() < deadline:
                 try:
                     missing = self._missing(client.status())
@@ -129,6 +133,8 @@ class LocalMesh:
 
     def _start(self) -> None:
         self.settings = settings = self._with_model_folders()
+        if settings.tls:
+            self.certificates = make_certificates(self.log_dir / "certificates")
         if not self.redis_url:
             self._report("valkey", "starting")
             log = self.log_dir / "valkey.log"
@@ -136,16 +142,16 @@ class LocalMesh:
             self._report("valkey", "ready")
         speculators = speculator_names(settings.speculators)
         for name, kind in speculators.items():
-            self._launch(name, "speculator", speculator_flags(settings, self.redis_url, kind))
+            self._launch(name, "speculator", speculator_flags(settings, kind))
         self._wait_ready(list(speculators))
         drafters = [self.processes[name].address for name in speculators]
         names = [f"verifier-{number}" for number in range(settings.num_verifiers)]
         for name in names:
             # One after the other: each measures its step time when it starts.
-            self._launch(name, "verifier", verifier_flags(settings, self.redis_url, drafters))
+            self._launch(name, "verifier", verifier_flags(settings, drafters))
             self._wait_ready([name])
         verifiers = [self.processes[name].address for name in names]
-        self._launch("router", "router", router_flags(settings, self.redis_url, verifiers))
+        self._launch("router", "router", router_flags(settings, verifiers))
         self._wait_ready(["router"])
         self.wait_whole(settings.ready_timeout_s)
 
@@ -174,11 +180,14 @@ class LocalMesh:
         return replace(settings, speculators=tuple(s for s in settings.speculators if s != "ssm"))
 
     def _launch(self, name: str, role: str, flags: Flags) -> None:
-        self._spawn(name, service_command(role, flags))
+        files = self.certificates.get(role, TlsFiles())
+        tls = {"tls_cert": files.cert, "tls_key": files.key, "tls_ca": files.ca}
+        self._spawn(name, service_command(role, {**tls, **flags}))
 
     def _spawn(self, name: str, command: Sequence[str]) -> None:
         self._report(name, "starting")
-        environment = child_environment({})
+        # Not by a flag, which everybody on the machine could read: it may hold a password.
+        environment = child_environment({REDIS_VARIABLE: self.redis_url})
         log = self.log_dir / f"{name}.log"
         self.processes[name] = ServiceProcess(name, command, environment, log, self._spawner)
 

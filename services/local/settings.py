@@ -25,6 +25,7 @@ class MeshSettings:
             by its folder as ssm=FOLDER; none decodes plainly.
         router_listen: address of the router; port 0 picks one.
         redis_url: a server to use; None starts one, unless TREECAST_REDIS_URL names one.
+        tls: mutual TLS on every hop, with throwaway certificates beside the logs.
         log_dir: where each process's log goes; None makes a new folder in the cache directory.
         ready_timeout_s: for each process to load and say that it is ready.
         stop_grace_s: for each process to end by itself once asked to.
@@ -42,6 +43,7 @@ class MeshSettings:
     torch_threads: int = 2
     router_listen: str = "127.0.0.1:0"
     redis_url: str | None = None
+    tls: bool = False
     log_dir: Path | None = None
     ready_timeout_s: float = 300.0
     stop_grace_s: float = 10.0
@@ -61,7 +63,7 @@ def speculator_names(drafters: Sequence[str]) -> dict[str, str]:
     return names
 
 
-def verifier_flags(settings: MeshSettings, redis_url: str, speculators: Sequence[str]) -> Flags:
+def verifier_flags(settings: MeshSettings, speculators: Sequence[str]) -> Flags:
     return {
         "engine": settings.engine,
         "model": settings.model,
@@ -72,24 +74,22 @@ def verifier_flags(settings: MeshSettings, redis_url: str, speculators: Sequence
         "speculators": ",".join(speculators) or None,
         "trusted_speculators": ",".join(speculators) or None,
         "speculators_per_session": min(len(speculators), 4),
-        "redis_url": redis_url,
         "drain_s": 0,
         **settings.verifier_flags,
     }
 
 
-def router_flags(settings: MeshSettings, redis_url: str, verifiers: Sequence[str]) -> Flags:
+def router_flags(settings: MeshSettings, verifiers: Sequence[str]) -> Flags:
     return {
         "listen": settings.router_listen,
         "verifiers": ",".join(verifiers),
-        "redis_url": redis_url,
         "drain_s": 0,
         **settings.router_flags,
     }
 
 
-def speculator_flags(settings: MeshSettings, redis_url: str, drafter: str) -> Flags:
-    flags: dict[str, object] = {"drafters": drafter, "redis_url": redis_url, "drain_s": 0}
+def speculator_flags(settings: MeshSettings, drafter: str) -> Flags:
+    flags: dict[str, object] = {"drafters": drafter, "drain_s": 0}
     if drafter == "ssm":
         flags |= {
             "engine": settings.engine,

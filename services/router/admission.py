@@ -139,11 +139,11 @@ def check_tokens(ask: Ask, prompt: tuple[int, ...], model: Hello) -> None:
         InvalidRequest: an unknown token id.
         PromptTooLong: the prompt alone is longer than the context.
     """
+    if len(prompt) > model.context_tokens and not ask.truncate_prompt:
+        raise PromptTooLong(f"prompt has {len(prompt)} tokens; the limit is {model.context_tokens}")
     ask.sampling.check_vocabulary(model.vocab_size)
     for token in (*prompt, *ask.committed):
         if token >= model.vocab_size:
             raise InvalidRequest(
                 f"token id {token} is unknown; the vocabulary has {model.vocab_size}"
             )
-    if len(prompt) > model.context_tokens and not ask.truncate_prompt:
-        raise PromptTooLong(f"prompt has {len(prompt)} tokens; the limit is {model.context_tokens}")

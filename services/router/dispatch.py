@@ -6,13 +6,16 @@ import asyncio
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from treecast.errors import DeadlineExceeded, TreecastError, Unavailable
+from treecast.errors import DeadlineExceeded, Overloaded, TreecastError, Unavailable
 
 from .fleet import Fleet
 from .metrics import RouterMetrics
 from .placement import Candidate, Placement, Wanted, keep_free, place, serves
-from .queue import WaitingQueue
+from .queue import Share, WaitingQueue
 from .seat import Seat
+
+CHARGED = Share("")
+"""Of a request that is placed anew: it was charged when it was placed first."""
 
 
 @dataclass(eq=False, slots=True)
@@ -20,6 +23,7 @@ class Ticket:
     """A request that waits: its turn comes as seats, or as an error."""
 
     wanted: Wanted
+    share: Share
     joined_s: float
     turn: asyncio.Future[list[Seat]]
     timers: list[asyncio.TimerHandle] = field(default_factory=list)
@@ -56,29 +60,41 @@ class Dispatcher:
     def num_waiting(self) -> int:
         return len(self._queue)
 
-    async def admit(self, wanted: Wanted, priority: int, deadline_s: float | None) -> list[Seat]:
+    async def admit(self, wanted: Wanted, share: Share, deadline_s: float | None) -> list[Seat]:
         """Wait for seats for a new request, one per sample; the caller leaves each.
 
         Args:
+            share: what its tenant is charged once it is seated; see `settle`.
             deadline_s: time of the event loop; None for no limit.
         Raises:
-            Overloaded: the queue is full.
+            Overloaded: the queue is full, or had to make room for other tenants' requests.
             DeadlineExceeded: the deadline passed in the queue.
             Unavailable: no verifier of the model was there for the grace period.
         """
-        ticket = self._ticket(wanted)
-        self._queue.join(ticket, priority)
+        ticket = self._ticket(wanted, share)
+        pushed_out = self._queue.join(ticket, share)
+        if pushed_out is not None:
+            pushed_out.fail(
+                Overloaded(
+                    f"queue is full; tenant {pushed_out.share.tenant!r} had most of the requests "
+                    "in it, and this one gave way to another tenant's"
+                )
+            )
         return await self._wait(ticket, deadline_s)
 
     async def readmit(self, wanted: Wanted, deadline_s: float | None) -> list[Seat]:
         """The same for samples that had seats: ahead of all new ones, and never Overloaded."""
-        ticket = self._ticket(wanted)
+        ticket = self._ticket(wanted, CHARGED)
         self._queue.rejoin(ticket)
         return await self._wait(ticket, deadline_s)
 
-    def _ticket(self, wanted: Wanted) -> Ticket:
+    def settle(self, share: Share, spent: int) -> None:
+        """A request that was seated has ended: its tenant pays the tokens that were spent."""
+        self._queue.charge(share, spent - share.cost)
+
+    def _ticket(self, wanted: Wanted, share: Share) -> Ticket:
         loop = asyncio.get_running_loop()
-        return Ticket(wanted, loop.time(), loop.create_future())
+        return Ticket(wanted, share, loop.time(), loop.create_future())
 
     async def _wait(self, ticket: Ticket, deadline_s: float | None) -> list[Seat]:
         loop = asyncio.get_running_loop()
@@ -122,6 +138,8 @@ class Dispatcher:
         slots = range(ticket.wanted.slots)
         ticket.turn.set_result([self._fleet.seat(placement) for _ in slots])
         self._queue.leave(ticket)
+        if ticket.share is not CHARGED:
+            self._queue.charge(ticket.share, ticket.share.cost)
         self._metrics.placements.labels(placement.by.value).inc()
 
     def _watch_grace(self, ticket: Ticket, candidates: Iterable[Candidate]) -> None:

@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING, TypeVar
 
 import grpc
 
-from treecast.errors import Unavailable
+from treecast.errors import InvalidFrame, TreecastError, Unavailable
 from treecast.sampling.params import Law
 from treecast.v1.verifier_pb2_grpc import VerifierServiceStub
+from treecast.wire.breaker import Breaker
 from treecast.wire.channel import MAX_ANSWER_BYTES, open_channel
 from treecast.wire.frames import (
     BadFrame,
+    Completed,
+    Failed,
     Forget,
     Heartbeat,
     Hello,
@@ -26,22 +29,34 @@ from treecast.wire.pair import SERVE
 from treecast.wire.registry import Entry
 from treecast.wire.status import from_rpc_error
 from treecast.wire.streams import Streams
+from treecast.wire.tls import Tls
 
 from .placement import Candidate, Placement
-from .seat import Lost, Seat, VerifierLink
+from .seat import Lost, Seat, SeatEnd, VerifierLink
 
 if TYPE_CHECKING:
     from treecast.v1.verifier_pb2_grpc import VerifierServiceAsyncStub  # a name of the stubs only
 
 T = TypeVar("T")
 
+BREAKER_THRESHOLD = 5
+BREAKER_PAUSE_S = 2.0
+
 
 class Verifier:
     """One address that is dialed: its stream while open, and the requests that sit on it."""
 
-    def __init__(self, address: str, link: VerifierLink | None = None) -> None:
+    def __init__(
+        self,
+        address: str,
+        link: VerifierLink | None = None,
+        tls: Tls | None = None,
+        breaker: Breaker | None = None,
+    ) -> None:
         self.address = address
         self.link = link
+        self.breaker = breaker or new_breaker()
+        self._tls = tls
         self.seats: dict[int, Seat] = {}
         self.seated_at_beat = 0
         self._channel: grpc.aio.Channel | None = None
@@ -50,7 +65,12 @@ class Verifier:
     def stub(self) -> VerifierServiceAsyncStub:
         """For unary calls, on a channel of their own that opens when it is first needed."""
         if self._channel is None:
-            self._channel = open_channel(self.address, max_message_bytes=MAX_ANSWER_BYTES)
+            self._channel = open_channel(
+                self.address,
+                tls=self._tls,
+                peer_role=Role.VERIFIER.name.lower(),
+                max_message_bytes=MAX_ANSWER_BYTES,
+            )
         return VerifierServiceStub(self._channel)
 
     @property
@@ -59,12 +79,37 @@ class Verifier:
         if self.link is None or not self.link.alive:
             return None
         return Candidate(
-            self.link.peer, self.link.last_heartbeat, len(self.seats), self.seated_at_beat
+            self.link.peer,
+            self.link.last_heartbeat,
+            len(self.seats),
+            self.seated_at_beat,
+            self.breaker.allows,
         )
+
+    def note_end(self, end: SeatEnd) -> None:
+        """A request ended here: many in a row that it could not serve, and it gets a rest."""
+        if isinstance(end, Completed):
+            self.breaker.succeeded()
+        elif isinstance(end, Failed) and is_sick(end.error):
+            self.note_failure()
+
+    def note_failure(self) -> None:
+        """One more in a row, unless it is handing over what it has."""
+        if self.link is None or not self.link.last_heartbeat.draining:
+            self.breaker.failed()
 
     async def close(self) -> None:
         if self._channel is not None:
             await self._channel.close()
+
+
+def new_breaker() -> Breaker:
+    return Breaker(BREAKER_THRESHOLD, BREAKER_PAUSE_S)
+
+
+def is_sick(error: TreecastError) -> bool:
+    """Whether a request failed for its verifier's fault, rather than its own."""
+    return type(error) in (TreecastError, Unavailable, InvalidFrame)
 
 
 async def answer(call: Awaitable[T]) -> T:
@@ -88,9 +133,11 @@ async def answer(call: Awaitable[T]) -> T:
 class Fleet:
     """Dials what the registry lists and hands out seats. A `PairHandler`; event loop only."""
 
-    def __init__(self, instance_id: str) -> None:
+    def __init__(self, instance_id: str, tls: Tls | None = None) -> None:
         hello = Hello(instance_id, Role.ROUTER, laws=tuple(Law))
-        self._streams = Streams(SERVE, lambda: hello, Heartbeat, self)
+        self._tls = tls
+        self._streams = Streams(SERVE, lambda: hello, Heartbeat, self, tls)
+        self._breakers: dict[str, Breaker] = {}
         self._open: dict[str, Verifier] = {}
         self._handles = itertools.count(1)
         self._closing: set[asyncio.Task[None]] = set()
@@ -141,6 +188,9 @@ class Fleet:
     def follow(self, entries: tuple[Entry, ...]) -> None:
         """Dial what the registry lists."""
         self._streams.follow(entries)
+        dialed = {dialer.address for dialer in self._streams.dialers}
+        for address in self._breakers.keys() - dialed:
+            del self._breakers[address]
 
     async def close(self) -> None:
         await self._streams.close()
@@ -160,7 +210,10 @@ class Fleet:
         assert verifier is not None
         assert verifier.link is not None
         handle = next(self._handles)
-        seat = Seat(handle, verifier.link, lambda: self._vacate(verifier, handle))
+        seat = Seat(
+            handle, verifier.link, lambda: self._vacate(verifier, handle), verifier.note_end
+        )
+        verifier.breaker.trying()
         verifier.seats[handle] = seat
         return seat
 
@@ -176,7 +229,8 @@ class Fleet:
     # --- PairHandler --------------------------------------------------------------------------
 
     def opened(self, link: VerifierLink) -> None:
-        self._open[link.address] = Verifier(link.address, link)
+        breaker = self._breakers.setdefault(link.address, new_breaker())
+        self._open[link.address] = Verifier(link.address, link, self._tls, breaker)
         self.models_seen.add(link.peer.model)
         self._notify()
 
@@ -199,6 +253,8 @@ class Fleet:
     def closed(self, link: VerifierLink) -> None:
         verifier = self._open.pop(link.address)
         seats, verifier.seats = list(verifier.seats.values()), {}
+        if seats:
+            verifier.note_failure()
         for seat in seats:
             seat.put(Lost(link.why_closed))
         task = asyncio.create_task(verifier.close())

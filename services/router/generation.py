@@ -19,9 +19,11 @@ from .messages import Ask
 from .metrics import RouterMetrics
 from .placement import Wanted
 from .prefixes import Prefixes
-from .relay import Relay, Write
+from .queue import Share
+from .relay import Relay
 from .seat import Lost, Seat
 from .sessions import Session
+from .writer import Writer
 
 MAX_STALE_LEASES = 3
 
@@ -33,20 +35,20 @@ class Job:
     """A request that has been checked, and all that serving it needs.
 
     Attributes:
+        share: its turn in the queue, and what it may cost.
         model: hello of one of the verifiers that serve it.
-        tenant: whose request it is.
         deadline_s: time of the event loop; None for none.
     """
 
     ask: Ask
+    share: Share
     prompt: tuple[int, ...]
     model: Hello
     session: Session
-    tenant: str
     deadline_s: float | None
     arrived_s: float
     detokenizer: Callable[[], DetokStream]
-    write: Write
+    writer: Writer
 
 
 @dataclass(slots=True)
@@ -90,6 +92,11 @@ class Generation:
         self._metrics = metrics
         self._seats: list[Seat] = []
 
+    @property
+    def spent(self) -> int:
+        """Tokens of the prompt and the output so far; 0 before it is placed."""
+        return len(self._job.prompt) + self._job.writer.num_tokens if self._seats else 0
+
     async def run(self) -> FinishReason:
         """Serve all samples; returns why the first one ended.
 
@@ -103,6 +110,8 @@ class Generation:
         finally:
             for seat in self._seats:
                 seat.leave()
+            if self._seats:
+                self._dispatcher.settle(job.share, self.spent)
             await job.session.end()
 
     async def _serve_all(self, placed: Placed) -> FinishReason:
@@ -113,7 +122,9 @@ class Generation:
                     for index, seat in enumerate(placed.seats)
                 ]
                 holder = placed.seats[0].verifier.instance_id
-                group.create_task(self._prefixes.note(self._job.tenant, self._job.prompt, holder))
+                group.create_task(
+                    self._prefixes.note(self._job.share.tenant, self._job.prompt, holder)
+                )
         except ExceptionGroup as errors:
             raise errors.exceptions[0] from None
         return tasks[0].result()
@@ -124,7 +135,7 @@ class Generation:
             index,
             job.ask.committed,
             job.detokenizer(),
-            job.write,
+            job.writer.write,
             self._metrics,
             loop.time,
             job.arrived_s,
@@ -135,7 +146,7 @@ class Generation:
         """Relay one sample, placing it anew until one verifier sees it through."""
         job = self._job
         seat.start(self._start(sample, seat, key))
-        await job.write(messages.started(sample.index, job.ask, job.prompt, seat.verifier))
+        await job.writer.write(messages.started(sample.index, job.ask, job.prompt, seat.verifier))
         while True:
             sample.same_numerics &= seat.verifier.fingerprint == sample.fingerprint
             end = await sample.relay.follow(seat)
@@ -165,7 +176,7 @@ class Generation:
             speculation=ask.speculation,
             deadline_ms=left_ms,
             truncate_prompt=ask.truncate_prompt,
-            tenant=job.tenant,
+            tenant=job.share.tenant,
         )
 
     def _bear(self, sample: Sample, seat: Seat, end: Failed | Lost) -> None:
@@ -241,10 +252,13 @@ class Generation:
 
     async def _near(self, holder: str) -> tuple[str, ...]:
         """Who has the prompt's beginning; not asked where the session's holder is known."""
-        return () if holder else await self._prefixes.find(self._job.tenant, self._job.prompt)
+        return () if holder else await self._prefixes.find(self._job.share.tenant, self._job.prompt)
+
+    async def _note_prefix(self, holder: str) -> None:
+        await self._prefixes.note(self._job.share.tenant, self._job.prompt, holder)
 
     async def _admit(self, wanted: Wanted) -> list[Seat]:
-        return await self._dispatcher.admit(wanted, self._job.ask.priority, self._job.deadline_s)
+        return await self._dispatcher.admit(wanted, self._job.share, self._job.deadline_s)
 
     async def _readmit(self, wanted: Wanted) -> list[Seat]:
         return await self._dispatcher.readmit(wanted, self._job.deadline_s)

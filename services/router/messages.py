@@ -11,6 +11,7 @@ from treecast.sampling.logprobs import TokenLogprobs
 from treecast.sampling.params import SamplingParams, SpeculationParams
 from treecast.v1 import router_pb2 as pb
 from treecast.wire import codec
+from treecast.wire.codec.bounds import MAX_TOKENS
 from treecast.wire.frames import Completed, Hello
 
 from .text import ChatMessage
@@ -18,6 +19,7 @@ from .text import ChatMessage
 MAX_ID_CHARACTERS = 128
 MAX_PRIORITY = 10
 MAX_SAMPLES = 16
+MAX_CHAT_MESSAGES = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +64,10 @@ class Ask:
     speculation: SpeculationParams
     truncate_prompt: bool
 
+    def largest_cost(self, prompt_tokens: int) -> int:
+        """Tokens that it may take: its prompt and all that it may still output."""
+        return prompt_tokens + self.num_samples * (self.sampling.max_tokens - len(self.committed))
+
 
 def parse_ask(message: pb.GenerateRequest) -> Ask:
     """Everything that can be checked without knowing the model.
@@ -70,6 +76,7 @@ def parse_ask(message: pb.GenerateRequest) -> Ask:
         InvalidRequest: a value out of its bounds, by name.
     """
     sampling = codec.decode_sampling(message.sampling)
+    _check_range("committed tokens", len(message.resume.committed), 0, MAX_TOKENS)
     max_nodes = message.max_nodes if message.HasField("max_nodes") else None
     ask = Ask(
         request_id=message.request_id if message.HasField("request_id") else _mint_id(),
@@ -97,10 +104,12 @@ def _parse_prompt(message: pb.GenerateRequest) -> Prompt:
         case "text" if message.text:
             return TextPrompt(message.text)
         case "chat" if message.chat.messages:
+            _check_range("messages of the chat", len(message.chat.messages), 1, MAX_CHAT_MESSAGES)
             return ChatPrompt(
                 tuple(ChatMessage(one.role, one.content) for one in message.chat.messages)
             )
         case "tokens" if message.tokens.ids:
+            _check_range("tokens of the prompt", len(message.tokens.ids), 1, MAX_TOKENS)
             return TokenPrompt(tuple(message.tokens.ids))
     raise InvalidRequest("prompt is empty")
 

@@ -23,12 +23,14 @@ class Candidate:
     Attributes:
         seated: requests that this router has there now.
         seated_at_beat: the same when the heartbeat came, which counts them already.
+        trusted: False while its breaker is open: it served nothing lately, and takes nothing now.
     """
 
     hello: Hello
     beat: Heartbeat = Heartbeat()  # noqa: RUF009  frozen
     seated: int = 0
     seated_at_beat: int = 0
+    trusted: bool = True
 
     @property
     def instance_id(self) -> str:
@@ -151,12 +153,12 @@ def keep_free(candidates: Iterable[Candidate], wanted: Wanted) -> str | None:
     Returns:
         The instance with the fewest places missing; None if there is none that would do.
     """
-    fit = [one for one in candidates if serves(one, wanted)]
+    fit = [one for one in candidates if serves(one, wanted) and one.trusted]
     return max(fit, key=lambda one: _spare(one, wanted)).instance_id if fit else None
 
 
 def _has_room(candidate: Candidate, wanted: Wanted) -> bool:
-    return _spare(candidate, wanted) >= 0
+    return candidate.trusted and _spare(candidate, wanted) >= 0
 
 
 def _spare(candidate: Candidate, wanted: Wanted) -> int:

@@ -1,58 +1,157 @@
-"""The bounded queue of requests that wait for a verifier."""
+"""The bounded queue of requests that wait for a verifier: by priority, fair between tenants."""
 
 from __future__ import annotations
 
-import bisect
+import heapq
 import itertools
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from treecast.errors import Overloaded
 
 T = TypeVar("T")
 
-_AHEAD = float("-inf")
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """Whose turn a request takes, and how much of it.
+
+    Attributes:
+        priority: the higher goes first, whoever asks.
+        cost: tokens that it may take, prompt and output.
+    """
+
+    tenant: str
+    priority: int = 0
+    cost: int = 1
+
+
+@dataclass(slots=True)
+class Level(Generic[T]):
+    """Those of one priority: a queue per tenant, and the tokens that each has been served.
+
+    The tenant served least goes first, and is charged what it takes. That is deficit round robin
+    with the quantum taken to 0: no tenant is ahead of another that waits by more than one request,
+    whatever sizes they ask for. One that comes back is level with the least served of those that
+    wait: nobody saves up for later by not asking, nor pays for having been alone.
+    Source: Shreedhar and Varghese 1995, "Efficient fair queuing using deficit round robin"; with
+    counters of tokens: Sheng et al. 2024 (arXiv 2401.00588), algorithm 2.
+    """
+
+    lines: dict[str, deque[tuple[T, int]]] = field(default_factory=dict)
+    served: defaultdict[str, int] = field(default_factory=lambda: defaultdict(int))
+
+    def join(self, item: T, share: Share) -> None:
+        line = self.lines.get(share.tenant)
+        if line is None:
+            level = min((self.served[tenant] for tenant in self.lines), default=self._newest())
+            self.served[share.tenant] = max(self.served[share.tenant], level)
+            line = self.lines[share.tenant] = deque()
+        line.append((item, share.cost))
+
+    def _newest(self) -> int:
+        """With nobody waiting all start level: at the most that anyone has been served."""
+        return max(self.served.values(), default=0)
+
+    def leave(self, item: T, share: Share) -> None:
+        line = self.lines[share.tenant]
+        line.remove((item, share.cost))
+        if not line:
+            del self.lines[share.tenant]
+
+    def in_order(self) -> Iterator[T]:
+        """As they would be served if each could be: at every turn the least served tenant's.
+
+        Of those level with one another the one with the shortest line goes first.
+        """
+        turns = [
+            (self.served[tenant], len(line), tenant, iter(line))
+            for tenant, line in self.lines.items()
+        ]
+        heapq.heapify(turns)
+        while turns:
+            served, left, tenant, line = turns[0]
+            item, cost = next(line)
+            yield item
+            if left > 1:
+                heapq.heapreplace(turns, (served + cost, left - 1, tenant, line))
+            else:
+                heapq.heappop(turns)
 
 
 class WaitingQueue(Generic[T]):
-    """Items by priority, first come first served among equals. Not thread-safe."""
+    """Items by priority, then fair by tokens between tenants, then first come first served.
+
+    Not thread-safe.
+    """
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._arrivals = itertools.count()
-        self._order: list[tuple[float, int]] = []
-        self._items: dict[tuple[float, int], T] = {}
+        self._ahead: list[T] = []
+        self._levels: dict[int, Level[T]] = {}
+        self._shares: dict[int, Share] = {}  # by id() of the item
+        self._waiting: Counter[str] = Counter()
 
     def __len__(self) -> int:
-        return len(self._order)
+        return len(self._ahead) + len(self._shares)
 
     def __iter__(self) -> Iterator[T]:
         """In the order in which they should be served; safe against changes meanwhile."""
-        return iter([self._items[rank] for rank in self._order])
+        levels = [self._levels[priority].in_order() for priority in sorted(self._levels)[::-1]]
+        return iter([*self._ahead, *itertools.chain.from_iterable(levels)])
 
-    def join(self, item: T, priority: int) -> None:
-        """Add behind all of the same or a higher priority.
+    def join(self, item: T, share: Share) -> T | None:
+        """Add an item, behind those of the same tenant and priority.
 
+        A full queue is shared out too: whoever fills most of it gives way to others.
+
+        Returns:
+            An item that had to leave for this one; None if there was room.
         Raises:
-            Overloaded: the queue is full.
+            Overloaded: the queue is full, and nobody has more in it than this tenant.
         """
-        if len(self._order) >= self._limit:
-            raise Overloaded(f"queue has {len(self._order)} requests; the limit is {self._limit}")
-        self._add(item, -priority)
+        pushed_out = None
+        if len(self) >= self._limit:
+            pushed_out = self._give_way(share)
+        self._shares[id(item)] = share
+        self._waiting[share.tenant] += 1
+        self._level(share).join(item, share)
+        return pushed_out
 
     def rejoin(self, item: T) -> None:
         """Add an item that was served before: ahead of all newcomers, and whatever the limit."""
-        self._add(item, _AHEAD)
+        self._ahead.append(item)
 
     def leave(self, item: T) -> None:
         """Take an item out. Safe to repeat."""
-        for rank, waiting in self._items.items():
-            if waiting is item:
-                del self._items[rank]
-                del self._order[bisect.bisect_left(self._order, rank)]
-                return
+        share = self._shares.pop(id(item), None)
+        if share is None:
+            self._ahead = [one for one in self._ahead if one is not item]
+            return
+        self._waiting[share.tenant] -= 1
+        self._level(share).leave(item, share)
 
-    def _add(self, item: T, rank: float) -> None:
-        key = (rank, next(self._arrivals))
-        bisect.insort(self._order, key)
-        self._items[key] = item
+    def charge(self, share: Share, tokens: int) -> None:
+        """Count tokens that a tenant was served; below 0 those it was charged in vain."""
+        self._level(share).served[share.tenant] += tokens
+
+    def _level(self, share: Share) -> Level[T]:
+        return self._levels.setdefault(share.priority, Level())
+
+    def _give_way(self, share: Share) -> T:
+        """Take out the newest item, of the lowest priority, of the tenant that has most of them.
+
+        Source: McKenney 1990, "Stochastic fairness queueing": buffers are taken from the longest.
+        """
+        [(tenant, most)] = self._waiting.most_common(1) or [("", 0)]
+        if most <= self._waiting[share.tenant] + 1:
+            raise Overloaded(
+                f"queue has {len(self)} requests, {self._waiting[share.tenant]} of them of tenant "
+                f"{share.tenant!r}; the limit is {self._limit}"
+            )
+        lines = (self._levels[p].lines.get(tenant) for p in sorted(self._levels))
+        item, _ = next(line for line in lines if line)[-1]
+        self.leave(item)
+        return item

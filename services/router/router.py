@@ -13,11 +13,15 @@ from treecast.wire.guarded_redis import GuardedRedis
 from treecast.wire.lifecycle import Presence, begin
 from treecast.wire.registry import Registry
 from treecast.wire.server import Server
+from treecast.wire.tls import tls_of
 
+from .draining import Draining
 from .fleet import Fleet
+from .keys import KeyRing
 from .leases import Leases
 from .metrics import RouterMetrics
 from .prefixes import Prefixes
+from .quotas import Quotas
 from .server import RouterService
 from .settings import RouterSettings
 
@@ -41,17 +45,27 @@ class Router:
             SettingsError: a seed or the Redis address is malformed.
         """
         self.metrics = RouterMetrics()
-        self.fleet = Fleet(instance_id)
+        tls = tls_of(settings)
+        self.fleet = Fleet(instance_id, tls)
+        self._draining = Draining(self.fleet, self._set_serving)
         self._settings = settings
         self._redis = GuardedRedis(settings.redis_url)
         self._registry = Registry(self._redis, Role.VERIFIER, settings.verifiers)
         leases = Leases(self._redis, settings.lease_ttl_s)
-        prefixes = Prefixes(self._redis, settings.lease_ttl_s)
         self.service = RouterService(
-            settings, self.fleet, leases, prefixes, lambda: self.redis_ok, self.metrics
+            settings,
+            self.fleet,
+            leases,
+            Prefixes(self._redis, settings.lease_ttl_s),
+            KeyRing(settings.api_keys_file, settings.api_keys),
+            Quotas(self._redis),
+            self._draining,
+            lambda: self.redis_ok,
+            self.metrics,
         )
+        server = Server(tls=tls, require_clients=settings.tls_clients == "certificate")
         self.presence = Presence(
-            settings, Role.ROUTER, instance_id, Server(), self._redis, self.metrics.registry
+            settings, Role.ROUTER, instance_id, server, self._redis, self.metrics.registry
         )
         self._first_verifier: asyncio.Task[None] | None = None
 
@@ -71,6 +85,7 @@ class Router:
             router_pb2_grpc.add_RouterServiceServicer_to_server,
             self.service,
             "treecast.v1.RouterService",
+            callers=["client"],
         )
         self.metrics.redis_up.set_function(lambda: float(self.redis_ok))
         self.metrics.streams.set_function(lambda: float(len(self.fleet.candidates())))
@@ -78,7 +93,15 @@ class Router:
         await self._registry.start(self.fleet.follow)
         if not self.redis_ok:
             log.warning("router.no_redis", affinity="by hash", seeds=self._settings.verifiers)
-        self._first_verifier = asyncio.create_task(self._await_first_verifier())
+        await self._set_serving(True)
+
+    async def _set_serving(self, serving: bool) -> None:
+        """Be ready once a verifier is there, or not at all."""
+        await self._forget_first_verifier()
+        if serving:
+            self._first_verifier = asyncio.create_task(self._await_first_verifier())
+        else:
+            await self.presence.server.set_not_ready()
 
     async def _await_first_verifier(self) -> None:
         await self.fleet.until(lambda: bool(self.fleet.open_hellos()) or None, timeout_s=None)
@@ -86,8 +109,7 @@ class Router:
 
     async def drain(self) -> None:
         """Take no new requests and wait for those that run, as long as the settings allow."""
-        self.service.draining = True
-        await self._forget_first_verifier()
+        await self._draining.stop()
         await self.presence.leave()
         await self.service.wait_idle(self._settings.drain_s)
 

@@ -37,10 +37,18 @@ class Seat:
     ones. Bounded by `max_tokens`.
     """
 
-    def __init__(self, handle: int, link: VerifierLink, vacate: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        handle: int,
+        link: VerifierLink,
+        vacate: Callable[[], None],
+        ended: Callable[[SeatEnd], None] = lambda end: None,
+    ) -> None:
+        """`ended` is told how the verifier ended the request, unless it was left before."""
         self.handle = handle
         self._link = link
         self._vacate = vacate
+        self._tell_end = ended
         self._frames: list[Progress | SeatEnd] = []
         self._arrived = asyncio.Event()
         self._started = False
@@ -76,6 +84,7 @@ class Seat:
         self._arrived.set()
         if not isinstance(frame, Progress):
             self._ended = True
+            self._tell_end(frame)
             self._vacate()
 
     def fail(self, error: TreecastError) -> None:

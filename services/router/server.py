@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import Any
 
 import grpc
 import structlog
 
-from treecast.errors import Cancelled, DuplicateRequest, TreecastError, Unavailable
+from treecast.errors import Cancelled, DuplicateRequest, TreecastError
 from treecast.v1 import router_pb2 as pb
 from treecast.v1 import router_pb2_grpc
 from treecast.wire.frames import SessionKey
@@ -17,14 +17,17 @@ from treecast.wire.guarded_redis import RedisLost
 
 from .admission import Admission
 from .dispatch import Dispatcher
+from .draining import Draining
 from .fleet import Fleet
 from .generation import Generation, Job
+from .keys import Key, KeyRing
 from .leases import Leases, epoch_without_redis
 from .messages import Ask, check_id, parse_ask
 from .metrics import RouterMetrics
 from .prefixes import Prefixes
+from .queue import Share
+from .quotas import Quotas
 from .sessions import (
-    TENANT,
     LeasedSession,
     NoSession,
     SampleSession,
@@ -33,17 +36,20 @@ from .sessions import (
 )
 from .settings import RouterSettings
 from .status import models_of, status_of
+from .writer import Writer
 
 DEADLINE_ROUNDING = 0.01
 """gRPC rounds a timeout up on the wire by as much as this share of it."""
 
 Context = grpc.aio.ServicerContext[Any, Any]
+RequestName = tuple[str, str]
+"""A tenant's request id: tenants choose theirs without knowing of one another."""
 
 log = structlog.get_logger()
 
 
 class RouterService(router_pb2_grpc.RouterServiceServicer):
-    """The RPCs over one fleet. `draining` is set once, at the end: no new requests then."""
+    """The RPCs over one fleet."""
 
     def __init__(
         self,
@@ -51,21 +57,26 @@ class RouterService(router_pb2_grpc.RouterServiceServicer):
         fleet: Fleet,
         leases: Leases,
         prefixes: Prefixes,
+        keys: KeyRing,
+        quotas: Quotas,
+        draining: Draining,
         redis_ok: Callable[[], bool],
         metrics: RouterMetrics,
     ) -> None:
-        self.draining = False
+        self._draining = draining
         self._settings = settings
         self._fleet = fleet
         self._leases = leases
         self._prefixes = prefixes
+        self._keys = keys
+        self._quotas = quotas
         self._redis_ok = redis_ok
         self._metrics = metrics
         self._dispatcher = Dispatcher(
             fleet, settings.queue_limit, settings.verifier_grace_s, metrics
         )
         self._admission = Admission(fleet, settings.verifier_grace_s)
-        self._running: dict[str, asyncio.Timeout] = {}
+        self._running: dict[RequestName, asyncio.Timeout] = {}
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -101,53 +112,65 @@ class RouterService(router_pb2_grpc.RouterServiceServicer):
             self._metrics.requests.labels(outcome).inc()
 
     async def _generate(self, request: pb.GenerateRequest, context: Context) -> str:
-        if self.draining:
-            raise Unavailable("router is draining")
+        key = self._caller(context)
+        self._draining.check()
         ask = parse_ask(request)
-        if ask.request_id in self._running:
+        key.check_priority(ask.priority)
+        name = (key.tenant, ask.request_id)
+        if name in self._running:
             raise DuplicateRequest(f"request {ask.request_id!r} is running")
         scope = asyncio.timeout(None)  # an abort lets it expire
-        self._enter(ask.request_id, scope)
+        self._enter(name, scope)
         try:
             async with scope:
-                reason = await self._serve(ask, context)
+                with self._quotas.running(key):
+                    await self._quotas.take_request(key)
+                    reason = await self._serve(ask, key, context)
         except TimeoutError:
             if not scope.expired():
                 raise
             raise Cancelled(f"request {ask.request_id!r} was aborted") from None
         finally:
-            self._exit(ask.request_id)
+            self._exit(name)
         return reason
 
-    def _enter(self, request_id: str, scope: asyncio.Timeout) -> None:
-        self._running[request_id] = scope
+    def _caller(self, context: Context) -> Key:
+        """Who calls; raises Unauthenticated for nobody that we know."""
+        metadata = context.invocation_metadata() or ()
+        given = [str(value) for name, value in metadata if name == "authorization"]
+        return self._keys.caller(given[0] if given else None)
+
+    def _enter(self, name: RequestName, scope: asyncio.Timeout) -> None:
+        self._running[name] = scope
         self._metrics.running.inc()
         self._idle.clear()
 
-    def _exit(self, request_id: str) -> None:
-        del self._running[request_id]
+    def _exit(self, name: RequestName) -> None:
+        del self._running[name]
         self._metrics.running.dec()
         if not self._running:
             self._idle.set()
 
-    async def _serve(self, ask: Ask, context: Context) -> str:
+    async def _serve(self, ask: Ask, key: Key, context: Context) -> str:
         arrived_s = asyncio.get_running_loop().time()
         deadline_s = self._deadline(context, arrived_s)
         checked = await self._admission.check(ask, deadline_s)
+        cost = ask.largest_cost(len(checked.prompt))
         job = Job(
             ask=ask,
+            share=Share(key.tenant, ask.priority, cost),
             prompt=checked.prompt,
             model=checked.model,
-            session=self._session(ask),
-            tenant=TENANT,
+            session=self._session(ask, key.tenant),
             deadline_s=deadline_s,
             arrived_s=arrived_s,
             detokenizer=lambda: checked.text.detokenizer(ask.sampling.stop),
-            write=_writer(context),
+            writer=Writer(context),
         )
         limit = self._settings.max_placements
         generation = Generation(job, self._dispatcher, self._prefixes, limit, self._metrics)
-        return (await generation.run()).name.lower()
+        async with self._quotas.tokens(key, cost, lambda: generation.spent):
+            return (await generation.run()).name.lower()
 
     def _deadline(self, context: Context, now_s: float) -> float | None:
         """Ahead of the client's own, so that the last event still gets there."""
@@ -157,18 +180,18 @@ class RouterService(router_pb2_grpc.RouterServiceServicer):
         margin_s = self._settings.deadline_margin_s + DEADLINE_ROUNDING * left_s
         return now_s + max(left_s / 2, left_s - margin_s)
 
-    def _session(self, ask: Ask) -> Session:
+    def _session(self, ask: Ask, tenant: str) -> Session:
         if ask.session_id is not None:
-            return LeasedSession(self._leases, ask.session_id)
+            return LeasedSession(self._leases, tenant, ask.session_id)
         if ask.num_samples > 1:
-            return SampleSession(ask.request_id, self._fleet.forget)
+            return SampleSession(tenant, ask.request_id, self._fleet.forget)
         return NoSession()
 
     # --- the other RPCs -----------------------------------------------------------------------
 
     async def Abort(self, request: pb.AbortRequest, context: Context) -> pb.AbortResponse:
-        """Ends the request's stream with CANCELLED, wherever it is."""
-        scope = self._running.get(request.request_id)
+        """Ends a request of the caller's tenant with CANCELLED, wherever it is."""
+        scope = self._running.get((self._caller(context).tenant, request.request_id))
         if scope is None or scope.expired():
             return pb.AbortResponse(aborted=False)
         scope.reschedule(asyncio.get_running_loop().time())
@@ -178,18 +201,20 @@ class RouterService(router_pb2_grpc.RouterServiceServicer):
         self, request: pb.CloseSessionRequest, context: Context
     ) -> pb.CloseSessionResponse:
         """Without Redis nobody knows the holder, so every verifier is told."""
+        tenant = self._caller(context).tenant
         check_id("session_id", request.session_id)
         try:
-            lease = await self._leases.release(lease_name(request.session_id))
+            lease = await self._leases.release(lease_name(tenant, request.session_id))
         except RedisLost:
-            return pb.CloseSessionResponse(closed=self._forget_everywhere(request.session_id))
+            closed = self._forget_everywhere(tenant, request.session_id)
+            return pb.CloseSessionResponse(closed=closed)
         if lease is not None:
-            key = SessionKey(TENANT, request.session_id, lease.epoch)
+            key = SessionKey(tenant, request.session_id, lease.epoch)
             self._fleet.forget(lease.holder, key)
         return pb.CloseSessionResponse(closed=lease is not None)
 
-    def _forget_everywhere(self, session_id: str) -> bool:
-        key = SessionKey(TENANT, session_id, epoch_without_redis())
+    def _forget_everywhere(self, tenant: str, session_id: str) -> bool:
+        key = SessionKey(tenant, session_id, epoch_without_redis())
         instances = [candidate.instance_id for candidate in self._fleet.candidates()]
         for instance_id in instances:
             self._fleet.forget(instance_id, key)
@@ -199,27 +224,40 @@ class RouterService(router_pb2_grpc.RouterServiceServicer):
         self, request: pb.ListModelsRequest, context: Context
     ) -> pb.ListModelsResponse:
         """One entry for each revision that takes new requests."""
+        self._caller(context)
         return pb.ListModelsResponse(models=models_of(self._fleet.open_hellos()))
 
     async def GetStatus(
         self, request: pb.GetStatusRequest, context: Context
     ) -> pb.GetStatusResponse:
         """All verifiers that are dialed, those that do not answer included."""
+        self._caller(context)
         statuses = await asyncio.gather(*map(status_of, self._fleet.verifiers))
         return pb.GetStatusResponse(
             verifiers=statuses,
             queued=self.num_waiting,
             running=max(0, len(self._running) - self.num_waiting),
             redis_ok=self._redis_ok(),
+            draining=self._draining.active,
         )
 
+    # --- for admins ---------------------------------------------------------------------------
 
-def _writer(context: Context) -> Callable[[pb.GenerateResponse], Awaitable[None]]:
-    """Samples of one request share its stream, which takes one message at a time."""
-    turn = asyncio.Lock()
+    async def Drain(self, request: pb.DrainRequest, context: Context) -> pb.DrainResponse:
+        """Returns at once; `GetStatus` tells how many requests still run."""
+        self._caller(context).check_admin()
+        if not request.target:
+            await self._draining.drain_router()
+            return pb.DrainResponse(running=len(self._running))
+        after_ms = request.hand_over_after_ms if request.HasField("hand_over_after_ms") else None
+        running = await self._draining.drain_verifier(request.target, after_ms)
+        return pb.DrainResponse(running=running)
 
-    async def write(response: pb.GenerateResponse) -> None:
-        async with turn:
-            await context.write(response)
-
-    return write
+    async def Resume(self, request: pb.ResumeRequest, context: Context) -> pb.ResumeResponse:
+        """Undoes a drain; nothing to do if there was none."""
+        self._caller(context).check_admin()
+        if request.target:
+            await self._draining.resume_verifier(request.target)
+        else:
+            await self._draining.resume_router()
+        return pb.ResumeResponse()

@@ -11,9 +11,8 @@ from treecast.wire.guarded_redis import RedisLost
 
 from .leases import Lease, Leases, epoch_without_redis
 
-TENANT = "default"
-SAMPLES_TENANT = "samples"
-"""Of sessions that only tie the samples of one request together."""
+SAMPLES_OF = "samples/"
+"""Before the tenant, in sessions that only tie the samples of one request together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +77,10 @@ class SampleSession:
     Nobody else knows it: its lease lives here, and it is forgotten when the request ends.
     """
 
-    def __init__(self, request_id: str, forget: Callable[[str, SessionKey], None]) -> None:
+    def __init__(
+        self, tenant: str, request_id: str, forget: Callable[[str, SessionKey], None]
+    ) -> None:
+        self._tenant = f"{SAMPLES_OF}{tenant}"
         self._request_id = request_id
         self._forget = forget
         self._lease: Lease | None = None
@@ -91,24 +93,25 @@ class SampleSession:
             self._lease = Lease(holder, epoch_without_redis())
         if self._lease is None or self._lease.holder != holder:
             return None
-        return Taken(SessionKey(SAMPLES_TENANT, self._request_id, self._lease.epoch))
+        return Taken(SessionKey(self._tenant, self._request_id, self._lease.epoch))
 
     def doubt(self) -> None:
         self._lease = None
 
     async def end(self) -> None:
         if self._lease is not None:
-            key = SessionKey(SAMPLES_TENANT, self._request_id, self._lease.epoch)
+            key = SessionKey(self._tenant, self._request_id, self._lease.epoch)
             self._forget(self._lease.holder, key)
 
 
 class LeasedSession:
     """A client's session, leased in Redis while Redis answers."""
 
-    def __init__(self, leases: Leases, session_id: str) -> None:
+    def __init__(self, leases: Leases, tenant: str, session_id: str) -> None:
         self._leases = leases
+        self._tenant = tenant
         self._session_id = session_id
-        self._name = lease_name(session_id)
+        self._name = lease_name(tenant, session_id)
         self._lease: Lease | None = None
         self._doubted = False
 
@@ -128,7 +131,7 @@ class LeasedSession:
             self._doubted = False
         if lease.holder != holder:
             return None
-        return Taken(SessionKey(TENANT, self._session_id, lease.epoch))
+        return Taken(SessionKey(self._tenant, self._session_id, lease.epoch))
 
     async def _claim(self, holder: str, seen: Whereabouts) -> Lease:
         try:
@@ -149,5 +152,5 @@ class LeasedSession:
             return
 
 
-def lease_name(session_id: str) -> str:
-    return f"{TENANT}/{session_id}"
+def lease_name(tenant: str, session_id: str) -> str:
+    return f"{tenant}/{session_id}"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Literal
+
 from pydantic import Field
 
 from treecast.settings import ServiceSettings
@@ -15,6 +18,15 @@ class RouterSettings(ServiceSettings):
         (), description="verifiers to dial beside those in Redis: host:port or dns:///name:port"
     )
     queue_limit: int = Field(256, ge=1, description="requests that may wait for a verifier")
+    api_keys_file: Path | None = Field(
+        None, description="TOML file of API keys, see docs/security.md; unset: open to everybody"
+    )
+    api_keys: str = Field("", description="more API keys, as the text of such a file")
+    tls_clients: Literal["certificate", "any"] = Field(
+        "certificate",
+        description="whom to serve where tls_ca is set: clients with a certificate of it, or any; "
+        "API keys tell tenants apart either way",
+    )
     verifier_grace_s: float = Field(
         5.0, ge=0, description="how long a request waits while no verifier of its model is there"
     )

@@ -53,6 +53,7 @@ async def status_of(verifier: Verifier) -> pb.VerifierStatus:
         kv_pages_total=beat.kv_pages_total,
         speculators=await _speculators(verifier),
         numerics_fingerprint=hello.fingerprint,
+        draining=beat.draining,
     )
 
 

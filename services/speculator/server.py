@@ -20,6 +20,7 @@ from treecast.wire.guarded_redis import GuardedRedis
 from treecast.wire.lifecycle import begin, serve_until_stopped
 from treecast.wire.pair import SPECULATE, Acceptor
 from treecast.wire.server import Server
+from treecast.wire.tls import tls_of
 
 from .grower import Grower
 from .loading import load_engines, make_drafter, warm_up
@@ -42,6 +43,7 @@ class Speculator(speculator_pb2_grpc.SpeculatorServiceServicer):
         self._settings = settings
         self._engines = engines
         self._instance_id = instance_id
+        self.tls = tls_of(settings)
         self.metrics = SpeculatorMetrics()
         self._drafter = thread.submit(make_drafter, settings, engines, self.metrics).result()
         self.grower = Grower(
@@ -125,6 +127,18 @@ class Speculator(speculator_pb2_grpc.SpeculatorServiceServicer):
             yield message
 
 
+def server_of(speculator: Speculator) -> Server:
+    """A server of its RPC."""
+    server = Server(tls=speculator.tls)
+    server.add(
+        speculator_pb2_grpc.add_SpeculatorServiceServicer_to_server,
+        speculator,
+        "treecast.v1.SpeculatorService",
+        callers=["verifier"],
+    )
+    return server
+
+
 async def serve(settings: SpeculatorSettings) -> None:
     """Load the drafters and serve until a signal.
 
@@ -135,12 +149,7 @@ async def serve(settings: SpeculatorSettings) -> None:
     instance_id = begin(settings, Role.SPECULATOR)
     thread, engines = load_on_thread(lambda: load_engines(settings))
     speculator = Speculator(settings, engines, instance_id, thread)
-    server = Server()
-    server.add(
-        speculator_pb2_grpc.add_SpeculatorServiceServicer_to_server,
-        speculator,
-        "treecast.v1.SpeculatorService",
-    )
+    server = server_of(speculator)
     thread.submit(speculator.warm_up).result()
     speculator.start()
     try:

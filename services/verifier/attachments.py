@@ -7,10 +7,14 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from treecast.tree import TokenTree
+from treecast.wire.breaker import Breaker
 from treecast.wire.frames import SpeculatorFrame, VerifierFrame
 from treecast.wire.link import Link
 
 from .calibration import Calibration
+
+BREAKER_THRESHOLD = 5
+BREAKER_PAUSE_S = 2.0
 
 SpeculatorLink = Link[VerifierFrame, SpeculatorFrame]
 
@@ -72,6 +76,7 @@ class Speculator:
     Attributes:
         refused: requests that it will not draft, whatever comes.
         put_off: requests that it had no room for.
+        breaker: open while it only breaks the sessions that it is given.
     """
 
     link: SpeculatorLink
@@ -79,6 +84,7 @@ class Speculator:
     sessions: set[int] = field(default_factory=set)
     refused: set[int] = field(default_factory=set)
     put_off: set[int] = field(default_factory=set)
+    breaker: Breaker = field(default_factory=lambda: Breaker(BREAKER_THRESHOLD, BREAKER_PAUSE_S))
 
     @property
     def willing(self) -> bool:
@@ -87,7 +93,7 @@ class Speculator:
     @property
     def has_room(self) -> bool:
         """Whether another session may be attached, as far as is known here."""
-        return self.willing and self.free_capacity > 0
+        return self.willing and self.free_capacity > 0 and self.breaker.allows
 
     @property
     def shares_cores(self) -> bool:

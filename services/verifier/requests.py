@@ -43,6 +43,7 @@ class Request:
     sequence: KVSequence | None = None
     cached_tokens: int = 0
     cancelled: bool = False
+    handed_over: bool = False
     retain: bool = True
     arrived_at: float = field(default_factory=time.monotonic)
     last_commit_at: float | None = None

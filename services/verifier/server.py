@@ -28,6 +28,7 @@ from treecast.wire.pair import SERVE, SPECULATE, Acceptor
 from treecast.wire.registry import Registry
 from treecast.wire.server import Server
 from treecast.wire.streams import Streams
+from treecast.wire.tls import tls_of
 
 from .admission import Admission
 from .choice import make_policy
@@ -56,7 +57,9 @@ class Verifier(verifier_pb2_grpc.VerifierServiceServicer):
         self._engine = engine
         self._tokenizer = tokenizer
         self._instance_id = instance_id
-        self._draining = False
+        self._draining = self._stopping = False
+        self._hand_over: asyncio.TimerHandle | None = None
+        self.tls = tls_of(settings)
         self.metrics = VerifierMetrics()
         curve = thread.submit(measure_curve, engine, settings.max_rows).result()
         policy = make_policy(settings, self.metrics.registry, curve)
@@ -70,7 +73,9 @@ class Verifier(verifier_pb2_grpc.VerifierServiceServicer):
         admission = Admission(engine, self.steps, tokenizer.decoder(), self._check_law)
         self._routers = Acceptor(SERVE, self._hello, self._heartbeat, admission)
         self._registry = Registry(redis, Role.SPECULATOR, settings.speculators)
-        self._speculators = Streams(SPECULATE, self._hello, self._heartbeat, self.speculation)
+        self._speculators = Streams(
+            SPECULATE, self._hello, self._heartbeat, self.speculation, self.tls
+        )
         self._stepping: asyncio.Task[None] | None = None
 
     # --- life-cycle -----------------------------------------------------------------------------
@@ -88,7 +93,7 @@ class Verifier(verifier_pb2_grpc.VerifierServiceServicer):
         Raises:
             Exception: what broke the step loop; nothing is waited for then.
         """
-        self._draining = True
+        self._stopping = True
         assert self._stepping is not None, "drained before it was started"
         finished = asyncio.create_task(self.steps.finished())
         ends = [finished, self._stepping]
@@ -103,6 +108,7 @@ class Verifier(verifier_pb2_grpc.VerifierServiceServicer):
 
     async def close(self) -> None:
         """Stop at once; routers re-place what was running."""
+        self._keep_all()
         self._routers.close("the verifier is stopping")
         await self._registry.close()
         await self._speculators.close()
@@ -141,7 +147,7 @@ class Verifier(verifier_pb2_grpc.VerifierServiceServicer):
         """Raises Unavailable, which ends the stream: a verifier that cannot step must not beat."""
         if self._stepping is not None and self._stepping.done():
             raise Unavailable("the verifier's step loop has ended")
-        return self.steps.heartbeat(self._draining)
+        return self.steps.heartbeat(self._draining or self._stopping)
 
     # --- RPCs -----------------------------------------------------------------------------------
 
@@ -184,6 +190,36 @@ class Verifier(verifier_pb2_grpc.VerifierServiceServicer):
             step_ms_by_rows={rows: 1000 * seconds for rows, seconds in curve.items()},
         )
 
+    async def Drain(
+        self, request: pb.VerifierServiceDrainRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> pb.VerifierServiceDrainResponse:
+        """Routers hear of it by the next heartbeat; what is on its way is still taken."""
+        self._keep_all()
+        self._draining = True
+        if request.HasField("hand_over_after_ms"):
+            loop = asyncio.get_running_loop()
+            after_s = request.hand_over_after_ms / 1000
+            self._hand_over = loop.call_later(after_s, self.steps.hand_over)
+        log.info("verifier.draining", running=self.steps.num_requests)
+        return pb.VerifierServiceDrainResponse(running=self.steps.num_requests)
+
+    async def Resume(
+        self, request: pb.VerifierServiceResumeRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> pb.VerifierServiceResumeResponse:
+        """Raises Unavailable: the verifier is being stopped."""
+        if self._stopping:
+            raise Unavailable("verifier is stopping; it cannot be resumed")
+        self._keep_all()
+        self._draining = False
+        log.info("verifier.resumed")
+        return pb.VerifierServiceResumeResponse()
+
+    def _keep_all(self) -> None:
+        """Hand nothing over any more."""
+        if self._hand_over is not None:
+            self._hand_over.cancel()
+            self._hand_over = None
+
 
 def _stop_if_broken(stepping: asyncio.Task[None]) -> None:
     """Without its step loop a verifier is of no use: end the process, so that it is restarted.
@@ -197,11 +233,12 @@ def _stop_if_broken(stepping: asyncio.Task[None]) -> None:
 
 def server_of(verifier: Verifier) -> Server:
     """A server of its RPCs. Streams stay within the usual cap; a tokenizer may be larger."""
-    server = Server(max_answer_bytes=MAX_ANSWER_BYTES)
+    server = Server(tls=verifier.tls, max_answer_bytes=MAX_ANSWER_BYTES)
     server.add(
         verifier_pb2_grpc.add_VerifierServiceServicer_to_server,
         verifier,
         "treecast.v1.VerifierService",
+        callers=["router"],
     )
     return server
 

@@ -123,6 +123,7 @@ class Speculation:
         attachment = Attachment(speculator, min(free), calibration)
         attached.append(attachment)
         speculator.sessions.add(request.handle)
+        speculator.breaker.trying()
         self._sync(request, attachment)
         return attachment
 
@@ -310,6 +311,7 @@ class Speculation:
         attachment = self._find(link, error.handle)
         if attachment is not None:
             link.send(Detach(error.handle))
+            attachment.speculator.breaker.failed()
             self._drop(attachment.speculator, self._requests[error.handle])
 
     def received(self, link: SpeculatorLink, frame: SpeculatorFrame) -> None:
@@ -342,6 +344,7 @@ class Speculation:
             self._metrics.stale_frames.inc()
             return
         attachment.base_len, attachment.tree = frame.base_len, tree
+        attachment.speculator.breaker.succeeded()
         self._take_over(request, attachment)
         asked_at = attachment.asked_at
         if behind == 0 and asked_at is not None:

@@ -17,7 +17,7 @@ import structlog
 
 from treecast.engine.base import Engine, LogitRows
 from treecast.engine.curve import StepCurve
-from treecast.errors import DeadlineExceeded, Overloaded, TreecastError
+from treecast.errors import DeadlineExceeded, Overloaded, TreecastError, Unavailable
 from treecast.sampling.laws import Walk, walk
 from treecast.sampling.stops import FinishReason, Stop
 from treecast.wire.frames import Completed, Cost, Failed, Heartbeat, Progress, SessionKey
@@ -31,6 +31,8 @@ from .requests import Request
 from .sessions import SessionStore
 from .settings import VerifierSettings
 from .speculation import Speculation
+
+HANDED_OVER = "the verifier is draining and has handed the request over"
 
 log = structlog.get_logger()
 
@@ -110,6 +112,17 @@ class StepLoop:
         """Free what a session retains."""
         self._forgotten.append(session)
         self._wake.set()
+
+    def hand_over(self) -> None:
+        """End all requests at the next step boundary, for their routers to place elsewhere."""
+        for request in (*self._running, *self._waiting):
+            request.handed_over = True
+        self._wake.set()
+
+    @property
+    def num_requests(self) -> int:
+        """Running and waiting."""
+        return len(self._running) + len(self._waiting)
 
     async def finished(self) -> None:
         """Wait until no request is left."""
@@ -237,6 +250,12 @@ class StepLoop:
         for request in [r for r in self._running if r.cancelled or r.expired]:
             cut = FinishReason.CANCELLED if request.cancelled else FinishReason.DEADLINE
             self._finish(request, Stop(cut))
+        for request in [r for r in self._running if r.handed_over]:
+            self._retire(request)
+            self._refuse(request, Unavailable(HANDED_OVER))
+        for request in [r for r in self._waiting if r.handed_over]:
+            self._waiting.remove(request)
+            self._refuse(request, Unavailable(HANDED_OVER))
         for request in [r for r in self._waiting if r.cancelled or r.expired]:
             self._waiting.remove(request)
             if request.cancelled:
@@ -355,10 +374,14 @@ class StepLoop:
     # --- ends -----------------------------------------------------------------------------------
 
     def _finish(self, request: Request, stop: Stop) -> None:
+        self._retire(request)
+        self._complete(request, stop)
+
+    def _retire(self, request: Request) -> None:
+        """Take it out of the batch; its session keeps what was computed."""
         self._running.remove(request)
         self._speculation.release(request)
         self.sessions.close(request, self._running)
-        self._complete(request, stop)
 
     def _complete(self, request: Request, stop: Stop) -> None:
         self._metrics.requests.labels(stop.reason.name.lower()).inc()

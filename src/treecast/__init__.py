@@ -4,16 +4,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from treecast.client import AsyncClient, Client
+    from treecast.client import AsyncClient, Client, TlsFiles
     from treecast.sampling.params import SamplingParams
 
 __version__ = "0.1.0"
-__all__ = ["AsyncClient", "Client", "SamplingParams", "__version__"]
+__all__ = ["AsyncClient", "Client", "SamplingParams", "TlsFiles", "__version__"]
 
 _HOMES = {
     "AsyncClient": "treecast.client",
     "Client": "treecast.client",
     "SamplingParams": "treecast.sampling.params",
+    "TlsFiles": "treecast.client",
 }
 
 

@@ -79,6 +79,18 @@ class NotServed(TreecastError):
     reason = "NOT_SERVED"
 
 
+class Unauthenticated(TreecastError):
+    """The caller's API key is missing, unknown or expired."""
+
+    reason = "UNAUTHENTICATED"
+
+
+class PermissionDenied(TreecastError):
+    """The caller is known, and may not do this."""
+
+    reason = "PERMISSION_DENIED"
+
+
 class DuplicateRequest(TreecastError):
     """A request with this id is running."""
 
@@ -111,6 +123,12 @@ class Overloaded(RetryableError):
     """A bounded queue or pool is full."""
 
     reason = "OVERLOADED"
+
+
+class QuotaExceeded(Overloaded):
+    """A tenant has used up what its API key allows for now."""
+
+    reason = "QUOTA_EXCEEDED"
 
 
 class Unavailable(RetryableError):

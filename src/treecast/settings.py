@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Literal, Self
 
 from pydantic import Field, ValidationError
@@ -49,7 +50,16 @@ class ServiceSettings(BaseSettings):
         "127.0.0.1:0", description="address to serve /metrics on; empty for none"
     )
     redis_url: str | None = Field(
-        None, description="redis://host:port/db for registry and leases; unset: seeds only"
+        None,
+        description="redis://user:password@host:port/db for registry, leases and quotas; rediss:// "
+        "with TLS, redis+cluster:// and rediss+cluster:// for a cluster; unset: seeds only",
+    )
+    tls_cert: Path | None = Field(
+        None, description="our certificate, PEM, read anew when it changes; unset: plaintext"
+    )
+    tls_key: Path | None = Field(None, description="its private key, PEM")
+    tls_ca: Path | None = Field(
+        None, description="authority of all peers, PEM: both ends of every hop show certificates"
     )
     log_level: str = Field("info", description="debug, info, warning or error")
     log_json: bool = Field(True, description="JSON log lines; otherwise for people")
@@ -82,7 +92,7 @@ def _first_fault(error: ValidationError) -> str:
     return f"{flag} is {fault['input']!r}: {fault['msg']}"
 
 
-_NOT_SETTINGS = {"TREECAST_HOME", "TREECAST_ROUTER"}
+_NOT_SETTINGS = {"TREECAST_HOME", "TREECAST_ROUTER", "TREECAST_API_KEY"}
 
 
 def unknown_variables(settings: type[ServiceSettings]) -> list[str]:

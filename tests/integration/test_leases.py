@@ -10,6 +10,7 @@ import pytest
 from redis.asyncio import Redis
 
 from treecast.errors import SettingsError
+from treecast.services.router.keys import TENANT
 from treecast.services.router.leases import Lease, Leases, epoch_without_redis
 from treecast.services.router.sessions import (
     LeasedSession,
@@ -233,25 +234,25 @@ def key(taken: Taken | None) -> SessionKey:
 
 
 async def test_second_turn_keeps_verifier_and_epoch(leases: Leases) -> None:
-    first = LeasedSession(leases, "s")
+    first = LeasedSession(leases, TENANT, "s")
     assert await first.look() == Whereabouts()
     one = key(await first.take("v1", Whereabouts()))
-    second = LeasedSession(leases, "s")
+    second = LeasedSession(leases, TENANT, "s")
     where = await second.look()
     assert where == Whereabouts(Lease("v1", one.epoch))
     assert key(await second.take("v1", where)) == one == SessionKey("default", "s", one.epoch)
 
 
 async def test_session_moves_with_a_newer_epoch_when_its_verifier_is_gone(leases: Leases) -> None:
-    session = LeasedSession(leases, "s")
+    session = LeasedSession(leases, TENANT, "s")
     one = key(await session.take("v1", Whereabouts()))
     two = key(await session.take("v2", await session.look()))
     assert two.epoch > one.epoch
-    assert (await LeasedSession(leases, "s").look()).holder == "v2"
+    assert (await LeasedSession(leases, TENANT, "s").look()).holder == "v2"
 
 
 async def test_request_follows_when_another_moved_the_session_first(leases: Leases) -> None:
-    slow, quick = LeasedSession(leases, "s"), LeasedSession(leases, "s")
+    slow, quick = LeasedSession(leases, TENANT, "s"), LeasedSession(leases, TENANT, "s")
     won = key(await quick.take("v1", Whereabouts()))
     assert await slow.take("v2", Whereabouts()) is None
     where = await slow.look()
@@ -265,7 +266,7 @@ async def test_samples_move_together_when_they_lose_their_verifier(
 ) -> None:
     if not redis_works:
         leases = Leases(GuardedRedis(None), ttl_s=60)
-    session = LeasedSession(leases, "s")
+    session = LeasedSession(leases, TENANT, "s")
     await session.take("v1", Whereabouts())
     where = await session.look()
     one = key(await session.take("v2", where))
@@ -275,7 +276,7 @@ async def test_samples_move_together_when_they_lose_their_verifier(
 
 
 async def test_epoch_is_renewed_when_a_verifier_calls_it_stale(leases: Leases) -> None:
-    session = LeasedSession(leases, "s")
+    session = LeasedSession(leases, TENANT, "s")
     one = key(await session.take("v1", Whereabouts()))
     session.doubt()
     two = key(await session.take("v1", await session.look()))
@@ -284,7 +285,7 @@ async def test_epoch_is_renewed_when_a_verifier_calls_it_stale(leases: Leases) -
 
 
 async def test_hash_decides_when_redis_is_lost_and_then_the_request_remembers() -> None:
-    session = LeasedSession(Leases(GuardedRedis(None), ttl_s=60), "s")
+    session = LeasedSession(Leases(GuardedRedis(None), ttl_s=60), TENANT, "s")
     where = await session.look()
     assert where == Whereabouts(rendezvous="default/s")
     before = epoch_without_redis()
@@ -297,7 +298,7 @@ async def test_hash_decides_when_redis_is_lost_and_then_the_request_remembers() 
 async def test_lease_is_renewed_when_a_long_request_ends(
     leases: Leases, redis: GuardedRedis
 ) -> None:
-    session = LeasedSession(leases, "s")
+    session = LeasedSession(leases, TENANT, "s")
     await session.take("v1", Whereabouts())
     await redis.ask(lambda client: client.pexpire(KEY, 1000))
     await session.end()
@@ -306,9 +307,9 @@ async def test_lease_is_renewed_when_a_long_request_ends(
 
 async def test_samples_share_a_session_that_is_forgotten_with_the_request() -> None:
     forgotten = []
-    session = SampleSession("r", lambda holder, key: forgotten.append((holder, key)))
+    session = SampleSession(TENANT, "r", lambda holder, key: forgotten.append((holder, key)))
     one = key(await session.take("v1", await session.look()))
-    assert (one.tenant, one.session_id) == ("samples", "r")
+    assert (one.tenant, one.session_id) == ("samples/default", "r")
     where = await session.look()
     assert where.holder == "v1"
     assert key(await session.take("v1", where)) == one

@@ -16,9 +16,12 @@ import pytest
 
 from treecast import Client, SamplingParams
 from treecast.checkpoints import DEFAULT_TARGET
-from treecast.client import FinishReason
+from treecast.cli.up import client_environment
+from treecast.client import FinishReason, RetryPolicy
+from treecast.errors import Unauthenticated, Unavailable
 from treecast.services.local import LocalMesh, MeshError, MeshSettings
 from treecast.services.local.folders import default_folders
+from treecast.services.router.keys import entry_of
 
 TREECAST = [sys.executable, "-m", "treecast.cli"]
 GREEDY = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
@@ -195,3 +198,36 @@ def has_ended(pidfd: int, timeout_s: float) -> bool:
         return bool(select.select([pidfd], [], [], timeout_s)[0])
     finally:
         os.close(pidfd)
+
+
+def test_mesh_with_tls_and_keys_serves_those_who_have_both(tmp_path, monkeypatch):
+    keys = tmp_path / "keys.toml"
+    keys.write_text(entry_of("tc_admin", "ops", {}, admin=True))
+    monkeypatch.setenv("TREECAST_API_KEY", "tc_admin")
+    settings = toy(tmp_path, tls=True, speculators=("ngram",), router_flags={"api_keys_file": keys})
+    with LocalMesh(settings) as mesh:
+        ours = mesh.certificates["client"]
+        with Client(mesh.router_address, tls=ours) as client:
+            assert len(client.generate(PROMPT, GREEDY).result().token_ids) == 40
+        once = RetryPolicy(attempts_to_start=1)
+        with Client(mesh.router_address, once) as plaintext, pytest.raises(Unavailable):
+            plaintext.status()
+        unknown = Client(mesh.router_address, once, tls=ours, api_key="tc_no")
+        with unknown, pytest.raises(Unauthenticated, match=r"^API key is unknown$"):
+            unknown.status()
+        variables = client_environment(mesh)
+        drained = subprocess.run(
+            [*TREECAST, "drain", "-r", mesh.router_address, "--wait"],
+            capture_output=True,
+            check=True,
+            env=os.environ | variables,
+        )
+        assert drained.stdout == b"draining, 0 running\n"
+
+
+def test_no_password_is_in_a_childs_command_or_log(tmp_path, own_redis):
+    url = f"{own_redis.url}?password=hunter2"  # the server has none, so Redis counts as lost
+    with LocalMesh(toy(tmp_path, speculators=(), redis_url=url)) as mesh:
+        commands = [" ".join(process.command) for process in mesh.processes.values()]
+        logs = [log.read_text() for log in tmp_path.glob("*.log")]
+    assert "hunter2" not in str(commands) + str(logs)

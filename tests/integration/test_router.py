@@ -39,6 +39,7 @@ from treecast.services.router.__main__ import main
 from treecast.services.router.dispatch import Dispatcher
 from treecast.services.router.metrics import RouterMetrics
 from treecast.services.router.placement import Wanted
+from treecast.services.router.queue import Share
 from treecast.services.router.router import Router
 from treecast.services.router.settings import RouterSettings
 from treecast.v1 import router_pb2 as pb
@@ -62,6 +63,7 @@ from ..byte_tokenizer import BOS, TEMPLATE
 from ..conftest import LocalRedis
 from .scripted_verifier import ScriptedVerifier, output_of, text_of
 
+FULL = r"^queue has 2 requests, 2 of them of tenant 'default'; the limit is 2$"
 HELLO = (BOS, *b"hello")
 ROUTERS = itertools.count(1)
 LAW_MSS = sampling_pb2.LAW_MSS
@@ -345,7 +347,7 @@ async def test_samples_share_a_session_and_have_noise_of_their_own(
     ).read_all()
     assert [start.noise_key for start in verifier.started] == [noise_key(7, i) for i in range(3)]
     [key] = {start.session for start in verifier.started}
-    assert (key.tenant, key.session_id) == ("samples", "r")
+    assert (key.tenant, key.session_id) == ("samples/default", "r")
     for index in range(3):
         kinds = [e.WhichOneof("event") for e in reply.events if e.sample_index == index]
         assert kinds[0] == "started"
@@ -660,8 +662,8 @@ async def test_place_is_given_back_when_its_request_is_cancelled_as_it_comes(
         fleet = client.router.fleet
         dispatcher = Dispatcher(fleet, 10, 10.0, RouterMetrics())
         wanted = Wanted("bytes", "r1", "r")
-        [seat] = await dispatcher.admit(wanted, 0, None)
-        waiting = asyncio.create_task(dispatcher.admit(wanted, 0, None))
+        [seat] = await dispatcher.admit(wanted, Share("t"), None)
+        waiting = asyncio.create_task(dispatcher.admit(wanted, Share("t"), None))
         await asyncio.sleep(0)
         assert dispatcher.num_waiting == 1
         seat.leave()
@@ -676,7 +678,7 @@ async def test_request_is_refused_when_the_queue_is_full(start: Callable[..., An
     async with routing([verifier], queue_limit=2) as client:
         replies = [await client.generate().read_tokens(1), client.generate(), client.generate()]
         await client.queued(2)
-        with pytest.raises(Overloaded, match=r"^queue has 2 requests; the limit is 2$") as refusal:
+        with pytest.raises(Overloaded, match=FULL) as refusal:
             await client.generate().read_all()
         assert refusal.value.retry_after_s == 1.0
         verifier.allow(100)

@@ -16,9 +16,11 @@ from treecast.errors import (
     NotServed,
     Overloaded,
     PeerMismatch,
+    PermissionDenied,
     PromptTooLong,
     RetryableError,
     TreecastError,
+    Unauthenticated,
     Unavailable,
 )
 from treecast.wire.frames import BadFrame
@@ -135,7 +137,8 @@ class Ended(grpc.RpcError):
         ),
         (grpc.StatusCode.INVALID_ARGUMENT, "bad", InvalidRequest),
         (grpc.StatusCode.UNIMPLEMENTED, "no such method", NotServed),
-        (grpc.StatusCode.PERMISSION_DENIED, "no", TreecastError),
+        (grpc.StatusCode.PERMISSION_DENIED, "no", PermissionDenied),
+        (grpc.StatusCode.UNAUTHENTICATED, "who?", Unauthenticated),
         (grpc.StatusCode.UNKNOWN, "?", TreecastError),
     ],
 )

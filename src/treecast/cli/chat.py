@@ -36,6 +36,7 @@ def chat(
     max_nodes: options.MaxNodes = None,
     session: options.Session = None,
     router: options.Router = None,
+    api_key: options.ApiKey = None,
     as_json: options.Json = False,
 ) -> None:
     """Talk with the model; every turn sees the ones before it.
@@ -54,7 +55,7 @@ def chat(
     sampling = SamplingParams(
         temperature=temperature, top_p=top_p, seed=seed, max_tokens=max_tokens
     )
-    with Client(router) as client:
+    with Client(router, api_key=api_key) as client:
         talk = Talk(client, sampling, session or f"chat-{uuid.uuid4()}", system, max_nodes)
         try:
             _converse(talk, as_json)

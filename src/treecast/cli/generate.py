@@ -68,6 +68,7 @@ def generate(
         typer.Option("--stats/--no-stats", help="Steps and speed on stderr, at the end."),
     ] = None,
     router: options.Router = None,
+    api_key: options.ApiKey = None,
     as_json: options.Json = False,
 ) -> None:
     """Answer one prompt, streaming the text as it comes.
@@ -102,7 +103,7 @@ def generate(
         logprobs=logprobs,
     )
     asked = read_prompt(prompt, file, raw, token_ids, system)
-    with Client(router) as client:
+    with Client(router, api_key=api_key) as client:
         begun = time.monotonic()
         stream = client.generate(
             asked,

@@ -19,6 +19,17 @@ Router = Annotated[
         show_default=False,
     ),
 ]
+ApiKey = Annotated[
+    str | None,
+    typer.Option(
+        "--api-key",
+        envvar="TREECAST_API_KEY",
+        metavar="KEY",
+        help="Key for a router that asks for one; better in the variable, which nobody else sees.",
+        show_default=False,
+        show_envvar=True,
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines instead of text.")]
 Session = Annotated[
     str | None,

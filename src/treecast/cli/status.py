@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Group
     from rich.table import Table
 
-    from treecast.client import Status
+    from treecast.client import Status, VerifierStatus
 
 
 def register(app: typer.Typer) -> None:
@@ -28,6 +28,7 @@ def status(
         typer.Option("--watch", "-w", metavar="SECONDS", min=0.1, help="Look again this often."),
     ] = None,
     router: options.Router = None,
+    api_key: options.ApiKey = None,
     as_json: options.Json = False,
 ) -> None:
     """Show the verifiers, their speculators, the queue and the load.
@@ -44,7 +45,7 @@ def status(
     """
     from treecast.client import Client
 
-    with Client(router) as client:
+    with Client(router, api_key=api_key) as client:
         if watch is None:
             _print(client.status(), as_json)
         elif as_json:
@@ -77,7 +78,15 @@ def render(now: Status) -> Group:
 
     redis = "ok" if now.redis_ok else "not there, so sessions may move between verifiers"
     line = f"running {now.running}, queued {now.queued}, redis {redis}"
+    if now.draining:
+        line += ", draining"
     return Group(line, _verifier_table(now))
+
+
+def _health(verifier: VerifierStatus) -> str:
+    if verifier.draining:
+        return "[yellow]draining[/]"
+    return "[green]healthy[/]" if verifier.healthy else "[red]down[/]"
 
 
 def _verifier_table(now: Status) -> Table:
@@ -89,7 +98,7 @@ def _verifier_table(now: Status) -> Table:
     for verifier in now.verifiers:
         table.add_row(
             verifier.address,
-            "[green]healthy[/]" if verifier.healthy else "[red]down[/]",
+            _health(verifier),
             f"{verifier.model} {verifier.model_revision}".strip(),
             str(verifier.running),
             str(verifier.waiting),

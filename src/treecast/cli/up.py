@@ -8,6 +8,7 @@ import signal
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -15,6 +16,7 @@ import typer
 from treecast.address import parse_address
 from treecast.errors import SettingsError
 from treecast.settings import DType
+from treecast.wire.guarded_redis import redacted
 
 from . import options
 from .output import stderr, stdout, write_json
@@ -81,6 +83,20 @@ def up(
             show_default=False,
         ),
     ] = None,
+    tls: Annotated[
+        bool,
+        typer.Option("--tls", help="Mutual TLS between all of them, with throwaway certificates."),
+    ] = False,
+    api_keys_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--api-keys",
+            metavar="FILE",
+            help="Ask callers for a key of this file, see `treecast keys new`; an admin's key in "
+            "TREECAST_API_KEY lets this command look after the mesh.",
+            show_default="open to everybody",
+        ),
+    ] = None,
     as_json: options.Json = False,
 ) -> None:
     """Start Valkey, verifiers, speculators and a router here, each a process, until Ctrl-C.
@@ -112,6 +128,8 @@ def up(
         speculator_flags={"growth": growth} if growth else {},
         router_listen=listen,
         redis_url=redis_url,
+        tls=tls,
+        router_flags={"api_keys_file": api_keys_file} if api_keys_file else {},
     )
     with termination_as_interrupt(), running_mesh(settings) as mesh:
         if as_json:
@@ -186,12 +204,24 @@ def describe(mesh: LocalMesh) -> dict[str, object]:
     services = {name: p for name, p in mesh.processes.items() if name != "valkey"}
     return {
         "router": mesh.router_address,
-        "redis": mesh.redis_url,
+        "redis": redacted(mesh.redis_url),
         "metrics": {name: process.metrics_address for name, process in services.items()},
         "addresses": {name: process.address for name, process in services.items()},
         "pids": {name: process.pid for name, process in mesh.processes.items()},
         "log_dir": str(mesh.log_dir),
+        "environment": client_environment(mesh),
     }
+
+
+def client_environment(mesh: LocalMesh) -> dict[str, str]:
+    """Variables that let a client in; none for a mesh without TLS."""
+    from treecast.client.access import TLS_VARIABLES
+
+    files = mesh.certificates.get("client")
+    if files is None:
+        return {}
+    paths = (files.cert, files.key, files.ca)
+    return {name: str(path) for name, path in zip(TLS_VARIABLES, paths, strict=True)}
 
 
 def _print_endpoints(mesh: LocalMesh) -> None:
@@ -200,7 +230,7 @@ def _print_endpoints(mesh: LocalMesh) -> None:
     table = Table("service", "gRPC", "metrics", "pid")
     for name, process in mesh.processes.items():
         if name == "valkey":
-            table.add_row(name, mesh.redis_url, "", str(process.pid))
+            table.add_row(name, redacted(mesh.redis_url), "", str(process.pid))
             continue
         metrics = f"http://{process.metrics_address}/metrics" if process.metrics_address else ""
         table.add_row(name, process.address, metrics, str(process.pid))
@@ -208,7 +238,9 @@ def _print_endpoints(mesh: LocalMesh) -> None:
     console.print(table)
     console.print(f"logs: {mesh.log_dir}", soft_wrap=True)
     router = "" if mesh.router_address == DEFAULT_LISTEN else f" --router {mesh.router_address}"
-    console.print(f'try:  treecast generate "Name three rivers."{router}', soft_wrap=True)
+    variables = "".join(f"{name}={value} " for name, value in client_environment(mesh).items())
+    command = f'{variables}treecast generate "Name three rivers."{router}'
+    console.print(f"try:  {command}", soft_wrap=True, markup=False)
     console.print("Ctrl-C stops the mesh.")
 
 

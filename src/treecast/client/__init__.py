@@ -3,6 +3,7 @@
 from treecast.sampling.params import Law, Proposal, SamplingParams
 from treecast.sampling.stops import FinishReason
 from treecast.wire.frames import Usage
+from treecast.wire.tls import TlsFiles
 
 from .aio import AsyncClient, AsyncStream
 from .request import ChatMessage, Prompt
@@ -27,6 +28,7 @@ __all__ = [
     "SamplingParams",
     "Status",
     "Stream",
+    "TlsFiles",
     "Usage",
     "VerifierStatus",
 ]

@@ -14,7 +14,9 @@ from treecast.sampling.params import Law, Proposal, SamplingParams, SpeculationP
 from treecast.v1 import router_pb2, router_pb2_grpc
 from treecast.wire.channel import open_channel
 from treecast.wire.status import from_rpc_error
+from treecast.wire.tls import Tls, TlsFiles
 
+from .access import CallOptions, read_access
 from .connections import Connections, name_router, router_addresses
 from .replies import read_models, read_status
 from .request import Prompt, RequestOptions, build_request
@@ -96,8 +98,11 @@ class AsyncClient:
         address: str | Sequence[str] | None = None,
         retry: RetryPolicy | None = None,
         timeout_s: float = 10.0,
+        *,
+        api_key: str | None = None,
+        tls: TlsFiles | None = None,
     ) -> None:
-        self._routers = Connections(router_addresses(address), open_channel)
+        self._routers = Connections(router_addresses(address), _dial, read_access(api_key, tls))
         self._retry = retry or RetryPolicy()
         self._timeout_s = timeout_s
 
@@ -150,29 +155,50 @@ class AsyncClient:
     async def abort(self, request_id: str) -> bool:
         """Stop a running request. False if there is none of this id. Safe to retry."""
         request = router_pb2.AbortRequest(request_id=request_id)
-        return (await self._call(lambda stub, s: stub.Abort(request, timeout=s))).aborted
+        return (await self._call(lambda stub, given: stub.Abort(request, **given))).aborted
 
     async def close_session(self, session_id: str) -> bool:
         """Free a session's KV cache. False if it is not known. Safe to retry."""
         request = router_pb2.CloseSessionRequest(session_id=session_id)
-        return (await self._call(lambda stub, s: stub.CloseSession(request, timeout=s))).closed
+        return (await self._call(lambda stub, given: stub.CloseSession(request, **given))).closed
 
     async def models(self) -> tuple[Model, ...]:
         """Models that can be asked for now."""
         request = router_pb2.ListModelsRequest()
-        return read_models(await self._call(lambda stub, s: stub.ListModels(request, timeout=s)))
+        return read_models(await self._call(lambda stub, given: stub.ListModels(request, **given)))
+
+    async def drain(self, target: str = "", hand_over_after_s: float | None = None) -> int:
+        """Take a verifier, or the router, out of service: nothing new starts there.
+
+        Needs an admin's key, if the router has keys. Returns at once. Safe to retry.
+
+        Args:
+            target: address or instance id of a verifier; empty for the router itself.
+            hand_over_after_s: a verifier hands over what still runs then; None lets it finish.
+        Returns:
+            How many requests still run there.
+        """
+        after_ms = None if hand_over_after_s is None else round(1000 * hand_over_after_s)
+        request = router_pb2.DrainRequest(target=target, hand_over_after_ms=after_ms)
+        return (await self._call(lambda stub, given: stub.Drain(request, **given))).running
+
+    async def resume(self, target: str = "") -> None:
+        """Undo `drain`. Safe to retry."""
+        request = router_pb2.ResumeRequest(target=target)
+        await self._call(lambda stub, given: stub.Resume(request, **given))
 
     async def status(self) -> Status:
         """Workers, queue and load."""
         request = router_pb2.GetStatusRequest()
-        return read_status(await self._call(lambda stub, s: stub.GetStatus(request, timeout=s)))
+        return read_status(await self._call(lambda stub, given: stub.GetStatus(request, **given)))
 
-    async def _call(self, ask: Callable[[AsyncStub, float], Awaitable[ReplyT]]) -> ReplyT:
+    async def _call(self, ask: Callable[[AsyncStub, CallOptions], Awaitable[ReplyT]]) -> ReplyT:
         """Ask each router in turn until one answers."""
+        given: CallOptions = {"timeout": self._timeout_s, "metadata": self._routers.metadata}
         for attempt in range(1, len(self._routers) + 1):
             address = self._routers.address
             try:
-                return await ask(_stub(self._routers.channel(address)), self._timeout_s)
+                return await ask(_stub(self._routers.channel(address)), given)
             except grpc.aio.AioRpcError as error:
                 ours = name_router(from_rpc_error(error), address)
                 if attempt == len(self._routers) or not isinstance(ours, Unavailable):
@@ -187,7 +213,7 @@ async def _run(
     """Chunks of the whole request, over as many attempts as it takes."""
     while not transcript.complete:
         address = routers.address
-        attempt = _receive(routers.channel(address), address, transcript, attempts)
+        attempt = _receive(routers, address, transcript, attempts)
         try:
             async for chunk in attempt:
                 yield chunk
@@ -202,11 +228,13 @@ async def _run(
 
 
 async def _receive(
-    channel: grpc.aio.Channel, address: str, transcript: Transcript, attempts: Attempts
+    routers: Connections[grpc.aio.Channel], address: str, transcript: Transcript, attempts: Attempts
 ) -> AsyncGenerator[Chunk]:
     """Chunks of one attempt, until its stream ends; gRPC's errors come out as ours."""
     timeout_s = attempts.remaining_s()
-    call = _stub(channel).Generate(transcript.next_request(), timeout=timeout_s)
+    call = _stub(routers.channel(address)).Generate(
+        transcript.next_request(), timeout=timeout_s, metadata=routers.metadata
+    )
     try:
         async for response in call:
             if (chunk := transcript.fold(response)) is not None:
@@ -217,6 +245,10 @@ async def _receive(
         call.cancel()
     if not transcript.complete:
         raise Unavailable(f"router {address} ended the stream before the request had finished")
+
+
+def _dial(address: str, tls: Tls | None) -> grpc.aio.Channel:
+    return open_channel(address, tls=tls)
 
 
 def _stub(channel: grpc.aio.Channel) -> AsyncStub:

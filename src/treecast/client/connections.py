@@ -9,6 +9,9 @@ from typing import Generic, TypeVar
 
 from treecast.address import parse_address
 from treecast.errors import InvalidRequest, TreecastError, Unavailable
+from treecast.wire.tls import Pem, Tls
+
+from .access import Access
 
 DEFAULT_ADDRESS = "127.0.0.1:7070"
 ADDRESS_VARIABLE = "TREECAST_ROUTER"
@@ -39,12 +42,28 @@ def router_addresses(address: str | Sequence[str] | None) -> tuple[str, ...]:
 
 
 class Connections(Generic[ChannelT]):
-    """One channel per address, opened when first used; `leave` moves on to the next address."""
+    """One channel per address, opened when first used; `leave` moves on to the next address.
 
-    def __init__(self, addresses: Sequence[str], dial: Callable[[str], ChannelT]) -> None:
+    Once certificates were replaced, new calls go over new channels; calls that run go on over
+    the old ones.
+
+    Attributes:
+        metadata: what goes with every call.
+    """
+
+    def __init__(
+        self,
+        addresses: Sequence[str],
+        dial: Callable[[str, Tls | None], ChannelT],
+        access: Access = Access((), None),  # noqa: B008  frozen
+    ) -> None:
+        self.metadata = access.metadata
         self._addresses = addresses
         self._dial = dial
+        self._tls = access.tls
+        self._pem: Pem | None = None
         self._open: dict[str, ChannelT] = {}
+        self._outdated: list[ChannelT] = []
         self._at = 0
         self._lock = threading.Lock()
 
@@ -58,9 +77,17 @@ class Connections(Generic[ChannelT]):
     def channel(self, address: str) -> ChannelT:
         """The channel to one of the addresses; opening one does not block."""
         with self._lock:
+            self._follow_certificates()
             if address not in self._open:
-                self._open[address] = self._dial(address)
+                self._open[address] = self._dial(address, self._tls)
             return self._open[address]
+
+    def _follow_certificates(self) -> None:
+        pem = self._tls.refreshed() if self._tls is not None else None
+        if pem is not self._pem:
+            self._pem = pem
+            self._outdated += self._open.values()
+            self._open.clear()
 
     def leave(self, address: str) -> None:
         """Use the next address from now on, unless another stream has moved on from this one."""
@@ -70,8 +97,9 @@ class Connections(Generic[ChannelT]):
 
     def take_all(self) -> list[ChannelT]:
         """Give up every channel, for the caller to close."""
-        channels = list(self._open.values())
+        channels = [*self._open.values(), *self._outdated]
         self._open.clear()
+        self._outdated.clear()
         return channels
 
 

@@ -26,6 +26,7 @@ def read_status(reply: router_pb2.GetStatusResponse) -> Status:
         queued=reply.queued,
         running=reply.running,
         redis_ok=reply.redis_ok,
+        draining=reply.draining,
     )
 
 
@@ -42,4 +43,5 @@ def _read_verifier(verifier: router_pb2.VerifierStatus) -> VerifierStatus:
         kv_pages_total=verifier.kv_pages_total,
         speculators=tuple(verifier.speculators),
         numerics_fingerprint=verifier.numerics_fingerprint,
+        draining=verifier.draining,
     )

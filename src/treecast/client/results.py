@@ -115,6 +115,7 @@ class VerifierStatus:
     kv_pages_total: int
     speculators: tuple[str, ...]
     numerics_fingerprint: str
+    draining: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,3 +126,4 @@ class Status:
     queued: int
     running: int
     redis_ok: bool
+    draining: bool = False

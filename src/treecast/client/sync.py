@@ -14,7 +14,9 @@ from treecast.sampling.params import Law, Proposal, SamplingParams, SpeculationP
 from treecast.v1 import router_pb2, router_pb2_grpc
 from treecast.wire.channel import channel_options
 from treecast.wire.status import from_rpc_error
+from treecast.wire.tls import Tls, TlsFiles
 
+from .access import CallOptions, read_access
 from .connections import Connections, name_router, router_addresses
 from .replies import read_models, read_status
 from .request import Prompt, RequestOptions, build_request
@@ -94,8 +96,12 @@ class Client:
             goes on through the next.
         retry: how hard to try when a router is lost.
         timeout_s: for every call but `generate`.
+        api_key: by default that in TREECAST_API_KEY; none for a router that is open.
+        tls: by default the files in TREECAST_TLS_CA, TREECAST_TLS_CERT and TREECAST_TLS_KEY; none
+            connects in plaintext.
     Raises:
         InvalidRequest: an address is malformed. Connecting waits for the first call.
+        SettingsError: the TLS files are unreadable or do not fit.
     """
 
     def __init__(
@@ -103,8 +109,11 @@ class Client:
         address: str | Sequence[str] | None = None,
         retry: RetryPolicy | None = None,
         timeout_s: float = 10.0,
+        *,
+        api_key: str | None = None,
+        tls: TlsFiles | None = None,
     ) -> None:
-        self._routers = Connections(router_addresses(address), _dial)
+        self._routers = Connections(router_addresses(address), _dial, read_access(api_key, tls))
         self._retry = retry or RetryPolicy()
         self._timeout_s = timeout_s
 
@@ -166,29 +175,50 @@ class Client:
     def abort(self, request_id: str) -> bool:
         """Stop a running request. False if there is none of this id. Safe to retry."""
         request = router_pb2.AbortRequest(request_id=request_id)
-        return self._call(lambda stub, s: stub.Abort(request, timeout=s)).aborted
+        return self._call(lambda stub, given: stub.Abort(request, **given)).aborted
 
     def close_session(self, session_id: str) -> bool:
         """Free a session's KV cache. False if it is not known. Safe to retry."""
         request = router_pb2.CloseSessionRequest(session_id=session_id)
-        return self._call(lambda stub, s: stub.CloseSession(request, timeout=s)).closed
+        return self._call(lambda stub, given: stub.CloseSession(request, **given)).closed
 
     def models(self) -> tuple[Model, ...]:
         """Models that can be asked for now."""
         request = router_pb2.ListModelsRequest()
-        return read_models(self._call(lambda stub, s: stub.ListModels(request, timeout=s)))
+        return read_models(self._call(lambda stub, given: stub.ListModels(request, **given)))
+
+    def drain(self, target: str = "", hand_over_after_s: float | None = None) -> int:
+        """Take a verifier, or the router, out of service: nothing new starts there.
+
+        Needs an admin's key, if the router has keys. Returns at once. Safe to retry.
+
+        Args:
+            target: address or instance id of a verifier; empty for the router itself.
+            hand_over_after_s: a verifier hands over what still runs then; None lets it finish.
+        Returns:
+            How many requests still run there.
+        """
+        after_ms = None if hand_over_after_s is None else round(1000 * hand_over_after_s)
+        request = router_pb2.DrainRequest(target=target, hand_over_after_ms=after_ms)
+        return (self._call(lambda stub, given: stub.Drain(request, **given))).running
+
+    def resume(self, target: str = "") -> None:
+        """Undo `drain`. Safe to retry."""
+        request = router_pb2.ResumeRequest(target=target)
+        self._call(lambda stub, given: stub.Resume(request, **given))
 
     def status(self) -> Status:
         """Workers, queue and load."""
         request = router_pb2.GetStatusRequest()
-        return read_status(self._call(lambda stub, s: stub.GetStatus(request, timeout=s)))
+        return read_status(self._call(lambda stub, given: stub.GetStatus(request, **given)))
 
-    def _call(self, ask: Callable[[Stub, float], ReplyT]) -> ReplyT:
+    def _call(self, ask: Callable[[Stub, CallOptions], ReplyT]) -> ReplyT:
         """Ask each router in turn until one answers."""
+        given: CallOptions = {"timeout": self._timeout_s, "metadata": self._routers.metadata}
         for attempt in range(1, len(self._routers) + 1):
             address = self._routers.address
             try:
-                return ask(Stub(self._routers.channel(address)), self._timeout_s)
+                return ask(Stub(self._routers.channel(address)), given)
             except grpc.RpcError as error:
                 ours = name_router(from_rpc_error(error), address)
                 if attempt == len(self._routers) or not isinstance(ours, Unavailable):
@@ -197,8 +227,11 @@ class Client:
         raise AssertionError("there is at least one router")
 
 
-def _dial(address: str) -> grpc.Channel:
-    return grpc.insecure_channel(address, options=channel_options(address))
+def _dial(address: str, tls: Tls | None) -> grpc.Channel:
+    options = channel_options(address)
+    if tls is None:
+        return grpc.insecure_channel(address, options=options)
+    return grpc.secure_channel(address, tls.channel_credentials(), options=options)
 
 
 def _run(
@@ -208,7 +241,7 @@ def _run(
     while not transcript.complete:
         address = routers.address
         try:
-            yield from _receive(routers.channel(address), address, transcript, attempts)
+            yield from _receive(routers, address, transcript, attempts)
         except TreecastError as error:
             if transcript.complete:
                 return
@@ -218,11 +251,13 @@ def _run(
 
 
 def _receive(
-    channel: grpc.Channel, address: str, transcript: Transcript, attempts: Attempts
+    routers: Connections[grpc.Channel], address: str, transcript: Transcript, attempts: Attempts
 ) -> Generator[Chunk]:
     """Chunks of one attempt, until its stream ends; gRPC's errors come out as ours."""
     timeout_s = attempts.remaining_s()
-    call = Stub(channel).Generate(transcript.next_request(), timeout=timeout_s)
+    call = Stub(routers.channel(address)).Generate(
+        transcript.next_request(), timeout=timeout_s, metadata=routers.metadata
+    )
     try:
         for response in call:
             if (chunk := transcript.fold(response)) is not None:

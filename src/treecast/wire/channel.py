@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import grpc
 
+from treecast.wire.tls import Tls, server_name
+
 MAX_MESSAGE_BYTES = 4 * 1024 * 1024
 """Largest message that a server or a client takes; a sender splits what is more."""
 
@@ -20,8 +22,14 @@ _LAST_RETRY_MS = 2_000
 Options = list[tuple[str, str | int]]
 
 
-def channel_options(address: str, max_message_bytes: int = MAX_MESSAGE_BYTES) -> Options:
-    """Options of a channel; `dns:///` names are balanced over all their addresses."""
+def channel_options(
+    address: str, max_message_bytes: int = MAX_MESSAGE_BYTES, peer_name: str = ""
+) -> Options:
+    """Options of a channel; `dns:///` names are balanced over all their addresses.
+
+    Args:
+        peer_name: the name that the peer's certificate must have; empty for that in the address.
+    """
     options: Options = [
         ("grpc.max_send_message_length", max_message_bytes),
         ("grpc.max_receive_message_length", max_message_bytes),
@@ -36,17 +44,27 @@ def channel_options(address: str, max_message_bytes: int = MAX_MESSAGE_BYTES) ->
     ]
     if address.startswith("dns:///"):
         options.append(("grpc.lb_policy_name", "round_robin"))
+    if peer_name:
+        options.append(("grpc.ssl_target_name_override", peer_name))
     return options
 
 
 def open_channel(
     address: str,
     *,
-    credentials: grpc.ChannelCredentials | None = None,
+    tls: Tls | None = None,
+    peer_role: str = "",
     max_message_bytes: int = MAX_MESSAGE_BYTES,
 ) -> grpc.aio.Channel:
-    """Open a channel, over TLS when credentials are given. The caller closes it."""
-    options = channel_options(address, max_message_bytes)
-    if credentials is None:
+    """Open a channel, over TLS with the certificates of this moment if any. The caller closes it.
+
+    Args:
+        peer_role: what the peer's certificate must say it is, where its authority is ours; the
+            host name of the address counts otherwise.
+    """
+    if tls is None:
+        options = channel_options(address, max_message_bytes)
         return grpc.aio.insecure_channel(address, options=options)
-    return grpc.aio.secure_channel(address, credentials, options=options)
+    name = server_name(peer_role) if peer_role and tls.mutual else ""
+    options = channel_options(address, max_message_bytes, name)
+    return grpc.aio.secure_channel(address, tls.channel_credentials(), options=options)

@@ -23,6 +23,7 @@ from treecast.wire.greeting import accept_any, receive_greeting
 from treecast.wire.hop import Hop
 from treecast.wire.link import Link, PairHandler
 from treecast.wire.status import from_rpc_error
+from treecast.wire.tls import Tls, server_name
 
 FIRST_RETRY_S = 0.1
 LAST_RETRY_S = 2.0
@@ -30,6 +31,9 @@ SLOW_RETRY_S = 10.0
 """Pause after a refusal that trying again soon cannot change."""
 
 _STABLE_S = 5.0
+_WRONG_NAME = "Hostname Verification Check failed"
+"""gRPC's words for it; with others the refusal stands, and says less."""
+
 _SLOW = (PeerMismatch, DuplicateRequest)
 
 Out = TypeVar("Out")
@@ -49,7 +53,7 @@ class Dialer(Generic[Out, In]):
         heartbeat: Callable[[], Heartbeat],
         handler: PairHandler[Out, In],
         *,
-        channel_credentials: grpc.ChannelCredentials | None = None,
+        tls: Tls | None = None,
         check: Callable[[Hello], None] = accept_any,
     ) -> None:
         self.address = address
@@ -57,7 +61,7 @@ class Dialer(Generic[Out, In]):
         self._hello = hello
         self._heartbeat = heartbeat
         self._handler = handler
-        self._credentials = channel_credentials
+        self._tls = tls
         self._check = check
         self._link: Link[Out, In] | None = None
         self._problem: TreecastError | None = None
@@ -99,11 +103,12 @@ class Dialer(Generic[Out, In]):
 
     async def _connect(self) -> TreecastError:
         """Hold one stream from hello to end; returns why it ended."""
-        channel = open_channel(self.address, credentials=self._credentials)
+        role = self._hop.serving.role.name.lower()
+        channel = open_channel(self.address, tls=self._tls, peer_role=role)
         try:
             return await self._hold(channel)
         except grpc.RpcError as error:
-            return from_rpc_error(error)
+            return self._explain(from_rpc_error(error), role)
         except TreecastError as error:
             return error
         except asyncio.CancelledError:
@@ -116,6 +121,14 @@ class Dialer(Generic[Out, In]):
         finally:
             self._link = None
             await channel.close()
+
+    def _explain(self, error: TreecastError, role: str) -> TreecastError:
+        """Say what gRPC leaves out: which name the certificate should have had."""
+        if _WRONG_NAME not in error.message:
+            return error
+        return PeerMismatch(
+            f"certificate of {self.address} is no {role}'s; expected {server_name(role)}"
+        )
 
     async def _hold(self, channel: grpc.aio.Channel) -> TreecastError:
         ours = self._hello()

@@ -9,20 +9,25 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import structlog
-from redis.asyncio import Redis
+from redis.asyncio import Redis, RedisCluster
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
+from redis.exceptions import RedisClusterException, RedisError
 
 from treecast.errors import SettingsError
+from treecast.wire.breaker import Breaker
 
 T = TypeVar("T")
 log = structlog.get_logger()
 
+CLUSTER = "+cluster"
+"""Marks the scheme of a Redis Cluster's URL, that of any of its nodes: redis+cluster://host."""
+
 TIMEOUT_S = 0.25
+FIRST_TIMEOUT_S = 2.0
 PAUSE_S = 1.0
 
 
@@ -50,10 +55,8 @@ class GuardedRedis:
         """
         self._redis = _client(url, timeout_s) if url else None
         self._timeout_s = timeout_s
-        self._pause_s = pause_s
-        self._clock = clock
+        self._breaker = Breaker(1, pause_s, clock)
         self._answers: bool | None = None
-        self._closed_until_s = 0.0
 
     @property
     def ok(self) -> bool:
@@ -67,31 +70,32 @@ class GuardedRedis:
             RedisLost: no answer within the timeout, or the breaker is open. Whether the command
                 took effect is unknown.
         """
-        if self._redis is None or self._clock() < self._closed_until_s:
+        if self._redis is None or not self._breaker.allows:
             raise RedisLost
-        if self._answers is False:
-            self._close_breaker_for_others()
+        self._breaker.trying()
         try:
-            async with asyncio.timeout(self._timeout_s):
+            async with asyncio.timeout(self._patience_s):
                 answer = await command(self._redis)
-        except (RedisError, OSError, TimeoutError) as error:
+        except (RedisError, RedisClusterException, OSError, TimeoutError) as error:
             self._lost(error)
             raise RedisLost from error
         self._answered()
         return answer
 
-    def _close_breaker_for_others(self) -> None:
-        """The caller is the one trial: until it knows, others are refused."""
-        self._closed_until_s = self._clock() + self._timeout_s
+    @property
+    def _patience_s(self) -> float:
+        """A cluster's client learns who is there before its first command."""
+        first = self._answers is None and isinstance(self._redis, RedisCluster)
+        return max(self._timeout_s, FIRST_TIMEOUT_S) if first else self._timeout_s
 
     def _lost(self, error: Exception) -> None:
-        self._closed_until_s = self._clock() + self._pause_s
+        self._breaker.failed()
         if self._answers is not False:
             log.warning("redis lost", error=repr(error))
         self._answers = False
 
     def _answered(self) -> None:
-        self._closed_until_s = 0.0
+        self._breaker.succeeded()
         if self._answers is False:
             log.info("redis is back")
         self._answers = True
@@ -102,13 +106,38 @@ class GuardedRedis:
 
 
 def _client(url: str, timeout_s: float) -> Redis:
+    """A client of one server, or of a cluster: the commands are the same."""
+    plain, is_cluster = url, False
+    for scheme in ("redis", "rediss"):
+        if url.startswith(f"{scheme}{CLUSTER}://"):
+            plain, is_cluster = url.replace(CLUSTER, "", 1), True
     try:
+        if is_cluster:
+            return _cluster(plain, timeout_s)
         return Redis.from_url(
-            url,
+            plain,
             socket_timeout=timeout_s,
             socket_connect_timeout=timeout_s,
             retry=Retry(NoBackoff(), 0),
             decode_responses=True,
         )
     except ValueError as error:
-        raise SettingsError(f"redis_url is {url!r}: {error}") from error
+        raise SettingsError(f"redis_url is {redacted(url)!r}: {error}") from None
+
+
+def _cluster(url: str, timeout_s: float) -> Redis:
+    client = RedisCluster.from_url(
+        url,
+        socket_timeout=timeout_s,
+        socket_connect_timeout=timeout_s,
+        retry=Retry(NoBackoff(), 0),
+        decode_responses=True,
+    )
+    return cast(Redis, client)
+
+
+def redacted(url: str) -> str:
+    """A URL as it may be shown: without user and password."""
+    scheme, slashes, rest = url.partition("://")
+    place = rest.rpartition("@")[2]
+    return f"{scheme}{slashes}***@{place}" if place != rest else url

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import grpc
@@ -13,7 +13,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from treecast.address import Address, parse_address
-from treecast.errors import SettingsError
+from treecast.errors import PermissionDenied, SettingsError
 from treecast.wire.channel import (
     KEEPALIVE_MS,
     KEEPALIVE_TIMEOUT_MS,
@@ -21,6 +21,7 @@ from treecast.wire.channel import (
     Options,
 )
 from treecast.wire.status import abort
+from treecast.wire.tls import Tls, role_of
 
 Servicer = TypeVar("Servicer")
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -47,13 +48,22 @@ class Server:
     def __init__(
         self,
         *,
-        credentials: grpc.ServerCredentials | None = None,
+        tls: Tls | None = None,
+        require_clients: bool = True,
         max_answer_bytes: int = MAX_MESSAGE_BYTES,
     ) -> None:
-        """What clients may send is capped at `MAX_MESSAGE_BYTES`, whatever they may be answered."""
-        self._credentials = credentials
+        """What clients may send is capped at `MAX_MESSAGE_BYTES`, whatever they may be answered.
+
+        Args:
+            tls: our certificates; None serves in plaintext.
+            require_clients: ask callers for certificates where their authority is known.
+        """
+        self._tls = tls
+        self._require_clients = require_clients
+        self._callers: dict[str, frozenset[str]] = {}
+        enforced = self._callers if tls is not None and tls.mutual and require_clients else {}
         self._server = grpc.aio.server(
-            interceptors=[ErrorInterceptor()], options=server_options(max_answer_bytes)
+            interceptors=[ErrorInterceptor(enforced)], options=server_options(max_answer_bytes)
         )
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
@@ -64,10 +74,17 @@ class Server:
         register: Callable[[Servicer, grpc.aio.Server], None],
         servicer: Servicer,
         name: str,
+        callers: Iterable[str] = (),
     ) -> None:
-        """Serve one service; `name` is its full name, such as "treecast.v1.RouterService"."""
+        """Serve one service; `name` is its full name, such as "treecast.v1.RouterService".
+
+        Args:
+            callers: roles that may call it where callers have certificates; none: all may.
+        """
         register(servicer, self._server)
         self._names.append(name)
+        if roles := frozenset(callers):
+            self._callers[name] = roles
 
     async def listen(self, address: str) -> str:
         """Bind and start; returns the bound address, with the port that 0 stood for.
@@ -87,9 +104,10 @@ class Server:
         return str(bound)
 
     def _bind(self, address: str) -> int:
-        if self._credentials is None:
+        if self._tls is None:
             return self._server.add_insecure_port(address)
-        return self._server.add_secure_port(address, self._credentials)
+        credentials = self._tls.server_credentials(self._require_clients)
+        return self._server.add_secure_port(address, credentials)
 
     async def set_ready(self) -> None:
         await self._set_health(_SERVING)
@@ -129,7 +147,14 @@ def _why_not(address: Address) -> str:
 
 
 class ErrorInterceptor(grpc.aio.ServerInterceptor):
-    """Turns what handlers raise into statuses by the one table in `status`."""
+    """Turns what handlers raise into statuses by the one table in `status`.
+
+    Before they run, callers are held to the roles that may call their service.
+    """
+
+    def __init__(self, callers: Mapping[str, frozenset[str]] | None = None) -> None:
+        """`callers` by full name of the service; read at each call."""
+        self._callers = callers if callers is not None else {}
 
     async def intercept_service(
         self,
@@ -140,10 +165,14 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         handler = await continuation(handler_call_details)
         if handler is None:
             return None
+        service = handler_call_details.method.rpartition("/")[0].lstrip("/")
+        check = _caller_check(service, self._callers.get(service))
         for kind, make in _MAKERS.items():
             call = getattr(handler, kind)
             if call is not None:
-                return make(_guard(call), handler.request_deserializer, handler.response_serializer)
+                return make(
+                    _guard(call, check), handler.request_deserializer, handler.response_serializer
+                )
         return handler
 
 
@@ -155,13 +184,35 @@ _MAKERS = {
 }
 
 
-def _guard(call: Callable[..., Any]) -> Callable[..., Any]:
-    return _guard_stream(call) if inspect.isasyncgenfunction(call) else _guard_call(call)
+Check = Callable[[Context], None]
 
 
-def _guard_call(call: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+def _caller_check(service: str, allowed: frozenset[str] | None) -> Check:
+    """Raises PermissionDenied for a caller whose certificate is of none of the roles allowed."""
+
+    def check(context: Context) -> None:
+        if allowed is None:
+            return
+        role = role_of(context.auth_context())
+        if role not in allowed:
+            names = ", ".join(sorted(allowed))
+            raise PermissionDenied(
+                f"{service} is for role {names}; the caller's certificate is of "
+                f"{f'role {role}' if role else 'no role'}"
+            )
+
+    return check
+
+
+def _guard(call: Callable[..., Any], check: Check) -> Callable[..., Any]:
+    guard = _guard_stream if inspect.isasyncgenfunction(call) else _guard_call
+    return guard(call, check)
+
+
+def _guard_call(call: Callable[..., Awaitable[Any]], check: Check) -> Callable[..., Awaitable[Any]]:
     async def guarded(request: Any, context: Context) -> Any:
         try:
+            check(context)
             return await call(request, context)
         except grpc.aio.AbortError:
             raise
@@ -171,9 +222,10 @@ def _guard_call(call: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[
     return guarded
 
 
-def _guard_stream(call: Callable[..., Any]) -> Callable[..., AsyncIterator[Any]]:
+def _guard_stream(call: Callable[..., Any], check: Check) -> Callable[..., AsyncIterator[Any]]:
     async def guarded(request: Any, context: Context) -> AsyncIterator[Any]:
         try:
+            check(context)
             async with contextlib.aclosing(call(request, context)) as responses:
                 async for response in responses:
                     yield response

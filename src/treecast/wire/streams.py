@@ -12,6 +12,7 @@ from treecast.wire.hop import Hop
 from treecast.wire.link import Link, PairHandler
 from treecast.wire.pair import Dialer
 from treecast.wire.registry import Entry
+from treecast.wire.tls import Tls
 
 Out = TypeVar("Out")
 In = TypeVar("In")
@@ -33,7 +34,9 @@ class Streams(Generic[Out, In]):
         hello: Callable[[], Hello],
         heartbeat: Callable[[], Heartbeat],
         handler: PairHandler[Out, In],
+        tls: Tls | None = None,
     ) -> None:
+        self._tls = tls
         self._hop = hop
         self._hello = hello
         self._heartbeat = heartbeat
@@ -65,7 +68,7 @@ class Streams(Generic[Out, In]):
 
     def _dial(self, address: str) -> None:
         self._dialers[address] = dialer = Dialer(
-            address, self._hop, self._hello, self._heartbeat, self
+            address, self._hop, self._hello, self._heartbeat, self, tls=self._tls
         )
         dialer.start()
 

@@ -1,0 +1,121 @@
+"""A whole mesh in this process, on real ports: router, toy verifiers, a lookup speculator."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import AsyncIterator, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from treecast import AsyncClient, SamplingParams
+from treecast.engine.toy import ToyEngine
+from treecast.services.router.router import Router
+from treecast.services.router.settings import RouterSettings
+from treecast.services.speculator.server import Speculator
+from treecast.services.speculator.server import server_of as server_of_speculator
+from treecast.services.speculator.settings import SpeculatorSettings
+from treecast.services.verifier.server import Verifier, server_of
+from treecast.services.verifier.settings import VerifierSettings
+from treecast.text.tokenizer import TokenizerFiles
+from treecast.wire.guarded_redis import GuardedRedis
+from treecast.wire.tls import TlsFiles
+
+PROMPT = [5, 6, 7]
+GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+NUMBERS = itertools.count(1)
+
+Certificates = Mapping[str, TlsFiles]
+
+
+def tls_settings(certificates: Certificates, role: str) -> dict[str, Any]:
+    files = certificates.get(role, TlsFiles())
+    return {"tls_cert": files.cert, "tls_key": files.key, "tls_ca": files.ca}
+
+
+@dataclass
+class Worker:
+    address: str
+    verifier: Verifier
+
+
+@dataclass
+class Mesh:
+    router: Router
+    verifiers: list[Worker]
+    speculator: str
+    certificates: Certificates
+
+    @property
+    def address(self) -> str:
+        return self.router.address
+
+    def client(self, **access: Any) -> AsyncClient:
+        """Of a client with its certificate, unless told otherwise."""
+        return AsyncClient(self.address, **({"tls": self.certificates.get("client")} | access))
+
+    async def until(self, holds: Callable[[], bool]) -> None:
+        """Wait for something that the router learns from its verifiers."""
+        assert await self.router.fleet.until(lambda: holds() or None, 10)
+
+
+@asynccontextmanager
+async def toy_verifier(certificates: Certificates = {}, **settings: Any) -> AsyncIterator[Worker]:  # noqa: B006
+    settings = {"engine": "toy", "metrics_listen": None} | settings
+    given = VerifierSettings(**settings, **tls_settings(certificates, "verifier"))
+    thread, redis = ThreadPoolExecutor(1), GuardedRedis(given.redis_url)
+    engine = ToyEngine(step_s=given.toy_step_s)
+    name = f"verifier-{next(NUMBERS)}"
+    verifier = Verifier(given, engine, TokenizerFiles(), redis, name, thread)
+    server = server_of(verifier)
+    try:
+        await verifier.start()
+        yield Worker(await server.listen("127.0.0.1:0"), verifier)
+    finally:
+        await verifier.close()
+        await server.stop()
+        await redis.close()
+
+
+@asynccontextmanager
+async def lookup_speculator(certificates: Certificates = {}, **settings: Any) -> AsyncIterator[str]:  # noqa: B006
+    settings = {"drafters": ("ngram",), "engine": "toy"} | settings
+    given = SpeculatorSettings(**settings, **tls_settings(certificates, "speculator"))
+    speculator = Speculator(given, (), f"speculator-{next(NUMBERS)}", ThreadPoolExecutor(1))
+    server = server_of_speculator(speculator)
+    await asyncio.to_thread(speculator.warm_up)
+    speculator.start()
+    try:
+        yield await server.listen("127.0.0.1:0")
+    finally:
+        speculator.close()
+        await server.stop()
+
+
+@asynccontextmanager
+async def toy_mesh(
+    certificates: Certificates = {},  # noqa: B006
+    num_verifiers: int = 1,
+    verifier: Mapping[str, Any] = {},
+    **router: Any,
+) -> AsyncIterator[Mesh]:
+    """All of it, with the router's streams open and the verifiers' to the speculator."""
+    async with AsyncExitStack() as stack:
+        speculator = await stack.enter_async_context(lookup_speculator(certificates))
+        options = {"speculators": (speculator,), "planner": "full"} | dict(verifier)
+        workers = [
+            await stack.enter_async_context(toy_verifier(certificates, **options))
+            for _ in range(num_verifiers)
+        ]
+        options = {"verifiers": tuple(worker.address for worker in workers)} | router
+        options |= {"metrics_listen": None} | tls_settings(certificates, "router")
+        settings = RouterSettings(**options)
+        router_ = await stack.enter_async_context(Router(settings, f"router-{next(NUMBERS)}"))
+        mesh = Mesh(router_, workers, speculator, certificates)
+        await mesh.until(lambda: len(router_.fleet.candidates()) == num_verifiers)
+        async with asyncio.timeout(10):
+            while not all(worker.verifier.speculation.instances for worker in workers):
+                await asyncio.sleep(0.01)  # nothing tells when a verifier's stream opens
+        yield mesh
