@@ -22,6 +22,7 @@ class MeshSettings:
         speculators: drafters, a process each, a kind more than once if so wished, a draft model
             by its folder as ssm=FOLDER; none decodes plainly.
         router_listen: address of the router; port 0 picks one.
+        http_listen: where the router serves the OpenAI-compatible API; None for nowhere.
         redis_url: a server to use; None starts one, unless TREECAST_REDIS_URL names one.
         log_dir: where each process's log goes; None makes a new folder in the cache directory.
         ready_timeout_s: for each process to load and say that it is ready.
@@ -39,6 +40,7 @@ class MeshSettings:
     planner: Literal["goodput", "full"] = "goodput"
     torch_threads: int = 2
     router_listen: str = "127.0.0.1:0"
+    http_listen: str | None = None
     redis_url: str | None = None
     log_dir: Path | None = None
     ready_timeout_s: float = 300.0
@@ -79,6 +81,7 @@ def verifier_flags(settings: MeshSettings, redis_url: str, speculators: Sequence
 def router_flags(settings: MeshSettings, redis_url: str, verifiers: Sequence[str]) -> Flags:
     return {
         "listen": settings.router_listen,
+        "http_listen": settings.http_listen,
         "verifiers": ",".join(verifiers),
         "redis_url": redis_url,
         "drain_s": 0,

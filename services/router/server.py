@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
@@ -22,6 +23,7 @@ from .generation import Generation, Job
 from .leases import Leases, epoch_without_redis
 from .messages import Ask, check_id, parse_ask
 from .metrics import RouterMetrics
+from .relay import Write
 from .sessions import (
     TENANT,
     LeasedSession,
@@ -32,6 +34,7 @@ from .sessions import (
 )
 from .settings import RouterSettings
 from .status import models_of, status_of
+from .text import ModelText
 
 DEADLINE_ROUNDING = 0.01
 """gRPC rounds a timeout up on the wire by as much as this share of it."""
@@ -39,6 +42,21 @@ DEADLINE_ROUNDING = 0.01
 Context = grpc.aio.ServicerContext[Any, Any]
 
 log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """What an edge, gRPC or HTTP, says of one call beside its request.
+
+    Attributes:
+        write: takes each event, one at a time, and waits while the client is slow.
+        left_s: seconds until the client's deadline; None for none.
+        authorization: the call's `authorization` metadata or header, such as "Bearer KEY".
+    """
+
+    write: Write
+    left_s: float | None = None
+    authorization: str | None = field(default=None, repr=False)
 
 
 class RouterService(router_pb2_grpc.RouterServiceServicer):
@@ -84,10 +102,21 @@ class RouterService(router_pb2_grpc.RouterServiceServicer):
     async def Generate(  # type: ignore[override]  # the stubs know generators only
         self, request: pb.GenerateRequest, context: Context
     ) -> None:
-        """Write a request's events. Its outcome is counted once, whatever it is."""
+        """Write a request's events."""
+        call = Call(context.write, context.time_remaining(), _authorization(context))
+        await self.generate(request, call)
+
+    async def generate(self, request: pb.GenerateRequest, call: Call) -> None:
+        """Serve one request, whichever edge it came by, and count its outcome once.
+
+        Cancel it when the client is gone.
+
+        Raises:
+            TreecastError: what ended the request.
+        """
         outcome = "client_gone"
         try:
-            outcome = await self._generate(request, context)
+            outcome = await self._generate(request, call)
         except TreecastError as error:
             outcome = error.reason.lower()
             raise
@@ -97,7 +126,7 @@ class RouterService(router_pb2_grpc.RouterServiceServicer):
         finally:
             self._metrics.requests.labels(outcome).inc()
 
-    async def _generate(self, request: pb.GenerateRequest, context: Context) -> str:
+    async def _generate(self, request: pb.GenerateRequest, call: Call) -> str:
         if self.draining:
             raise Unavailable("router is draining")
         ask = parse_ask(request)
@@ -107,7 +136,7 @@ class RouterService(router_pb2_grpc.RouterServiceServicer):
         self._enter(ask.request_id, scope)
         try:
             async with scope:
-                reason = await self._serve(ask, context)
+                reason = await self._serve(ask, call)
         except TimeoutError:
             if not scope.expired():
                 raise
@@ -127,9 +156,9 @@ class RouterService(router_pb2_grpc.RouterServiceServicer):
         if not self._running:
             self._idle.set()
 
-    async def _serve(self, ask: Ask, context: Context) -> str:
+    async def _serve(self, ask: Ask, call: Call) -> str:
         arrived_s = asyncio.get_running_loop().time()
-        deadline_s = self._deadline(context, arrived_s)
+        deadline_s = self._deadline(call.left_s, arrived_s)
         checked = await self._admission.check(ask, deadline_s)
         job = Job(
             ask=ask,
@@ -139,15 +168,14 @@ class RouterService(router_pb2_grpc.RouterServiceServicer):
             deadline_s=deadline_s,
             arrived_s=arrived_s,
             detokenizer=lambda: checked.text.detokenizer(ask.sampling.stop),
-            write=_writer(context),
+            write=_in_turn(call.write),
         )
         limit = self._settings.max_placements
         reason = await Generation(job, self._dispatcher, limit, self._metrics).run()
         return reason.name.lower()
 
-    def _deadline(self, context: Context, now_s: float) -> float | None:
+    def _deadline(self, left_s: float | None, now_s: float) -> float | None:
         """Ahead of the client's own, so that the last event still gets there."""
-        left_s = context.time_remaining()
         if left_s is None:
             return None
         margin_s = self._settings.deadline_margin_s + DEADLINE_ROUNDING * left_s
@@ -195,7 +223,15 @@ class RouterService(router_pb2_grpc.RouterServiceServicer):
         self, request: pb.ListModelsRequest, context: Context
     ) -> pb.ListModelsResponse:
         """One entry for each revision that takes new requests."""
-        return pb.ListModelsResponse(models=models_of(self._fleet.open_hellos()))
+        return pb.ListModelsResponse(models=self.models())
+
+    def models(self) -> list[pb.Model]:
+        """What `ListModels` answers."""
+        return models_of(self._fleet.open_hellos())
+
+    def text_of(self, model: str, revision: str) -> ModelText:
+        """The tokenizer of a model that a request has started with."""
+        return self._admission.text_of(model, revision)
 
     async def GetStatus(
         self, request: pb.GetStatusRequest, context: Context
@@ -210,12 +246,18 @@ class RouterService(router_pb2_grpc.RouterServiceServicer):
         )
 
 
-def _writer(context: Context) -> Callable[[pb.GenerateResponse], Awaitable[None]]:
+def _authorization(context: Context) -> str | None:
+    metadata = dict(context.invocation_metadata() or ())
+    value = metadata.get("authorization")
+    return value if isinstance(value, str) else None
+
+
+def _in_turn(write: Write) -> Write:
     """Samples of one request share its stream, which takes one message at a time."""
     turn = asyncio.Lock()
 
-    async def write(response: pb.GenerateResponse) -> None:
+    async def write_in_turn(response: pb.GenerateResponse) -> None:
         async with turn:
-            await context.write(response)
+            await write(response)
 
-    return write
+    return write_in_turn

@@ -14,6 +14,11 @@ class RouterSettings(ServiceSettings):
     verifiers: Addresses = Field(
         (), description="verifiers to dial beside those in Redis: host:port or dns:///name:port"
     )
+    http_listen: str | None = Field(
+        None,
+        description="address to serve the OpenAI-compatible HTTP API on; unset: not served; needs "
+        "the extra [http]",
+    )
     queue_limit: int = Field(256, ge=1, description="requests that may wait for a verifier")
     verifier_grace_s: float = Field(
         5.0, ge=0, description="how long a request waits while no verifier of its model is there"
