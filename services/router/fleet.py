@@ -39,9 +39,10 @@ T = TypeVar("T")
 class Verifier:
     """One address that is dialed: its stream while open, and the requests that sit on it."""
 
-    def __init__(self, address: str, link: VerifierLink | None = None) -> None:
+    def __init__(self, address: str, link: VerifierLink | None = None, stream: int = 0) -> None:
         self.address = address
         self.link = link
+        self.stream = stream
         self.seats: dict[int, Seat] = {}
         self.seated_at_beat = 0
         self._channel: grpc.aio.Channel | None = None
@@ -59,7 +60,11 @@ class Verifier:
         if self.link is None or not self.link.alive:
             return None
         return Candidate(
-            self.link.peer, self.link.last_heartbeat, len(self.seats), self.seated_at_beat
+            self.link.peer,
+            self.link.last_heartbeat,
+            self.stream,
+            len(self.seats),
+            self.seated_at_beat,
         )
 
     async def close(self) -> None:
@@ -93,6 +98,7 @@ class Fleet:
         self._streams = Streams(SERVE, lambda: hello, Heartbeat, self)
         self._open: dict[str, Verifier] = {}
         self._handles = itertools.count(1)
+        self._numbers = itertools.count(1)
         self._closing: set[asyncio.Task[None]] = set()
         self._watchers: list[Callable[[], None]] = []
         self._changed = asyncio.Event()
@@ -160,7 +166,7 @@ class Fleet:
         assert verifier is not None
         assert verifier.link is not None
         handle = next(self._handles)
-        seat = Seat(handle, verifier.link, lambda: self._vacate(verifier, handle))
+        seat = Seat(handle, verifier.stream, verifier.link, lambda: self._vacate(verifier, handle))
         verifier.seats[handle] = seat
         return seat
 
@@ -176,7 +182,7 @@ class Fleet:
     # --- PairHandler --------------------------------------------------------------------------
 
     def opened(self, link: VerifierLink) -> None:
-        self._open[link.address] = Verifier(link.address, link)
+        self._open[link.address] = Verifier(link.address, link, next(self._numbers))
         self.models_seen.add(link.peer.model)
         self._notify()
 

@@ -17,12 +17,14 @@ class Candidate:
     """A healthy verifier: its stream is open and its heartbeats come.
 
     Attributes:
+        stream: number of its stream here; another one once that has been lost.
         seated: requests that this router has there now.
         seated_at_beat: the same when the heartbeat came, which counts them already.
     """
 
     hello: Hello
     beat: Heartbeat = Heartbeat()  # noqa: RUF009  frozen
+    stream: int = 0
     seated: int = 0
     seated_at_beat: int = 0
 
@@ -57,7 +59,8 @@ class Wanted:
         holder: instance that has the session's KV cache, empty if unknown.
         rendezvous: session to be placed by hashing, when Redis cannot tell its holder.
         fingerprint: numerics of an earlier placement, which keep the text the same; empty for any.
-        avoid: instances that have given the request up.
+        avoid: streams that have given the request up. A verifier that comes back on a new one may
+            have it again.
     """
 
     model: str
@@ -68,7 +71,7 @@ class Wanted:
     holder: str = ""
     rendezvous: str = ""
     fingerprint: str = ""
-    avoid: frozenset[str] = frozenset()
+    avoid: frozenset[int] = frozenset()
 
 
 class PlacedBy(Enum):
@@ -116,7 +119,7 @@ def serves(candidate: Candidate, wanted: Wanted) -> bool:
         and wanted.law in hello.laws
         and hello.capacity > 0
         and not candidate.beat.draining
-        and hello.instance_id not in wanted.avoid
+        and candidate.stream not in wanted.avoid
     )
 
 

@@ -37,8 +37,11 @@ class Seat:
     ones. Bounded by `max_tokens`.
     """
 
-    def __init__(self, handle: int, link: VerifierLink, vacate: Callable[[], None]) -> None:
+    def __init__(
+        self, handle: int, stream: int, link: VerifierLink, vacate: Callable[[], None]
+    ) -> None:
         self.handle = handle
+        self.stream = stream
         self._link = link
         self._vacate = vacate
         self._frames: list[Progress | SeatEnd] = []
