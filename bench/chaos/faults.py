@@ -37,14 +37,17 @@ QUICK = Amounts(hold_s=2.5, redis_s=5.0, num_cancels=500, num_frames=20_000)
 
 def process_faults(mesh: ChaosMesh, amounts: Amounts) -> list[Fault]:
     """Processes that die, hang, or are replaced."""
-    first = {"verifier": "verifier-0", "speculator": mesh.speculators[0], "router": "router-0"}
+    first = {"verifier": "verifier-0", "speculator": mesh.speculators[0]}
     killed = [_kill(f"kill -9 a {role}", [name], amounts) for role, name in first.items()]
     stopped = [_freeze(f"SIGSTOP a {role}", [name], amounts) for role, name in first.items()]
+    routers = mesh.routers  # clients stay where they have gone, so one of them is in no use
     return [
         Fault("rolling restart of everything", roll_all),
         *killed,
+        _each("kill -9 each router", [_kill("", [name], amounts) for name in routers]),
         _kill("kill -9 both speculators", mesh.speculators, amounts),
         *stopped,
+        _each("SIGSTOP each router", [_freeze("", [name], amounts) for name in routers]),
         _freeze("SIGSTOP both speculators", mesh.speculators, amounts),
         Fault(
             f"Redis killed, restarted empty after {amounts.redis_s:g} s",
@@ -99,6 +102,17 @@ async def roll_all(mesh: ChaosMesh) -> None:
     for name in mesh.services:
         await mesh.roll(name)
         await mesh.wait_whole()
+
+
+def _each(name: str, faults: Sequence[Fault]) -> Fault:
+    """One after the other; the mesh is whole between two."""
+
+    async def run(mesh: ChaosMesh) -> None:
+        for fault in faults:
+            await fault.run(mesh)
+            await mesh.wait_whole()
+
+    return Fault(name, run)
 
 
 def _kill(name: str, victims: Sequence[str], amounts: Amounts) -> Fault:
