@@ -193,12 +193,12 @@ def draft(handle: int, base_len: int) -> speculator_pb2.SpeculatorFrame:
     )
 
 
-def hello(role: Role, instance_id: str) -> Hello:
+def hello(role: Role, instance_id: str, vocab_size: int = VOCAB) -> Hello:
     """What lets a fuzzer in."""
     return Hello(
         instance_id,
         role,
-        vocab_size=0 if role is Role.ROUTER else VOCAB,
+        vocab_size=0 if role is Role.ROUTER else vocab_size,
         laws=tuple(Law),
         capacity=64,
         proposers=("hostile",) if role is Role.SPECULATOR else (),

@@ -15,7 +15,7 @@ from google.protobuf.message import Message
 from treecast.v1 import speculator_pb2
 from treecast.wire import codec
 from treecast.wire.channel import open_channel
-from treecast.wire.frames import Heartbeat, Role
+from treecast.wire.frames import Heartbeat, Hello, Role
 
 from . import corpus
 from .corpus import PairCorpus, Rpc
@@ -64,9 +64,9 @@ class Fuzzer:
             ):
                 group.create_task(self._calls(address, rpcs, total // 100))
                 group.create_task(self._reflect(address, total // 1000))
-            group.create_task(self._pair(verifier.address, corpus.SERVE, Role.ROUTER, total // 2))
+            group.create_task(self.pair(verifier.address, corpus.SERVE, Role.ROUTER, total // 2))
             group.create_task(
-                self._pair(speculator.address, corpus.SPECULATE, Role.VERIFIER, total * 35 // 100)
+                self.pair(speculator.address, corpus.SPECULATE, Role.VERIFIER, total * 35 // 100)
             )
             group.create_task(self._pose_as_speculator(total * 12 // 100))
 
@@ -120,14 +120,25 @@ class Fuzzer:
 
     # --- pair streams -----------------------------------------------------------------------------
 
-    async def _pair(self, address: str, pair: PairCorpus, role: Role, count: int) -> None:
+    async def pair(
+        self,
+        address: str,
+        pair: PairCorpus,
+        role: Role,
+        count: int,
+        vocab_size: int = corpus.VOCAB,
+    ) -> None:
+        """Pose as a router or a verifier until so many frames are sent, on as many streams as it
+        takes.
+        """
         async with open_channel(address) as channel:
             while self.sent[pair.path] < count:
                 call: Any = channel.stream_stream(pair.path)()
+                hello = corpus.hello(role, f"fuzz-{next(_INSTANCES)}", vocab_size)
                 reading = asyncio.create_task(_drain(call))
                 try:
                     async with asyncio.timeout(60):
-                        await self._write_frames(call, pair, role, count)
+                        await self._write_frames(call, pair, hello, count)
                 except (grpc.aio.AioRpcError, asyncio.InvalidStateError, TimeoutError):
                     pass
                 finally:
@@ -136,9 +147,10 @@ class Fuzzer:
                     await asyncio.gather(reading, return_exceptions=True)
                     self.answers[f"{role.name.lower()} streams"] += 1
 
-    async def _write_frames(self, call: Any, pair: PairCorpus, role: Role, count: int) -> None:
-        ours = corpus.hello(role, f"fuzz-{next(_INSTANCES)}")
-        encode = codec.encode_router_frames if role is Role.ROUTER else codec.encode_verifier_frames
+    async def _write_frames(self, call: Any, pair: PairCorpus, ours: Hello, count: int) -> None:
+        encode = (
+            codec.encode_router_frames if ours.role is Role.ROUTER else codec.encode_verifier_frames
+        )
         await call.write(encode([ours, Heartbeat()]).SerializeToString())
         while self.sent[pair.path] < count:
             body, num_frames = self._pair_message(pair)
@@ -174,7 +186,7 @@ class Fuzzer:
                 reading.cancel()
             done.set()
 
-        async with _serving(self._hostile, path, speculate):
+        async with serving(self._hostile, path, speculate):
             async with asyncio.timeout(300):
                 await done.wait()
 
@@ -231,7 +243,7 @@ async def _learn(requests: AsyncIterator[bytes], handles: dict[int, int]) -> Non
 
 
 @asynccontextmanager
-async def _serving(address: str, path: str, behaviour: Any) -> AsyncIterator[None]:
+async def serving(address: str, path: str, behaviour: Any) -> AsyncIterator[None]:
     """A server of one method whose messages are bytes."""
     _, service, method = path.split("/")
     handler = grpc.method_handlers_generic_handler(

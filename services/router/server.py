@@ -59,6 +59,10 @@ class Call:
     authorization: str | None = field(default=None, repr=False)
 
 
+class ClientGone(Cancelled):
+    """A write found that nobody reads any more."""
+
+
 class RouterService(router_pb2_grpc.RouterServiceServicer):
     """The RPCs over one fleet. `draining` is set once, at the end: no new requests then."""
 
@@ -103,7 +107,7 @@ class RouterService(router_pb2_grpc.RouterServiceServicer):
         self, request: pb.GenerateRequest, context: Context
     ) -> None:
         """Write a request's events."""
-        call = Call(context.write, context.time_remaining(), _authorization(context))
+        call = Call(_writer(context), context.time_remaining(), _authorization(context))
         await self.generate(request, call)
 
     async def generate(self, request: pb.GenerateRequest, call: Call) -> None:
@@ -117,6 +121,8 @@ class RouterService(router_pb2_grpc.RouterServiceServicer):
         outcome = "client_gone"
         try:
             outcome = await self._generate(request, call)
+        except ClientGone:
+            raise
         except TreecastError as error:
             outcome = error.reason.lower()
             raise
@@ -250,6 +256,16 @@ def _authorization(context: Context) -> str | None:
     metadata = dict(context.invocation_metadata() or ())
     value = metadata.get("authorization")
     return value if isinstance(value, str) else None
+
+
+def _writer(context: Context) -> Write:
+    async def write(response: pb.GenerateResponse) -> None:
+        try:
+            await context.write(response)
+        except grpc.aio.InternalError:  # before gRPC has come to cancel us
+            raise ClientGone("client has left") from None
+
+    return write
 
 
 def _in_turn(write: Write) -> Write:
