@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import re
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -38,13 +39,15 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--engine", choices=("toy", "hf"), default="toy", help="hf: SmolLM2")
     parser.add_argument("--streams", type=int, default=24, help="streams at once")
     parser.add_argument("--tokens", type=int, default=64, help="tokens of each stream")
-    parser.add_argument("--only", default="", help="faults with this in their name")
+    parser.add_argument("--only", default="", help="faults whose name matches this expression")
+    parser.add_argument("--frames", type=int, help="of the fuzzer")
+    parser.add_argument("--cancels", type=int, help="clients that vanish")
     parser.add_argument("--seed", type=int, default=1, help="of the fuzzer")
     return parser.parse_args(argv)
 
 
 async def _run(options: argparse.Namespace) -> int:
-    amounts = replace(QUICK if options.quick else Amounts(), seed=options.seed)
+    amounts = _amounts(options)
     settings = _settings(options)
     fuzzer = Fuzzer(amounts, settings.hostile_speculator)
     _say(f"logs: {settings.log_dir}")
@@ -53,12 +56,22 @@ async def _run(options: argparse.Namespace) -> int:
         expected = await undisturbed(mesh.router_addresses, works)
         before = await take_stock(mesh)
         faults = _faults(mesh, works, amounts, fuzzer)
-        wanted = [fault for fault in faults if options.only in fault.name]
+        wanted = [fault for fault in faults if re.search(options.only, fault.name)]
         rows = await _table(mesh, works, expected, options.streams, wanted)
         after = await take_stock(mesh)
     print("\n" + stock_table(before, after))
     _print_fuzz(fuzzer)
     return _verdict(rows, after, error_events(settings.log_dir))
+
+
+def _amounts(options: argparse.Namespace) -> Amounts:
+    base = QUICK if options.quick else Amounts()
+    return replace(
+        base,
+        seed=options.seed,
+        num_frames=options.frames or base.num_frames,
+        num_cancels=options.cancels or base.num_cancels,
+    )
 
 
 def _print_fuzz(fuzzer: Fuzzer) -> None:
