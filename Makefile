@@ -5,7 +5,7 @@ STAMP   := $(VENV)/.installed
 PYTHON  ?= python3
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up bench test check lint format protos release-protos gpu clean
+.PHONY: help setup demo up bench chaos test check lint format protos release-protos gpu clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1|\2/' | \
@@ -27,6 +27,9 @@ up: setup  ## Run the whole mesh on this machine until Ctrl-C
 
 bench: setup  ## Side by side with transformers, plain and speculative
 	$(VENV)/bin/treecast bench
+
+chaos: setup  ## Every fault under load, each stream compared; CHAOS=--quick for two minutes
+	$(PY) -m treecast.bench.chaos $(CHAOS)
 
 test: setup  ## All but the slow tests, at most 10 minutes on 2 cores
 	$(PY) -m pytest -m 'not slow and not gpu'

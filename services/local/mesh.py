@@ -107,8 +107,9 @@ class LocalMesh:
     def restart(self, name: str) -> None:
         """Start a service that has ended once more, at the same address, and wait until ready."""
         old = self.processes[name]
-        command = [part for part in old.command if not part.startswith("--listen=")]
-        self._spawn(name, [*command, f"--listen={old.address}"])
+        bound = {"--listen": old.address, "--http-listen": old.http_address}
+        command = [part for part in old.command if part.partition("=")[0] not in bound]
+        self._spawn(name, [*command, *(f"{flag}={at}" for flag, at in bound.items() if at)])
         self._wait_ready([name])
 
     def wait_whole(self, timeout_s: float) -> None:

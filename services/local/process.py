@@ -93,6 +93,12 @@ class ServiceProcess:
         return str(metrics) if metrics else None
 
     @property
+    def http_address(self) -> str | None:
+        """host:port of its OpenAI-compatible API, if it serves any. Call it only once ready."""
+        http = self._announced.result(timeout=0).get("http")
+        return str(http) if http else None
+
+    @property
     def running(self) -> bool:
         return self._popen.poll() is None
 

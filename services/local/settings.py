@@ -24,6 +24,7 @@ class MeshSettings:
         speculators: drafters, a process each, a kind more than once if so wished, a draft model
             by its folder as ssm=FOLDER; none decodes plainly.
         router_listen: address of the router; port 0 picks one.
+        http_listen: where the router serves the OpenAI-compatible API; None for nowhere.
         redis_url: a server to use; None starts one, unless TREECAST_REDIS_URL names one.
         tls: mutual TLS on every hop, with throwaway certificates beside the logs.
         log_dir: where each process's log goes; None makes a new folder in the cache directory.
@@ -42,6 +43,7 @@ class MeshSettings:
     planner: Literal["goodput", "full"] = "goodput"
     torch_threads: int = 2
     router_listen: str = "127.0.0.1:0"
+    http_listen: str | None = None
     redis_url: str | None = None
     tls: bool = False
     log_dir: Path | None = None
@@ -82,6 +84,7 @@ def verifier_flags(settings: MeshSettings, speculators: Sequence[str]) -> Flags:
 def router_flags(settings: MeshSettings, verifiers: Sequence[str]) -> Flags:
     return {
         "listen": settings.router_listen,
+        "http_listen": settings.http_listen,
         "verifiers": ",".join(verifiers),
         "drain_s": 0,
         **settings.router_flags,

@@ -66,6 +66,10 @@ class Admission:
         check_tokens(ask, prompt, model)
         return Checked(model, text, prompt)
 
+    def text_of(self, model: str, revision: str) -> ModelText:
+        """The tokenizer of a model that has been checked against before."""
+        return self._texts.loaded(model, revision)
+
     async def _find_model(self, ask: Ask, deadline_s: float | None) -> Hello:
         def look() -> Hello | None:
             hellos = self._fleet.open_hellos()

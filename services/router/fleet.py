@@ -50,11 +50,13 @@ class Verifier:
         self,
         address: str,
         link: VerifierLink | None = None,
+        stream: int = 0,
         tls: Tls | None = None,
         breaker: Breaker | None = None,
     ) -> None:
         self.address = address
         self.link = link
+        self.stream = stream
         self.breaker = breaker or new_breaker()
         self._tls = tls
         self.seats: dict[int, Seat] = {}
@@ -81,6 +83,7 @@ class Verifier:
         return Candidate(
             self.link.peer,
             self.link.last_heartbeat,
+            self.stream,
             len(self.seats),
             self.seated_at_beat,
             self.breaker.allows,
@@ -140,6 +143,7 @@ class Fleet:
         self._breakers: dict[str, Breaker] = {}
         self._open: dict[str, Verifier] = {}
         self._handles = itertools.count(1)
+        self._numbers = itertools.count(1)
         self._closing: set[asyncio.Task[None]] = set()
         self._watchers: list[Callable[[], None]] = []
         self._changed = asyncio.Event()
@@ -211,7 +215,11 @@ class Fleet:
         assert verifier.link is not None
         handle = next(self._handles)
         seat = Seat(
-            handle, verifier.link, lambda: self._vacate(verifier, handle), verifier.note_end
+            handle,
+            verifier.stream,
+            verifier.link,
+            lambda: self._vacate(verifier, handle),
+            verifier.note_end,
         )
         verifier.breaker.trying()
         verifier.seats[handle] = seat
@@ -230,7 +238,9 @@ class Fleet:
 
     def opened(self, link: VerifierLink) -> None:
         breaker = self._breakers.setdefault(link.address, new_breaker())
-        self._open[link.address] = Verifier(link.address, link, self._tls, breaker)
+        self._open[link.address] = Verifier(
+            link.address, link, next(self._numbers), self._tls, breaker
+        )
         self.models_seen.add(link.peer.model)
         self._notify()
 

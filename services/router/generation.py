@@ -65,7 +65,7 @@ class Sample:
     same_numerics: bool = True
     num_lost: int = 0
     num_stale: int = 0
-    avoid: frozenset[str] = frozenset()
+    avoid: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,7 +214,7 @@ class Generation:
             raise Unavailable(
                 f"request lost {sample.num_lost} verifiers; the limit is {self._max_placements}"
             )
-        sample.avoid |= {seat.verifier.instance_id}
+        sample.avoid |= {seat.stream}
         why = "lost" if isinstance(end, Lost) else "handed_over"
         self._metrics.replacements.labels(why).inc()
 
@@ -225,7 +225,7 @@ class Generation:
         admit: Callable[[Wanted], Awaitable[list[Seat]]],
         slots: int,
         fingerprint: str,
-        avoid: frozenset[str] = frozenset(),
+        avoid: frozenset[int] = frozenset(),
     ) -> Placed:
         """Seats on one verifier that holds, or from now on holds, the session."""
         while True:

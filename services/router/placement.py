@@ -21,6 +21,7 @@ class Candidate:
     """A healthy verifier: its stream is open and its heartbeats come.
 
     Attributes:
+        stream: number of its stream here; another one once that has been lost.
         seated: requests that this router has there now.
         seated_at_beat: the same when the heartbeat came, which counts them already.
         trusted: False while its breaker is open: it served nothing lately, and takes nothing now.
@@ -28,6 +29,7 @@ class Candidate:
 
     hello: Hello
     beat: Heartbeat = Heartbeat()  # noqa: RUF009  frozen
+    stream: int = 0
     seated: int = 0
     seated_at_beat: int = 0
     trusted: bool = True
@@ -64,7 +66,8 @@ class Wanted:
         prefix_holders: instances that computed a beginning of the prompt, the longest first.
         rendezvous: session to be placed by hashing, when Redis cannot tell its holder.
         fingerprint: numerics of an earlier placement, which keep the text the same; empty for any.
-        avoid: instances that have given the request up.
+        avoid: streams that have given the request up. A verifier that comes back on a new one may
+            have it again.
     """
 
     model: str
@@ -76,7 +79,7 @@ class Wanted:
     prefix_holders: tuple[str, ...] = ()
     rendezvous: str = ""
     fingerprint: str = ""
-    avoid: frozenset[str] = frozenset()
+    avoid: frozenset[int] = frozenset()
 
 
 class PlacedBy(Enum):
@@ -140,7 +143,7 @@ def serves(candidate: Candidate, wanted: Wanted) -> bool:
         and wanted.law in hello.laws
         and hello.capacity > 0
         and not candidate.beat.draining
-        and hello.instance_id not in wanted.avoid
+        and candidate.stream not in wanted.avoid
     )
 
 

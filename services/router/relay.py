@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
 from treecast.errors import InvalidFrame
 from treecast.sampling.logprobs import TokenLogprobs
 from treecast.text.detok import DetokStream
-from treecast.v1 import router_pb2 as pb
 from treecast.wire.frames import Completed, Cost, Progress
 
 from . import messages
 from .metrics import RouterMetrics
 from .seat import Seat, SeatEnd
-
-Write = Callable[[pb.GenerateResponse], Awaitable[None]]
+from .writer import Write
 
 
 @dataclass(slots=True)

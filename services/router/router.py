@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import structlog
 
+from treecast.errors import SettingsError
 from treecast.v1 import router_pb2_grpc
 from treecast.wire.frames import Role
 from treecast.wire.guarded_redis import GuardedRedis
@@ -25,6 +26,9 @@ from .quotas import Quotas
 from .server import RouterService
 from .settings import RouterSettings
 
+if TYPE_CHECKING:
+    from .edge import HttpListener
+
 log = structlog.get_logger()
 
 
@@ -36,13 +40,15 @@ class Router:
 
     Attributes:
         presence: its server, `/metrics` and entry in the registry.
+        http: its OpenAI-compatible edge, if there is one.
     """
 
     def __init__(self, settings: RouterSettings, instance_id: str) -> None:
         """Binds nothing yet.
 
         Raises:
-            SettingsError: a seed or the Redis address is malformed.
+            SettingsError: a seed or the Redis address is malformed, or the HTTP edge's extra is
+                missing.
         """
         self.metrics = RouterMetrics()
         tls = tls_of(settings)
@@ -67,6 +73,7 @@ class Router:
         self.presence = Presence(
             settings, Role.ROUTER, instance_id, server, self._redis, self.metrics.registry
         )
+        self.http = open_edge(self.service, settings.http_listen) if settings.http_listen else None
         self._first_verifier: asyncio.Task[None] | None = None
 
     @property
@@ -90,6 +97,8 @@ class Router:
         self.metrics.redis_up.set_function(lambda: float(self.redis_ok))
         self.metrics.streams.set_function(lambda: float(len(self.fleet.candidates())))
         await self.presence.start()
+        if self.http is not None:
+            self.presence.further["http"] = await self.http.start()
         await self._registry.start(self.fleet.follow)
         if not self.redis_ok:
             log.warning("router.no_redis", affinity="by hash", seeds=self._settings.verifiers)
@@ -116,6 +125,8 @@ class Router:
     async def close(self) -> None:
         """Stop at once. Safe to repeat."""
         await self._forget_first_verifier()
+        if self.http is not None:
+            await self.http.close()
         await self.presence.close()
         await self._registry.close()
         await self.fleet.close()
@@ -136,6 +147,21 @@ class Router:
 
     async def __aexit__(self, *exc: object) -> None:
         await self.close()
+
+
+def open_edge(service: RouterService, listen: str) -> HttpListener:
+    """The HTTP edge, whose packages are imported only where it is wanted.
+
+    Raises:
+        SettingsError: they are not installed.
+    """
+    try:
+        from .edge import http_edge
+    except ImportError as error:
+        raise SettingsError(
+            f"--http-listen is {listen!r} and {error.name} is not installed; install treecast[http]"
+        ) from error
+    return http_edge(service, listen)
 
 
 async def serve(settings: RouterSettings) -> None:

@@ -40,12 +40,14 @@ class Seat:
     def __init__(
         self,
         handle: int,
+        stream: int,
         link: VerifierLink,
         vacate: Callable[[], None],
         ended: Callable[[SeatEnd], None] = lambda end: None,
     ) -> None:
         """`ended` is told how the verifier ended the request, unless it was left before."""
         self.handle = handle
+        self.stream = stream
         self._link = link
         self._vacate = vacate
         self._tell_end = ended

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
@@ -36,7 +37,8 @@ from .sessions import (
 )
 from .settings import RouterSettings
 from .status import models_of, status_of
-from .writer import Writer
+from .text import ModelText
+from .writer import Write, Writer
 
 DEADLINE_ROUNDING = 0.01
 """gRPC rounds a timeout up on the wire by as much as this share of it."""
@@ -46,6 +48,25 @@ RequestName = tuple[str, str]
 """A tenant's request id: tenants choose theirs without knowing of one another."""
 
 log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """What an edge, gRPC or HTTP, says of one call beside its request.
+
+    Attributes:
+        write: takes each event, one at a time, and waits while the client is slow.
+        left_s: seconds until the client's deadline; None for none.
+        authorization: the call's `authorization` metadata or header, such as "Bearer KEY".
+    """
+
+    write: Write
+    left_s: float | None = None
+    authorization: str | None = field(default=None, repr=False)
+
+
+class ClientGone(Cancelled):
+    """A write found that nobody reads any more."""
 
 
 class RouterService(router_pb2_grpc.RouterServiceServicer):
@@ -98,10 +119,23 @@ class RouterService(router_pb2_grpc.RouterServiceServicer):
     async def Generate(  # type: ignore[override]  # the stubs know generators only
         self, request: pb.GenerateRequest, context: Context
     ) -> None:
-        """Write a request's events. Its outcome is counted once, whatever it is."""
+        """Write a request's events."""
+        call = Call(_writer(context), context.time_remaining(), _authorization(context))
+        await self.generate(request, call)
+
+    async def generate(self, request: pb.GenerateRequest, call: Call) -> None:
+        """Serve one request, whichever edge it came by, and count its outcome once.
+
+        Cancel it when the client is gone.
+
+        Raises:
+            TreecastError: what ended the request.
+        """
         outcome = "client_gone"
         try:
-            outcome = await self._generate(request, context)
+            outcome = await self._generate(request, call)
+        except ClientGone:
+            raise
         except TreecastError as error:
             outcome = error.reason.lower()
             raise
@@ -111,8 +145,8 @@ class RouterService(router_pb2_grpc.RouterServiceServicer):
         finally:
             self._metrics.requests.labels(outcome).inc()
 
-    async def _generate(self, request: pb.GenerateRequest, context: Context) -> str:
-        key = self._caller(context)
+    async def _generate(self, request: pb.GenerateRequest, call: Call) -> str:
+        key = self._keys.caller(call.authorization)
         self._draining.check()
         ask = parse_ask(request)
         key.check_priority(ask.priority)
@@ -125,7 +159,7 @@ class RouterService(router_pb2_grpc.RouterServiceServicer):
             async with scope:
                 with self._quotas.running(key):
                     await self._quotas.take_request(key)
-                    reason = await self._serve(ask, key, context)
+                    reason = await self._serve(ask, key, call)
         except TimeoutError:
             if not scope.expired():
                 raise
@@ -136,9 +170,7 @@ class RouterService(router_pb2_grpc.RouterServiceServicer):
 
     def _caller(self, context: Context) -> Key:
         """Who calls; raises Unauthenticated for nobody that we know."""
-        metadata = context.invocation_metadata() or ()
-        given = [str(value) for name, value in metadata if name == "authorization"]
-        return self._keys.caller(given[0] if given else None)
+        return self._keys.caller(_authorization(context))
 
     def _enter(self, name: RequestName, scope: asyncio.Timeout) -> None:
         self._running[name] = scope
@@ -151,9 +183,9 @@ class RouterService(router_pb2_grpc.RouterServiceServicer):
         if not self._running:
             self._idle.set()
 
-    async def _serve(self, ask: Ask, key: Key, context: Context) -> str:
+    async def _serve(self, ask: Ask, key: Key, call: Call) -> str:
         arrived_s = asyncio.get_running_loop().time()
-        deadline_s = self._deadline(context, arrived_s)
+        deadline_s = self._deadline(call.left_s, arrived_s)
         checked = await self._admission.check(ask, deadline_s)
         cost = ask.largest_cost(len(checked.prompt))
         job = Job(
@@ -165,16 +197,15 @@ class RouterService(router_pb2_grpc.RouterServiceServicer):
             deadline_s=deadline_s,
             arrived_s=arrived_s,
             detokenizer=lambda: checked.text.detokenizer(ask.sampling.stop),
-            writer=Writer(context),
+            writer=Writer(call.write),
         )
         limit = self._settings.max_placements
         generation = Generation(job, self._dispatcher, self._prefixes, limit, self._metrics)
         async with self._quotas.tokens(key, cost, lambda: generation.spent):
             return (await generation.run()).name.lower()
 
-    def _deadline(self, context: Context, now_s: float) -> float | None:
+    def _deadline(self, left_s: float | None, now_s: float) -> float | None:
         """Ahead of the client's own, so that the last event still gets there."""
-        left_s = context.time_remaining()
         if left_s is None:
             return None
         margin_s = self._settings.deadline_margin_s + DEADLINE_ROUNDING * left_s
@@ -224,8 +255,16 @@ class RouterService(router_pb2_grpc.RouterServiceServicer):
         self, request: pb.ListModelsRequest, context: Context
     ) -> pb.ListModelsResponse:
         """One entry for each revision that takes new requests."""
-        self._caller(context)
-        return pb.ListModelsResponse(models=models_of(self._fleet.open_hellos()))
+        return pb.ListModelsResponse(models=self.models(_authorization(context)))
+
+    def models(self, authorization: str | None) -> list[pb.Model]:
+        """What `ListModels` answers; raises Unauthenticated for nobody that we know."""
+        self._keys.caller(authorization)
+        return models_of(self._fleet.open_hellos())
+
+    def text_of(self, model: str, revision: str) -> ModelText:
+        """The tokenizer of a model that a request has started with."""
+        return self._admission.text_of(model, revision)
 
     async def GetStatus(
         self, request: pb.GetStatusRequest, context: Context
@@ -261,3 +300,18 @@ class RouterService(router_pb2_grpc.RouterServiceServicer):
         else:
             await self._draining.resume_router()
         return pb.ResumeResponse()
+
+
+def _authorization(context: Context) -> str | None:
+    metadata = context.invocation_metadata() or ()
+    return next((str(value) for name, value in metadata if name == "authorization"), None)
+
+
+def _writer(context: Context) -> Write:
+    async def write(response: pb.GenerateResponse) -> None:
+        try:
+            await context.write(response)
+        except grpc.aio.InternalError:  # before gRPC has come to cancel us
+            raise ClientGone("client has left") from None
+
+    return write

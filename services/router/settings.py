@@ -17,6 +17,11 @@ class RouterSettings(ServiceSettings):
     verifiers: Addresses = Field(
         (), description="verifiers to dial beside those in Redis: host:port or dns:///name:port"
     )
+    http_listen: str | None = Field(
+        None,
+        description="address to serve the OpenAI-compatible HTTP API on; unset: not served; needs "
+        "the extra [http]",
+    )
     queue_limit: int = Field(256, ge=1, description="requests that may wait for a verifier")
     api_keys_file: Path | None = Field(
         None, description="TOML file of API keys, see docs/security.md; unset: open to everybody"

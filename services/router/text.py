@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -14,7 +15,7 @@ import jinja2.ext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from treecast.errors import InvalidRequest
-from treecast.text.detok import DetokStream
+from treecast.text.detok import REPLACEMENT, DetokStream
 from treecast.text.tokenizer import TokenizerFiles, decoder_of
 
 ROLES = ("system", "user", "assistant")
@@ -24,6 +25,18 @@ ROLES = ("system", "user", "assistant")
 class ChatMessage:
     role: str
     content: str
+
+
+@dataclass(frozen=True, slots=True)
+class TokenText:
+    """One token.
+
+    Attributes:
+        utf8: its bytes, which alone may be no text; None where they cannot be known.
+    """
+
+    text: str
+    utf8: bytes | None
 
 
 class ModelText:
@@ -71,6 +84,18 @@ class ModelText:
             raise InvalidRequest(f"model {self._model!r} has no tokenizer; stop strings need one")
         return DetokStream(self._decode, stop)
 
+    def token(self, token_id: int) -> TokenText:
+        """One token by itself, with the space before it, as log-probabilities name it."""
+        if self._tokenizer is None:
+            return TokenText("", None)
+        once, twice = self._decode((token_id,)), self._decode((token_id, token_id))
+        # The first token of a text may lose its space.
+        text, piece = twice[len(once) :], self._tokenizer.id_to_token(token_id) or ""
+        if REPLACEMENT in text:
+            return TokenText(text, _bytes_of(piece))
+        text = text or piece  # special tokens decode to nothing
+        return TokenText(text, text.encode())
+
     def _encode(self, text: str, special_tokens: bool) -> tuple[int, ...]:
         if self._tokenizer is None:
             raise InvalidRequest(
@@ -93,6 +118,29 @@ class ModelText:
             )
         except jinja2.TemplateError as error:
             raise InvalidRequest(f"chat template refuses the messages: {error}") from error
+
+
+def _bytes_of(piece: str) -> bytes | None:
+    """Bytes of a token that holds a part of a character: `<0xE2>`, or in byte-level letters."""
+    if named := _BYTE_PIECE.fullmatch(piece):
+        return bytes([int(named[1], 16)])
+    if piece and set(piece) <= _BYTE_LETTERS.keys():
+        return bytes(_BYTE_LETTERS[letter] for letter in piece)
+    return None
+
+
+def _byte_letters() -> dict[str, int]:
+    """The letter of each byte in byte-level vocabularies (GPT-2's table).
+
+    Printable Latin-1 characters stand for themselves, the other bytes for U+0100 onwards.
+    """
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = iter(range(256, 512))
+    return {chr(byte if byte in printable else next(others)): byte for byte in range(256)}
+
+
+_BYTE_LETTERS = _byte_letters()
+_BYTE_PIECE = re.compile("<0x([0-9A-F]{2})>")
 
 
 def _no_text(token_ids: Sequence[int]) -> str:
@@ -158,6 +206,10 @@ class TextCache:
             task = asyncio.create_task(_load(model, fetch))
             self._texts[model, revision] = task
         return await asyncio.shield(task)
+
+    def loaded(self, model: str, revision: str) -> ModelText:
+        """What `get` has returned before; never forgotten."""
+        return self._texts[model, revision].result()
 
 
 def _has_failed(task: asyncio.Task[ModelText]) -> bool:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
-
-import grpc
+from collections.abc import Awaitable, Callable
 
 from treecast.v1 import router_pb2 as pb
+
+Write = Callable[[pb.GenerateResponse], Awaitable[None]]
+"""Takes an event, and waits while the client is slow."""
 
 
 class Writer:
@@ -17,12 +18,12 @@ class Writer:
         num_tokens: output tokens that went to the client.
     """
 
-    def __init__(self, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+    def __init__(self, write: Write) -> None:
         self.num_tokens = 0
-        self._context = context
+        self._write = write
         self._turn = asyncio.Lock()
 
     async def write(self, response: pb.GenerateResponse) -> None:
         self.num_tokens += len(response.delta.token_ids)
         async with self._turn:
-            await self._context.write(response)
+            await self._write(response)

@@ -72,6 +72,7 @@ class StepLoop:
         self._step_began: float | None = None
         self._predicted_s = 0.0
         speculation.on_tree = self._wake.set
+        self._show()
 
     # --- from the event loop, at any time -------------------------------------------------------
 
@@ -242,9 +243,7 @@ class StepLoop:
         self._speculation.rearrange()
         trees = [self._speculation.tree(request) for request in self._running]
         price = self._price * len(self._running)
-        batch = plan(self._running, trees, self.curve, self._settings.max_rows, price)
-        self._observe()
-        return batch
+        return plan(self._running, trees, self.curve, self._settings.max_rows, price)
 
     def _reap(self) -> None:
         for request in [r for r in self._running if r.cancelled or r.expired]:
@@ -408,13 +407,14 @@ class StepLoop:
         self.sessions.discard(request)
         self._refuse(request, error)
 
-    def _observe(self) -> None:
-        usage = self._engine.usage
-        self._metrics.pages.labels("free").set(usage.free)
-        self._metrics.pages.labels("used").set(usage.used)
-        self._metrics.running.set(len(self._running))
-        self._metrics.waiting.set(len(self._waiting))
-        self._metrics.retained.set(len(self.sessions))
+    def _show(self) -> None:
+        """Gauges are read when they are asked for: between two requests nothing would set them."""
+        metrics, engine = self._metrics, self._engine
+        metrics.pages.labels("free").set_function(lambda: engine.usage.free)
+        metrics.pages.labels("used").set_function(lambda: engine.usage.used)
+        metrics.running.set_function(lambda: len(self._running))
+        metrics.waiting.set_function(lambda: len(self._waiting))
+        metrics.retained.set_function(lambda: len(self.sessions))
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
+import openai
 import pytest
 
 from treecast import Client, SamplingParams
@@ -25,7 +26,8 @@ pytestmark = [pytest.mark.model, pytest.mark.timeout(1800)]
 
 @pytest.fixture(scope="module")
 def mesh() -> Iterator[LocalMesh]:
-    with LocalMesh(MeshSettings(num_verifiers=2, numerics="exact")) as mesh:
+    settings = MeshSettings(num_verifiers=2, numerics="exact", http_listen="127.0.0.1:0")
+    with LocalMesh(settings) as mesh:
         yield mesh
 
 
@@ -66,6 +68,41 @@ def test_text_is_the_same_with_speculators_and_beside_other_streams(
     with ThreadPoolExecutor(8) as pool:
         beside = list(pool.map(lambda prompt: ask(client, prompt, sampling), SOME * 2))
     assert tokens(beside) == expected * 2
+
+
+def test_openais_client_streams_the_same_chat_with_usage_and_logprobs(
+    mesh: LocalMesh, client: Client
+) -> None:
+    expected = ask(client, SOME[0], replace(SAMPLED, logprobs=2))
+    base_url = f"http://{mesh.processes['router'].http_address}/v1"
+    with openai.OpenAI(base_url=base_url, api_key="none") as foreign:
+        [model] = foreign.models.list().data
+        chunks = list(
+            foreign.chat.completions.create(
+                model=model.id,
+                messages=[{"role": "user", "content": SOME[0]}],
+                temperature=0.8,
+                top_p=0.95,
+                seed=20,
+                max_tokens=32,
+                logprobs=True,
+                top_logprobs=2,
+                stream=True,
+                stream_options={"include_usage": True},
+            )
+        )
+    choices = [chunk.choices[0] for chunk in chunks if chunk.choices]
+    assert "".join(choice.delta.content or "" for choice in choices) == expected.text
+    entries = [one for c in choices if c.logprobs for one in c.logprobs.content or ()]
+    assert [one.logprob for one in entries] == [one.chosen for one in expected.logprobs]
+    assert [len(one.top_logprobs) for one in entries] == [2] * len(entries)
+    said = b"".join(bytes(one.bytes or ()) for one in entries).decode()
+    assert said.startswith(expected.text)
+    usage = chunks[-1].usage
+    assert usage is not None
+    assert usage.prompt_tokens == expected.usage.prompt_tokens
+    assert usage.completion_tokens == len(expected.token_ids)
+    assert {chunk.system_fingerprint for chunk in chunks} == {expected.numerics_fingerprint}
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])

@@ -61,7 +61,7 @@ from treecast.wire.status import from_rpc_error
 
 from ..byte_tokenizer import BOS, TEMPLATE
 from ..conftest import LocalRedis
-from .scripted_verifier import ScriptedVerifier, output_of, text_of
+from .scripted_verifier import FOREVER, ScriptedVerifier, output_of, text_of
 
 FULL = r"^queue has 2 requests, 2 of them of tenant 'default'; the limit is 2$"
 HELLO = (BOS, *b"hello")
@@ -793,6 +793,19 @@ async def test_request_waits_for_a_new_verifier_when_the_only_one_is_lost(
         two = await start("v2")
         client.router.fleet.follow(entries(two))
         assert (await reply.read_all()).tokens() == output_of(HELLO, 5)
+
+
+async def test_request_goes_back_to_its_verifier_when_that_has_returned(
+    start: Callable[..., Any],
+) -> None:
+    one = await start("v1", budget=2)
+    async with routing([one]) as client:
+        reply = await client.generate().read_tokens(2)
+        one.allow(FOREVER)
+        one.hang_up()
+        finished = (await reply.read_all()).finished
+    assert reply.tokens() == output_of(HELLO, 5)
+    assert finished.placements == 2
 
 
 async def test_request_goes_first_and_is_not_refused_when_it_lost_its_verifier(

@@ -120,6 +120,16 @@ async def test_logprobs_come_with_every_token_when_asked_for() -> None:
     assert [entry.top_ids[0] for entry in outcome.logprobs] == outcome.tokens
 
 
+async def test_gauges_show_what_is_held_now_when_the_last_request_has_ended() -> None:
+    async with verifier_rig() as rig:
+        await rig.router.run(PROMPT, GREEDY)
+        await rig.idle()
+        read = rig.verifier.metrics.registry.get_sample_value
+        assert read("treecast_verifier_running_requests") == 0
+        assert read("treecast_verifier_kv_pages", {"state": "used"}) == 0
+        assert read("treecast_verifier_kv_pages", {"state": "free"}) == rig.engine.usage.total
+
+
 async def test_newcomer_starts_before_older_requests_finish() -> None:
     async with verifier_rig(ToyEngine(vocab_size=VOCAB, step_s=0.002)) as rig:
         _, old = rig.router.start(PROMPT, SamplingParams(temperature=0, max_tokens=200))

@@ -30,7 +30,8 @@ def hello(name: str, **changes: object) -> Hello:
 
 
 def verifier(name: str, running: int = 0, seated: int = 0, **changes: object) -> Candidate:
-    return Candidate(hello(name, **changes), Heartbeat(running=running), seated, seated)
+    beat = Heartbeat(running=running)
+    return Candidate(hello(name, **changes), beat, seated=seated, seated_at_beat=seated)
 
 
 def chosen(candidates: list[Candidate], wanted: Wanted = WANTED) -> Placement:
@@ -133,12 +134,12 @@ def test_equal_numerics_are_preferred_when_a_text_goes_on() -> None:
         verifier("a", model_revision="r2"),
         verifier("a", capacity=0),
         Candidate(hello("a"), Heartbeat(draining=True)),
-        verifier("gave up"),
+        Candidate(hello("a"), stream=7),
     ],
     ids=["model", "revision", "no capacity", "draining", "avoided"],
 )
 def test_verifier_is_not_chosen_when_it_would_not_do(unfit: Candidate) -> None:
-    wanted = replace(WANTED, avoid=frozenset({"gave up"}))
+    wanted = replace(WANTED, avoid=frozenset({7}))
     assert not serves(unfit, wanted)
     assert place([unfit], wanted) is None
 
@@ -163,9 +164,10 @@ def test_samples_go_together_when_they_need_room() -> None:
 
 def test_the_verifier_with_fewest_places_missing_is_kept_free() -> None:
     wanted = replace(WANTED, slots=4)
-    crowd = [verifier("a", seated=3), verifier("b", seated=1), verifier("c", seated=4)]
+    b = Candidate(hello("b"), stream=7, seated=1)
+    crowd = [verifier("a", seated=3), b, verifier("c", seated=4)]
     assert keep_free(crowd, wanted) == "b"
-    assert keep_free(crowd, replace(wanted, avoid=frozenset("b"))) == "a"
+    assert keep_free(crowd, replace(wanted, avoid=frozenset({7}))) == "a"
     assert keep_free(crowd, replace(wanted, model="other")) is None
 
 

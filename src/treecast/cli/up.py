@@ -74,6 +74,14 @@ def up(
     listen: Annotated[
         str, typer.Option(metavar="HOST:PORT", help="Where the router listens; port 0 picks one.")
     ] = DEFAULT_LISTEN,
+    http_listen: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT",
+            help="Serve the OpenAI-compatible HTTP API here too; needs the extra [http].",
+            show_default=False,
+        ),
+    ] = None,
     redis_url: Annotated[
         str | None,
         typer.Option(
@@ -113,7 +121,9 @@ def up(
     """
     from treecast.services.local import MeshSettings
 
-    check_free(listen)
+    check_free(listen, "--listen")
+    if http_listen is not None:
+        check_free(http_listen, "--http-listen")
     settings = MeshSettings(
         model=model,
         draft=draft,
@@ -127,6 +137,7 @@ def up(
         verifier_flags={"policy": policy},
         speculator_flags={"growth": growth} if growth else {},
         router_listen=listen,
+        http_listen=http_listen,
         redis_url=redis_url,
         tls=tls,
         router_flags={"api_keys_file": api_keys_file} if api_keys_file else {},
@@ -179,13 +190,13 @@ def parse_speculators(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
-def check_free(listen: str) -> None:
+def check_free(listen: str, option: str) -> None:
     """Find out before loading anything whether the router will be able to listen.
 
     Raises:
         SettingsError: the address is malformed or in use.
     """
-    address = parse_address(listen, "--listen")
+    address = parse_address(listen, option)
     try:
         with socket.create_server((address.host, address.port)):
             pass
@@ -195,7 +206,7 @@ def check_free(listen: str) -> None:
         why = os.strerror(number) if number > 0 else error.strerror
         raise SettingsError(
             f"cannot listen on {listen}: {str(why).lower()}; "
-            "choose another address with --listen HOST:PORT (port 0 picks one)"
+            f"choose another address with {option} HOST:PORT (port 0 picks one)"
         ) from error
 
 
@@ -205,6 +216,7 @@ def describe(mesh: LocalMesh) -> dict[str, object]:
     return {
         "router": mesh.router_address,
         "redis": redacted(mesh.redis_url),
+        "http": mesh.processes["router"].http_address,
         "metrics": {name: process.metrics_address for name, process in services.items()},
         "addresses": {name: process.address for name, process in services.items()},
         "pids": {name: process.pid for name, process in mesh.processes.items()},
@@ -236,6 +248,8 @@ def _print_endpoints(mesh: LocalMesh) -> None:
         table.add_row(name, process.address, metrics, str(process.pid))
     console = stdout()
     console.print(table)
+    if http := mesh.processes["router"].http_address:
+        console.print(f"OpenAI-compatible API: http://{http}/v1")
     console.print(f"logs: {mesh.log_dir}", soft_wrap=True)
     router = "" if mesh.router_address == DEFAULT_LISTEN else f" --router {mesh.router_address}"
     variables = "".join(f"{name}={value} " for name, value in client_environment(mesh).items())

@@ -12,6 +12,7 @@ from treecast.errors import DuplicateRequest, TreecastError
 from treecast.wire.frames import Heartbeat, Hello
 from treecast.wire.greeting import accept_any, receive_greeting
 from treecast.wire.hop import Hop
+from treecast.wire.incoming import readable
 from treecast.wire.link import Link, PairHandler
 from treecast.wire.status import abort
 
@@ -58,7 +59,7 @@ class Acceptor(Generic[Out, In]):
         peer does not read, the call itself (not the link) lasts until the peer or its connection
         goes, or the server stops: gRPC has no way to end it from here.
         """
-        messages = aiter(request_iterator)
+        messages = readable(request_iterator)
         ours = self._hello()
         try:
             greeting = await receive_greeting(self._end, messages, ours, self._check)

@@ -12,14 +12,37 @@ MAX_MESSAGE_BYTES = 4 * 1024 * 1024
 MAX_ANSWER_BYTES = 64 * 1024 * 1024
 """Largest answer to a call for a tokenizer: large vocabularies take tens of megabytes."""
 
-KEEPALIVE_MS = 10_000
-KEEPALIVE_TIMEOUT_MS = 5_000
+KEEPALIVE_MS = 1_000
+KEEPALIVE_TIMEOUT_MS = 700
+"""A caller asks a silent server for a sign of life after the first, and gives it up after the
+second: a stopped process keeps its sockets open, and a stream that can go on through another router
+should not wait for it. gRPC answers from threads of its own, so a busy event loop is no silence.
+"""
+
+SERVER_KEEPALIVE_MS = 10_000
+SERVER_KEEPALIVE_TIMEOUT_MS = 5_000
+"""A server has more patience: nobody waits for what a silent client holds."""
+
 CONNECT_TIMEOUT_MS = 5_000
 
 _FIRST_RETRY_MS = 100
 _LAST_RETRY_MS = 2_000
 
 Options = list[tuple[str, str | int]]
+
+
+def keepalive(time_ms: int, timeout_ms: int) -> Options:
+    """Pings on a connection with calls, as often as it is silent for so long, and their patience.
+
+    Left to themselves pings stop after the second without data, and wait 60 s for their answer
+    whatever the keepalive's own timeout is.
+    """
+    return [
+        ("grpc.keepalive_time_ms", time_ms),
+        ("grpc.keepalive_timeout_ms", timeout_ms),
+        ("grpc.http2.ping_timeout_ms", timeout_ms),
+        ("grpc.http2.max_pings_without_data", 0),
+    ]
 
 
 def channel_options(
@@ -33,8 +56,7 @@ def channel_options(
     options: Options = [
         ("grpc.max_send_message_length", max_message_bytes),
         ("grpc.max_receive_message_length", max_message_bytes),
-        ("grpc.keepalive_time_ms", KEEPALIVE_MS),
-        ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
+        *keepalive(KEEPALIVE_MS, KEEPALIVE_TIMEOUT_MS),
         ("grpc.initial_reconnect_backoff_ms", _FIRST_RETRY_MS),
         # Not a pause, whatever its name says: an attempt may take so long.
         ("grpc.min_reconnect_backoff_ms", CONNECT_TIMEOUT_MS),

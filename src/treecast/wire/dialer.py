@@ -21,6 +21,7 @@ from treecast.wire.channel import open_channel
 from treecast.wire.frames import Heartbeat, Hello
 from treecast.wire.greeting import accept_any, receive_greeting
 from treecast.wire.hop import Hop
+from treecast.wire.incoming import readable
 from treecast.wire.link import Link, PairHandler
 from treecast.wire.status import from_rpc_error
 from treecast.wire.tls import Tls, server_name
@@ -135,7 +136,7 @@ class Dialer(Generic[Out, In]):
         opened: asyncio.Future[Link[Out, In]] = asyncio.get_running_loop().create_future()
         greeting = self._hop.dialing.encode([ours, self._heartbeat()])
         call = self._hop.call(channel)(self._requests(greeting, opened))
-        messages = aiter(call)
+        messages = readable(call)
         try:
             end = self._hop.dialing
             answer = await receive_greeting(end, messages, ours, self._check)

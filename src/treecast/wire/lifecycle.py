@@ -98,6 +98,7 @@ class Presence:
     Attributes:
         server: made ready by whoever knows that the service is.
         address: as others reach it; empty before `start`, as is `metrics_address`.
+        further: other addresses to announce, by what is served there.
     """
 
     def __init__(
@@ -113,6 +114,7 @@ class Presence:
         """Binds nothing yet."""
         self.server = server
         self.address = self.metrics_address = ""
+        self.further: dict[str, str] = {}
         self._settings = settings
         self._role = role
         self._instance_id = instance_id
@@ -184,6 +186,7 @@ class Presence:
             "metrics": self.metrics_address,
             "instance_id": self._instance_id,
             "pid": os.getpid(),
+            **self.further,
         }
         print(json.dumps(line), file=sys.stdout, flush=True)  # noqa: T201
 

@@ -108,6 +108,8 @@ def to_rpc_status(error: BaseException) -> Status:
 def _ours(error: BaseException) -> TreecastError:
     if isinstance(error, BadFrame):
         return error.cause
+    if isinstance(error, DecodeError):
+        return InvalidRequest("a message cannot be parsed")
     return error if isinstance(error, TreecastError) else TreecastError("internal error")
 
 
@@ -163,7 +165,7 @@ async def abort(context: grpc.aio.ServicerContext[Any, Any], error: BaseExceptio
     Raises:
         grpc.aio.AbortError: always; gRPC expects it to pass through the handler.
     """
-    if not isinstance(error, TreecastError):
+    if not isinstance(error, TreecastError | DecodeError):
         log.error("unexpected error in a call", exc_info=error)
     status = to_rpc_status(error)
     await context.abort(

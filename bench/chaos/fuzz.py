@@ -1,0 +1,259 @@
+"""Garbage and adversarial frames on every RPC, from a seed, while the mesh serves its load."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import grpc
+from google.protobuf.message import Message
+
+from treecast.v1 import speculator_pb2
+from treecast.wire import codec
+from treecast.wire.channel import open_channel
+from treecast.wire.frames import Heartbeat, Hello, Role
+
+from . import corpus
+from .corpus import PairCorpus, Rpc
+from .faults import Amounts, Fault
+from .mesh import ChaosMesh
+from .mutate import Mutator
+
+FRAMES_PER_MESSAGE = 64
+_CALL_S = 2.0
+_GARBAGE = 0.02
+"""Share of messages on pair streams whose bytes are mutated: most end the stream."""
+
+_INSTANCES = itertools.count(1)
+_WRITE_S = 5.0
+
+
+class Fuzzer:
+    """Sends a number of frames, divided among all ways in.
+
+    Attributes:
+        sent: frames and requests by target.
+        answers: gRPC codes that calls and streams ended with.
+    """
+
+    def __init__(self, amounts: Amounts, hostile: str) -> None:
+        self.sent: Counter[str] = Counter()
+        self.answers: Counter[str] = Counter()
+        self._amounts = amounts
+        self._hostile = hostile
+        self._mutator = Mutator(amounts.seed)
+
+    @property
+    def fault(self) -> Fault:
+        return Fault(f"{self._amounts.num_frames:,} fuzzed frames on every RPC", self.run)
+
+    async def run(self, mesh: ChaosMesh) -> None:
+        """All ways in at once."""
+        total = self._amounts.num_frames
+        verifier, speculator = mesh.processes["verifier-1"], mesh.processes[mesh.speculators[1]]
+        router = mesh.processes["router-1"]
+        async with asyncio.TaskGroup() as group:
+            for address, rpcs in (
+                (router.address, corpus.ROUTER),
+                (verifier.address, corpus.VERIFIER),
+                (speculator.address, corpus.SPECULATOR),
+            ):
+                group.create_task(self._calls(address, rpcs, total // 100))
+                group.create_task(self._reflect(address, total // 1000))
+            group.create_task(self.pair(verifier.address, corpus.SERVE, Role.ROUTER, total // 2))
+            group.create_task(
+                self.pair(speculator.address, corpus.SPECULATE, Role.VERIFIER, total * 35 // 100)
+            )
+            group.create_task(self._pose_as_speculator(total * 12 // 100))
+
+    def _damaged(self, message: Message) -> bytes:
+        if self._mutator.random.random() < 0.4:
+            return self._mutator.mutate_bytes(message.SerializeToString())
+        return self._mutator.mutate_fields(message).SerializeToString()
+
+    # --- unary and server-streaming ---------------------------------------------------------------
+
+    async def _calls(self, address: str, rpcs: Sequence[Rpc], count: int) -> None:
+        async with open_channel(address) as channel:
+            numbers = iter(range(count))
+            await asyncio.gather(*(self._call_on(channel, rpcs, numbers) for _ in range(8)))
+
+    async def _call_on(
+        self, channel: grpc.aio.Channel, rpcs: Sequence[Rpc], numbers: Iterator[int]
+    ) -> None:
+        for number in numbers:
+            rpc = rpcs[number % len(rpcs)]
+            body = self._damaged(self._mutator.random.choice(rpc.requests))
+            self.sent[rpc.path] += 1
+            try:
+                async with asyncio.timeout(_CALL_S):
+                    await _ask(channel, rpc, body)
+            except TimeoutError:
+                self.answers["left running"] += 1
+            except grpc.aio.AioRpcError as error:
+                self._note(error)
+            else:
+                self.answers["OK"] += 1
+
+    def _note(self, error: grpc.aio.AioRpcError) -> None:
+        """Our own "internal error" is apart: it is a bug, whatever came in."""
+        ours = error.details() == "internal error"
+        self.answers["INTERNAL, ours" if ours else error.code().name] += 1
+
+    async def _reflect(self, address: str, count: int) -> None:
+        async with open_channel(address) as channel:
+            for _ in range(count):
+                call: Any = channel.stream_stream(corpus.REFLECTION)(timeout=_CALL_S)
+                self.sent[corpus.REFLECTION] += 1
+                try:
+                    await call.write(self._damaged(corpus.REFLECTED))
+                    await call.done_writing()
+                    await call.read()
+                except grpc.aio.AioRpcError as error:
+                    self._note(error)
+                finally:
+                    call.cancel()
+
+    # --- pair streams -----------------------------------------------------------------------------
+
+    async def pair(
+        self,
+        address: str,
+        pair: PairCorpus,
+        role: Role,
+        count: int,
+        vocab_size: int = corpus.VOCAB,
+    ) -> None:
+        """Pose as a router or a verifier until so many frames are sent, on as many streams as it
+        takes.
+        """
+        async with open_channel(address) as channel:
+            while self.sent[pair.path] < count:
+                call: Any = channel.stream_stream(pair.path)()
+                hello = corpus.hello(role, f"fuzz-{next(_INSTANCES)}", vocab_size)
+                reading = asyncio.create_task(_drain(call))
+                try:
+                    async with asyncio.timeout(60):
+                        await self._write_frames(call, pair, hello, count)
+                except (grpc.aio.AioRpcError, asyncio.InvalidStateError, TimeoutError):
+                    pass
+                finally:
+                    call.cancel()
+                    reading.cancel()
+                    await asyncio.gather(reading, return_exceptions=True)
+                    self.answers[f"{role.name.lower()} streams"] += 1
+
+    async def _write_frames(self, call: Any, pair: PairCorpus, ours: Hello, count: int) -> None:
+        encode = (
+            codec.encode_router_frames if ours.role is Role.ROUTER else codec.encode_verifier_frames
+        )
+        await call.write(encode([ours, Heartbeat()]).SerializeToString())
+        while self.sent[pair.path] < count:
+            body, num_frames = self._pair_message(pair)
+            self.sent[pair.path] += num_frames
+            async with asyncio.timeout(_WRITE_S):
+                await call.write(body)
+
+    def _pair_message(self, pair: PairCorpus) -> tuple[bytes, int]:
+        chosen = self._mutator.random.choices(pair.frames, k=FRAMES_PER_MESSAGE)
+        frames = [self._mutator.mutate_fields(frame) for frame in chosen]
+        message: Any = pair.message(frames=[*frames, *pair.last])
+        body = message.SerializeToString()
+        if self._mutator.random.random() < _GARBAGE:
+            body = self._mutator.mutate_bytes(body)
+        return body, len(frames)
+
+    # --- a speculator that lies -------------------------------------------------------------------
+
+    async def _pose_as_speculator(self, count: int) -> None:
+        path = corpus.SPECULATE.path
+        done = asyncio.Event()
+
+        async def speculate(requests: AsyncIterator[bytes], context: Any) -> AsyncIterator[bytes]:
+            handles: dict[int, int] = {}
+            reading = asyncio.create_task(_learn(requests, handles))
+            try:
+                ours = corpus.hello(Role.SPECULATOR, f"fuzz-{next(_INSTANCES)}")
+                yield codec.encode_speculator_frames([ours, Heartbeat()]).SerializeToString()
+                while self.sent["hostile speculator"] < count:
+                    yield self._lies(handles)
+                    await asyncio.sleep(0.002)
+            finally:
+                reading.cancel()
+            done.set()
+
+        async with serving(self._hostile, path, speculate):
+            async with asyncio.timeout(300):
+                await done.wait()
+
+    def _lies(self, handles: dict[int, int]) -> bytes:
+        """Trees and the like about sessions that are there, every one damaged."""
+        known = list(handles.items())[-FRAMES_PER_MESSAGE:] or [(1, 5)]
+        frames = []
+        for handle, length in known:
+            valid = corpus.draft(handle, length)
+            frame = self._mutator.mutate_fields(valid)
+            if self._mutator.random.random() < 0.02:
+                frame = speculator_pb2.SpeculatorFrame(
+                    need_sync=speculator_pb2.NeedSync(handle=handle)
+                )
+            frames.append(frame)
+        self.sent["hostile speculator"] += len(frames)
+        body = speculator_pb2.SpeculateResponse(frames=frames).SerializeToString()
+        if self._mutator.random.random() < _GARBAGE / 10:
+            return self._mutator.mutate_bytes(body)
+        return body
+
+
+async def _ask(channel: grpc.aio.Channel, rpc: Rpc, body: bytes) -> None:
+    """Send a request as it is; of a stream only the first answer is awaited."""
+    if not rpc.streams:
+        ask: Any = channel.unary_unary(rpc.path)
+        await ask(body, timeout=_CALL_S)
+        return
+    begin: Any = channel.unary_stream(rpc.path)
+    call = begin(body)
+    try:
+        await call.read()
+    finally:
+        call.cancel()
+
+
+async def _drain(call: Any) -> None:
+    async for _ in call:
+        pass
+
+
+async def _learn(requests: AsyncIterator[bytes], handles: dict[int, int]) -> None:
+    """Which sessions the verifier has attached, and how long their texts are by now."""
+    async for body in requests:
+        for frame in speculator_pb2.SpeculateRequest.FromString(body).frames:
+            match frame.WhichOneof("frame"):
+                case "attach":
+                    handles[frame.attach.handle] = len(frame.attach.tokens)
+                case "commit" if frame.commit.handle in handles:
+                    end = frame.commit.from_len + len(frame.commit.tokens)
+                    handles[frame.commit.handle] = end
+                case "detach":
+                    handles.pop(frame.detach.handle, None)
+
+
+@asynccontextmanager
+async def serving(address: str, path: str, behaviour: Any) -> AsyncIterator[None]:
+    """A server of one method whose messages are bytes."""
+    _, service, method = path.split("/")
+    handler = grpc.method_handlers_generic_handler(
+        service, {method: grpc.stream_stream_rpc_method_handler(behaviour)}
+    )
+    server = grpc.aio.server()
+    server.add_generic_rpc_handlers((handler,))
+    server.add_insecure_port(address)
+    await server.start()
+    try:
+        yield
+    finally:
+        await server.stop(None)

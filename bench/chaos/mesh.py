@@ -1,0 +1,245 @@
+"""The mesh that is hurt: two of each role as processes, a proxy before each worker, a Valkey."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import time
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Self
+
+import redis.asyncio
+
+from treecast.client import AsyncClient, RetryPolicy, Status
+from treecast.errors import TreecastError
+from treecast.services.local import MeshError, MeshSettings, ServiceProcess
+from treecast.services.local.process import Spawner, child_environment, service_command
+from treecast.services.local.settings import (
+    Flags,
+    router_flags,
+    speculator_flags,
+    speculator_names,
+    verifier_flags,
+)
+from treecast.services.local.valkey import free_port, start_valkey
+
+from .proxy import LinkProxy
+
+READY_S = 120.0
+WHOLE_S = 60.0
+DRAIN_S = 5.0
+SESSION_TTL_S = 3.0
+_POLL_S = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class ChaosSettings:
+    """What is started.
+
+    Attributes:
+        hostile_speculator: an address that verifiers dial too, where a fuzzer may answer.
+    """
+
+    mesh: MeshSettings
+    log_dir: Path
+    num_routers: int = 2
+    toy_step_s: float = 0.01
+    hostile_speculator: str = ""
+    further_verifier_flags: Flags = field(default_factory=dict)
+    further_router_flags: Flags = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A worker's own port, and its proxy's, by which others know it."""
+
+    port: int
+    known_port: int
+
+    @property
+    def known(self) -> str:
+        return f"127.0.0.1:{self.known_port}"
+
+    @property
+    def flags(self) -> Flags:
+        return {"listen": f"127.0.0.1:{self.port}", "advertise": self.known}
+
+
+class ChaosMesh:
+    """An async context manager. No process outlives ours.
+
+    Attributes:
+        processes: by name: "valkey", "ssm" and so on, "verifier-0", "router-0".
+        links: the proxies, by the name of the process behind them.
+    """
+
+    def __init__(self, settings: ChaosSettings) -> None:
+        self.settings = settings
+        self.processes: dict[str, ServiceProcess] = {}
+        self.links: dict[str, LinkProxy] = {}
+        self._spawner = Spawner()
+        self._stack = AsyncExitStack()
+        self._redis_url = ""
+
+    @property
+    def speculators(self) -> list[str]:
+        return list(speculator_names(self.settings.mesh.speculators))
+
+    @property
+    def verifiers(self) -> list[str]:
+        return [name for name in self.processes if name.startswith("verifier-")]
+
+    @property
+    def routers(self) -> list[str]:
+        return [name for name in self.processes if name.startswith("router-")]
+
+    @property
+    def services(self) -> list[str]:
+        return [name for name in self.processes if name != "valkey"]
+
+    @property
+    def router_addresses(self) -> list[str]:
+        return [self.processes[name].address for name in self.routers]
+
+    async def __aenter__(self) -> Self:
+        try:
+            await self._start()
+        except BaseException:
+            await self.stop()
+            raise
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.stop()
+
+    async def _start(self) -> None:
+        mesh, log = self.settings.mesh, self.settings.log_dir / "valkey.log"
+        self.processes["valkey"], self._redis_url = await asyncio.to_thread(
+            start_valkey, log, self._spawner
+        )
+        drafters = speculator_names(mesh.speculators)
+        places = {name: await self._place(name) for name in drafters}
+        for name, drafter in drafters.items():
+            flags = {**speculator_flags(mesh, drafter), **places[name].flags}
+            await self._launch(name, "speculator", {**flags, "drain_s": DRAIN_S})
+        known = [place.known for place in places.values()]
+        verifiers = [await self._launch_verifier(n, known) for n in range(mesh.num_verifiers)]
+        for number in range(self.settings.num_routers):
+            flags = {
+                **router_flags(mesh, verifiers),
+                "listen": f"127.0.0.1:{free_port()}",
+                "drain_s": DRAIN_S,
+                **self.settings.further_router_flags,
+            }
+            await self._launch(f"router-{number}", "router", flags)
+        await self.wait_whole()
+
+    async def _launch_verifier(self, number: int, speculators: Sequence[str]) -> str:
+        name, settings = f"verifier-{number}", self.settings
+        place = await self._place(name)
+        hostile = [settings.hostile_speculator] if settings.hostile_speculator else []
+        flags = {
+            **verifier_flags(settings.mesh, [*speculators, *hostile]),
+            "trusted_speculators": None,
+            **place.flags,
+            "drain_s": DRAIN_S,
+            "session_ttl_s": SESSION_TTL_S,
+            "toy_step_s": settings.toy_step_s,
+            **settings.further_verifier_flags,
+        }
+        await self._launch(name, "verifier", flags)
+        return place.known
+
+    async def _place(self, name: str) -> Place:
+        place = Place(free_port(), free_port())
+        proxy = LinkProxy(place.known_port, place.port)
+        self.links[name] = await self._stack.enter_async_context(proxy)
+        return place
+
+    async def _launch(self, name: str, role: str, flags: Flags) -> None:
+        await self._spawn(name, service_command(role, {"redis_url": self._redis_url, **flags}))
+        await asyncio.to_thread(self.processes[name].wait_ready, READY_S)
+
+    async def _spawn(self, name: str, command: Sequence[str]) -> None:
+        log, environment = self.settings.log_dir / f"{name}.log", child_environment({})
+        self.processes[name] = await asyncio.to_thread(
+            ServiceProcess, name, command, environment, log, self._spawner
+        )
+
+    # --- what is done to it ---------------------------------------------------------------------
+
+    async def kill(self, name: str) -> None:
+        """`kill -9`."""
+        await asyncio.to_thread(self.processes[name].kill)
+
+    async def restart(self, name: str) -> None:
+        """Start what has ended once more, at the same address, and wait until it is ready."""
+        await self._spawn(name, self.processes[name].command)
+        if name == "valkey":
+            await self._redis_answers()
+        else:
+            await asyncio.to_thread(self.processes[name].wait_ready, READY_S)
+
+    async def roll(self, name: str) -> None:
+        """SIGTERM, wait until it has drained and ended, start it anew."""
+        await asyncio.to_thread(self.processes[name].stop, 3 * DRAIN_S)
+        await self.restart(name)
+
+    def freeze(self, name: str) -> None:
+        self.processes[name].signal(signal.SIGSTOP)
+
+    def thaw(self, name: str) -> None:
+        self.processes[name].signal(signal.SIGCONT)
+
+    async def _redis_answers(self) -> None:
+        async with redis.asyncio.Redis.from_url(self._redis_url, socket_timeout=1.0) as client:
+            while True:
+                try:
+                    await client.ping()
+                    return
+                except redis.ConnectionError:
+                    await asyncio.sleep(_POLL_S)
+
+    # --- what it is now -------------------------------------------------------------------------
+
+    async def wait_whole(self) -> None:
+        """Until every router sees every verifier with every speculator, and Redis.
+
+        Raises:
+            MeshError: it did not come to that in time.
+        """
+        deadline_s = time.monotonic() + WHOLE_S
+        for address in self.router_addresses:
+            async with AsyncClient(address, RetryPolicy(1), timeout_s=2.0) as client:
+                while missing := await self._missing(client):
+                    if time.monotonic() > deadline_s:
+                        raise MeshError(f"mesh is not whole after {WHOLE_S:g} s: {missing}")
+                    await asyncio.sleep(_POLL_S)
+
+    async def _missing(self, client: AsyncClient) -> str:
+        try:
+            status = await client.status()
+        except TreecastError as error:
+            return error.message
+        return self._missing_in(status)
+
+    def _missing_in(self, status: Status) -> str:
+        healthy = [one for one in status.verifiers if one.healthy]
+        if len(healthy) < self.settings.mesh.num_verifiers:
+            return f"{len(healthy)} healthy verifiers"
+        for one in healthy:
+            if len(one.speculators) < len(self.settings.mesh.speculators):
+                return f"verifier {one.address} has {len(one.speculators)} speculators"
+        return "" if status.redis_ok else "no Redis"
+
+    async def stop(self) -> None:
+        """End everything at once. Safe to repeat."""
+        for name in [*self.routers, *self.verifiers, *self.speculators, "valkey"]:
+            if name in self.processes:
+                self.thaw(name)
+                await self.kill(name)
+        await self._stack.aclose()
+        await asyncio.to_thread(self._spawner.close)
