@@ -21,7 +21,7 @@ from .fleet import Fleet
 from .generation import Generation, Job
 from .leases import Leases, epoch_without_redis
 from .messages import Ask, check_id, parse_ask
-from .metrics import RouterMetrics
+from .metrics import Caller, RouterMetrics
 from .sessions import (
     TENANT,
     LeasedSession,
@@ -85,9 +85,9 @@ class RouterService(router_pb2_grpc.RouterServiceServicer):
         self, request: pb.GenerateRequest, context: Context
     ) -> None:
         """Write a request's events. Its outcome is counted once, whatever it is."""
-        outcome = "client_gone"
+        outcome, caller = "client_gone", Caller(TENANT)
         try:
-            outcome = await self._generate(request, context)
+            outcome = await self._generate(request, context, caller)
         except TreecastError as error:
             outcome = error.reason.lower()
             raise
@@ -95,9 +95,9 @@ class RouterService(router_pb2_grpc.RouterServiceServicer):
             outcome = "internal"
             raise
         finally:
-            self._metrics.requests.labels(outcome).inc()
+            self._metrics.requests.labels(outcome, caller.tenant, caller.model).inc()
 
-    async def _generate(self, request: pb.GenerateRequest, context: Context) -> str:
+    async def _generate(self, request: pb.GenerateRequest, context: Context, caller: Caller) -> str:
         if self.draining:
             raise Unavailable("router is draining")
         ask = parse_ask(request)
@@ -107,7 +107,7 @@ class RouterService(router_pb2_grpc.RouterServiceServicer):
         self._enter(ask.request_id, scope)
         try:
             async with scope:
-                reason = await self._serve(ask, context)
+                reason = await self._serve(ask, context, caller)
         except TimeoutError:
             if not scope.expired():
                 raise
@@ -127,12 +127,15 @@ class RouterService(router_pb2_grpc.RouterServiceServicer):
         if not self._running:
             self._idle.set()
 
-    async def _serve(self, ask: Ask, context: Context) -> str:
-        arrived_s = asyncio.get_running_loop().time()
+    async def _serve(self, ask: Ask, context: Context, caller: Caller) -> str:
+        loop = asyncio.get_running_loop()
+        arrived_s = loop.time()
         deadline_s = self._deadline(context, arrived_s)
         checked = await self._admission.check(ask, deadline_s)
+        caller.model = checked.model.model
         job = Job(
             ask=ask,
+            caller=caller,
             prompt=checked.prompt,
             model=checked.model,
             session=self._session(ask),
@@ -143,6 +146,8 @@ class RouterService(router_pb2_grpc.RouterServiceServicer):
         )
         limit = self._settings.max_placements
         reason = await Generation(job, self._dispatcher, limit, self._metrics).run()
+        duration = self._metrics.duration.labels(caller.tenant, caller.model)
+        duration.observe(loop.time() - arrived_s)
         return reason.name.lower()
 
     def _deadline(self, context: Context, now_s: float) -> float | None:
