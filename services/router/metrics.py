@@ -101,8 +101,3 @@ class RouterMetrics:
         self.streams = Gauge(
             "treecast_router_verifier_streams", "Verifiers with an open stream.", registry=registry
         )
-        self.redis_up = Gauge(
-            "treecast_router_redis_up",
-            "1 while Redis answers; 0 while sessions are placed by hash.",
-            registry=registry,
-        )

@@ -7,6 +7,7 @@ from typing import Self
 
 import structlog
 
+from treecast.telemetry.process import ProcessCollector
 from treecast.v1 import router_pb2_grpc
 from treecast.wire.frames import Role
 from treecast.wire.guarded_redis import GuardedRedis
@@ -48,6 +49,11 @@ class Router:
         self.service = RouterService(
             settings, self.fleet, leases, lambda: self.redis_ok, self.metrics
         )
+        self.metrics.registry.register(
+            ProcessCollector(
+                "router", lambda: tuple(self.fleet.models_seen), lambda: self.service.draining
+            )
+        )
         self.presence = Presence(
             settings, Role.ROUTER, instance_id, Server(), self._redis, self.metrics.registry
         )
@@ -70,7 +76,6 @@ class Router:
             self.service,
             "treecast.v1.RouterService",
         )
-        self.metrics.redis_up.set_function(lambda: float(self.redis_ok))
         self.metrics.streams.set_function(lambda: float(len(self.fleet.candidates())))
         await self.presence.start()
         await self._registry.start(self.fleet.follow)

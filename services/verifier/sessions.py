@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+from prometheus_client import Counter
+
 from treecast.engine.base import Engine, KVSequence
 from treecast.errors import Overloaded, StaleLease
 from treecast.wire.frames import SessionKey
@@ -34,9 +36,11 @@ class SessionStore:
     last of a session's requests to finish leaves its KV here.
     """
 
-    def __init__(self, engine: Engine, ttl_s: float) -> None:
+    def __init__(self, engine: Engine, ttl_s: float, evicted: Counter) -> None:
+        """`evicted` counts the sessions freed here, by `why`: expired or pressure."""
         self._engine = engine
         self._ttl_s = ttl_s
+        self._evicted = evicted
         self._idle: OrderedDict[Key, Retained] = OrderedDict()
         self._epochs: OrderedDict[Key, int] = OrderedDict()
 
@@ -116,14 +120,15 @@ class SessionStore:
         """Free sessions that have been idle for too long."""
         horizon = time.monotonic() - self._ttl_s
         while self._idle and next(iter(self._idle.values())).idle_since < horizon:
-            self.evict()
+            self._evict("expired")
 
-    def evict(self) -> bool:
+    def _evict(self, why: str) -> bool:
         """Free the session idle for longest; False if there is none."""
         if not self._idle:
             return False
         _, retained = self._idle.popitem(last=False)
         self._drop(retained)
+        self._evicted.labels(why).inc()
         return True
 
     def _take(self, session: SessionKey | None) -> Retained | None:
@@ -161,7 +166,7 @@ class SessionStore:
             try:
                 return reserve()
             except Overloaded:
-                if not self.evict():
+                if not self._evict("pressure"):
                     raise
 
 

@@ -332,6 +332,7 @@ class Speculation:
 
     def _draft(self, request: Request, attachment: Attachment, frame: Draft) -> None:
         request.law.check(frame.tree)  # what it raises comes back through `failed_frame`
+        self._metrics.trees.inc()
         self._metrics.nodes_offered.inc(len(frame.tree))
         # Under mss too: what is left below the path was drawn given the path alone, so it does not
         # matter what the target made of the rest, and by what other tree.

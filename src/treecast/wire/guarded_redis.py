@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 import structlog
+from prometheus_client import CollectorRegistry, Gauge, Histogram
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
@@ -21,6 +22,8 @@ from treecast.errors import SettingsError
 
 T = TypeVar("T")
 log = structlog.get_logger()
+
+_COMMAND_BUCKETS_S = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25)
 
 TIMEOUT_S = 0.25
 PAUSE_S = 1.0
@@ -54,6 +57,24 @@ class GuardedRedis:
         self._clock = clock
         self._answers: bool | None = None
         self._closed_until_s = 0.0
+        self._observe: Callable[[float], object] = lambda seconds: None
+
+    def measure(self, registry: CollectorRegistry) -> None:
+        """Export how it fares; nothing where no Redis was given. Once per registry."""
+        if self._redis is None:
+            return
+        up = Gauge(
+            "treecast_redis_up",
+            "1 while Redis answers this process; absent where none was given.",
+            registry=registry,
+        )
+        up.set_function(lambda: float(self.ok))
+        self._observe = Histogram(
+            "treecast_redis_command_seconds",
+            "From a command to its answer, or to giving it up.",
+            buckets=_COMMAND_BUCKETS_S,
+            registry=registry,
+        ).observe
 
     @property
     def ok(self) -> bool:
@@ -71,12 +92,15 @@ class GuardedRedis:
             raise RedisLost
         if self._answers is False:
             self._close_breaker_for_others()
+        began = time.perf_counter()
         try:
             async with asyncio.timeout(self._timeout_s):
                 answer = await command(self._redis)
         except (RedisError, OSError, TimeoutError) as error:
             self._lost(error)
             raise RedisLost from error
+        finally:
+            self._observe(time.perf_counter() - began)
         self._answered()
         return answer
 
