@@ -74,9 +74,6 @@ class Grower:
         self._working = False
         self._thread = thread
         self._run_ended: Future[None] | None = None
-        if run_ahead_nodes:
-            for outcome in ("hit", "miss"):
-                metrics.run_ahead.labels(outcome)
         self.num_drafts = 0
         self.slowest_draft_s = 0.0
         self._began: float | None = None

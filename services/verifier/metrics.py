@@ -255,5 +255,4 @@ class VerifierMetrics:
         for level in range(1, depth + 1):
             label = str(min(level, MAX_DEPTH_LABEL))
             self.offered_depth.labels(label).inc()
-            if level <= accepted:
-                self.accepted_depth.labels(label).inc()
+            self.accepted_depth.labels(label).inc(level <= accepted)

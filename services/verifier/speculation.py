@@ -313,6 +313,7 @@ class Speculation:
             self._drop(attachment.speculator, self._requests[error.handle])
 
     def received(self, link: SpeculatorLink, frame: SpeculatorFrame) -> None:
+        self._metrics.trees.inc(isinstance(frame, Draft))
         attachment = self._find(link, frame.handle)
         if attachment is None:
             self._metrics.stale_frames.inc()
@@ -332,7 +333,6 @@ class Speculation:
 
     def _draft(self, request: Request, attachment: Attachment, frame: Draft) -> None:
         request.law.check(frame.tree)  # what it raises comes back through `failed_frame`
-        self._metrics.trees.inc()
         self._metrics.nodes_offered.inc(len(frame.tree))
         # Under mss too: what is left below the path was drawn given the path alone, so it does not
         # matter what the target made of the rest, and by what other tree.

@@ -1,0 +1,201 @@
+"""One dashboard as one picture: its rows and panels, in Grafana's order."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+from PIL import Image
+
+from .panels import Dashboard, Heatmap, Panel, Query, Row, Unit
+from .prometheus import Series
+from .recording import Recording
+
+_ABREAST = 3
+_PANEL_IN = (4.5, 2.55)
+_TITLE_IN, _ROW_IN = 0.75, 0.42
+_INK, _FAINT, _GROUND, _CARD = "#24292f", "#8b949e", "#f4f5f5", "#ffffff"
+_COLOURS = (
+    "#3274d9", "#e0752d", "#37872d", "#a352cc", "#c4162a", "#0aa2a2",
+    "#b8860b", "#7d8490", "#ff7eb6", "#6c8f00", "#1f4e9c", "#8f3b1b",
+)  # fmt: skip
+_HEAT = LinearSegmentedColormap.from_list("heat", ("#dbe9fb", "#3274d9", "#0b1f4b"))
+_MAX_LEGEND = 8
+
+
+def draw(dashboard: Dashboard, recording: Recording, path: Path) -> None:
+    """Write a PNG of at most 256 colours."""
+    heights = [math.ceil(len(row.panels) / _ABREAST) * _PANEL_IN[1] for row in dashboard.rows]
+    height = _TITLE_IN + sum(heights) + _ROW_IN * len(heights)
+    figure = Figure(figsize=(_ABREAST * _PANEL_IN[0], height), facecolor=_GROUND)
+    FigureCanvasAgg(figure)
+    y = height - _TITLE_IN
+    figure.text(0.012, (y + 0.4) / height, dashboard.title, size=15, weight="bold", color=_INK)
+    minutes = (recording.end_s - recording.start_s) / 60
+    about = f"{dashboard.description} Prometheus data of a run of {minutes:.1f} minutes."
+    figure.text(0.012, (y + 0.14) / height, about, size=9, color=_FAINT)
+    for row, row_height in zip(dashboard.rows, heights, strict=True):
+        figure.text(0.012, (y - 0.3) / height, row.title, size=11, weight="bold", color=_INK)
+        y -= _ROW_IN
+        _draw_row(figure, row, y, height, recording)
+        y -= row_height
+    _save(figure, path)
+
+
+def _draw_row(figure: Figure, row: Row, top: float, height: float, recording: Recording) -> None:
+    """`top` and `height`, of the figure, in inches."""
+    width = _ABREAST * _PANEL_IN[0]
+    for place, panel in enumerate(row.panels):
+        left = place % _ABREAST * _PANEL_IN[0]
+        bottom = top - (place // _ABREAST + 1) * _PANEL_IN[1]
+        card = (left + 0.06, bottom + 0.06, _PANEL_IN[0] - 0.12, _PANEL_IN[1] - 0.12)
+        _draw_card(figure, card, width, height)
+        inner = (left + 0.62, bottom + 0.62, _PANEL_IN[0] - 0.85, _PANEL_IN[1] - 1.06)
+        axes = figure.add_axes(_fractions(inner, width, height))
+        _draw_panel(axes, panel, recording)
+
+
+def _fractions(
+    box: tuple[float, float, float, float], width: float, height: float
+) -> tuple[float, float, float, float]:
+    left, bottom, wide, high = box
+    return left / width, bottom / height, wide / width, high / height
+
+
+def _draw_card(
+    figure: Figure, box: tuple[float, float, float, float], width: float, height: float
+) -> None:
+    card = figure.add_axes(_fractions(box, width, height))
+    card.set_facecolor(_CARD)
+    card.set_xticks([])
+    card.set_yticks([])
+    for spine in card.spines.values():
+        spine.set_color("#d8dbe0")
+
+
+def _draw_panel(axes: Axes, panel: Panel | Heatmap, recording: Recording) -> None:
+    axes.set_title(panel.title, loc="left", size=9, weight="bold", color=_INK, x=-0.13, pad=7)
+    axes.tick_params(labelsize=7, colors=_FAINT, length=0)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    axes.set_xlim(0, recording.end_s - recording.start_s)
+    axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 1.5, 3, 6, 10]))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda t, _: f"{t // 60:.0f}:{t % 60:02.0f}"))
+    if isinstance(panel, Heatmap):
+        _draw_heatmap(axes, panel, recording)
+    else:
+        _draw_lines(axes, panel, recording)
+
+
+def _draw_lines(axes: Axes, panel: Panel, recording: Recording) -> None:
+    axes.grid(axis="y", color="#eceef0", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.yaxis.set_major_locator(MaxNLocator(4))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: amount(value, panel.unit)))
+    lines = [
+        (legend(query, series), *_points(series, recording))
+        for query in panel.queries
+        for series in recording.answers[query.expr]
+        if any(math.isfinite(value) for value in series.values)
+    ]
+    lines.sort(key=lambda line: _natural(line[0]))
+    below = np.zeros(0)
+    for place, (name, times, values) in enumerate(lines):
+        colour = _COLOURS[place % len(_COLOURS)]
+        if panel.stack:
+            below = below if below.size == values.size else np.zeros(values.size)
+            above = below + np.nan_to_num(values)
+            axes.fill_between(times, below, above, color=colour, alpha=0.45, linewidth=0)
+            below, values = above, above
+        axes.plot(times, values, color=colour, linewidth=1.3, label=name)
+    axes.set_ylim(bottom=0)
+    if axes.get_ylim()[1] <= 0 or all(not np.nanmax(np.abs(line[2])) for line in lines):
+        axes.set_ylim(0, 1)
+    _draw_legend(axes, len(lines))
+
+
+def _draw_legend(axes: Axes, count: int) -> None:
+    handles, names = axes.get_legend_handles_labels()
+    shown = handles[:_MAX_LEGEND], names[:_MAX_LEGEND]
+    axes.legend(
+        *shown,
+        loc="upper left",
+        bbox_to_anchor=(-0.14, -0.13),
+        ncols=4,
+        fontsize=6.5,
+        labelcolor=_INK,
+        frameon=False,
+        handlelength=1.0,
+        handletextpad=0.4,
+        columnspacing=1.0,
+        title=f"first {_MAX_LEGEND} of {count}" if count > _MAX_LEGEND else None,
+        title_fontsize=6,
+    )
+
+
+def _draw_heatmap(axes: Axes, panel: Heatmap, recording: Recording) -> None:
+    """Rows are buckets, equally high; a row is named by its upper bound."""
+    found = sorted(recording.answers[panel.query.expr], key=lambda one: float(one.labels["le"]))
+    bounds = [float(series.labels["le"]) for series in found]
+    columns = [_points(series, recording) for series in found]
+    width = max(values.size for _, values in columns)
+    full = [values if values.size == width else np.zeros(width) for _, values in columns]
+    times = max((times for times, _ in columns), key=len)
+    counts = np.diff(np.vstack([np.zeros(width), *full]), axis=0)
+    used = np.flatnonzero(np.nan_to_num(counts).max(axis=1) > 0)
+    low, high = (used[0], used[-1] + 1) if used.size else (0, len(bounds))
+    shown = np.ma.masked_less_equal(counts[low:high], 0)
+    edges = np.append(times, times[-1] + (times[-1] - times[-2]))
+    axes.pcolormesh(edges, np.arange(high - low + 1), shown, cmap=_HEAT, linewidth=0)
+    stride = max(1, math.ceil((high - low) / 7))
+    ticks = range(0, high - low, stride)
+    names = ["more" if math.isinf(b) else amount(b, panel.unit) for b in bounds[low:high]]
+    axes.set_yticks([tick + 0.5 for tick in ticks], [names[tick] for tick in ticks])
+
+
+def _points(series: Series, recording: Recording) -> tuple[np.ndarray, np.ndarray]:
+    return np.array(series.times) - recording.start_s, np.array(series.values)
+
+
+def legend(query: Query, series: Series) -> str:
+    """A series' name: the query's legend with {{label}} filled in."""
+    return re.sub(r"\{\{(\w+)\}\}", lambda found: series.labels.get(found[1], ""), query.legend)
+
+
+def amount(value: float, unit: Unit) -> str:
+    """A number as an axis shows it."""
+    if unit == "percentunit":
+        return f"{100 * value:.3g}%"
+    steps: Sequence[tuple[float, str]] = ((1e9, "G"), (1e6, "M"), (1e3, "k"), (1, ""))
+    if unit == "s":
+        steps = ((1, " s"), (1e-3, " ms"), (1e-6, " µs"))
+    if unit == "bytes":
+        steps = ((2**30, " GiB"), (2**20, " MiB"), (2**10, " KiB"), (1, " B"))
+    if value == 0:
+        return "0"
+    factor, name = next((one for one in steps if abs(value) >= one[0]), steps[-1])
+    return f"{value / factor:.3g}{name}"
+
+
+def _natural(name: str) -> list[tuple[int, float, str]]:
+    """So that depth 2 comes before depth 10."""
+    parts = re.findall(r"\d+\.?\d*|\D+", name)
+    return [(0, float(part), "") if part[0].isdigit() else (1, 0.0, part) for part in parts]
+
+
+def _save(figure: Figure, path: Path) -> None:
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=100, facecolor=_GROUND)
+    picture.seek(0)
+    with Image.open(picture) as image:
+        few = image.convert("RGB").quantize(256, dither=Image.Dither.NONE)
+        few.save(path, optimize=True)
