@@ -117,7 +117,7 @@ ALERTS = (
         "Speculators guess for text that the verifier did not commit, or for requests that have "
         "ended.",
         "Speculators are too slow for this verifier: look at draft time, give them a faster device "
-        "or fewer sessions (--capacity). Very short answers do it too.",
+        "or fewer sessions (--capacity).",
     ),
     Alert(
         "TreecastRedisDown",

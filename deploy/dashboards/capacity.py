@@ -68,6 +68,12 @@ _KV = Row(
             "s",
             quantiles("treecast_verifier_wait_seconds"),
         ),
+        Heatmap(
+            "Wait for KV pages, distribution",
+            "Above the bottom: requests that waited for others to end, or for a sibling's prompt.",
+            "s",
+            buckets("treecast_verifier_wait_seconds"),
+        ),
     ),
 )
 

@@ -13,15 +13,14 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, Locator, MaxNLocator, MultipleLocator
 from PIL import Image
 
 from .panels import Dashboard, Heatmap, Panel, Query, Row, Unit
 from .prometheus import Series
 from .recording import Recording
 
-_ABREAST = 3
-_PANEL_IN = (4.5, 2.55)
+_WIDTH_IN, _HEIGHT_IN = 13.5, 2.55
 _TITLE_IN, _ROW_IN = 0.75, 0.42
 _INK, _FAINT, _GROUND, _CARD = "#24292f", "#8b949e", "#f4f5f5", "#ffffff"
 _COLOURS = (
@@ -29,14 +28,14 @@ _COLOURS = (
     "#b8860b", "#7d8490", "#ff7eb6", "#6c8f00", "#1f4e9c", "#8f3b1b",
 )  # fmt: skip
 _HEAT = LinearSegmentedColormap.from_list("heat", ("#dbe9fb", "#3274d9", "#0b1f4b"))
-_MAX_LEGEND = 8
+_MAX_LEGEND = 10
 
 
 def draw(dashboard: Dashboard, recording: Recording, path: Path) -> None:
     """Write a PNG of at most 256 colours."""
-    heights = [math.ceil(len(row.panels) / _ABREAST) * _PANEL_IN[1] for row in dashboard.rows]
+    heights = [math.ceil(len(row.panels) / row.abreast) * _HEIGHT_IN for row in dashboard.rows]
     height = _TITLE_IN + sum(heights) + _ROW_IN * len(heights)
-    figure = Figure(figsize=(_ABREAST * _PANEL_IN[0], height), facecolor=_GROUND)
+    figure = Figure(figsize=(_WIDTH_IN, height), facecolor=_GROUND)
     FigureCanvasAgg(figure)
     y = height - _TITLE_IN
     figure.text(0.012, (y + 0.4) / height, dashboard.title, size=15, weight="bold", color=_INK)
@@ -53,28 +52,28 @@ def draw(dashboard: Dashboard, recording: Recording, path: Path) -> None:
 
 def _draw_row(figure: Figure, row: Row, top: float, height: float, recording: Recording) -> None:
     """`top` and `height`, of the figure, in inches."""
-    width = _ABREAST * _PANEL_IN[0]
+    width = _WIDTH_IN / row.abreast
     for place, panel in enumerate(row.panels):
-        left = place % _ABREAST * _PANEL_IN[0]
-        bottom = top - (place // _ABREAST + 1) * _PANEL_IN[1]
-        card = (left + 0.06, bottom + 0.06, _PANEL_IN[0] - 0.12, _PANEL_IN[1] - 0.12)
-        _draw_card(figure, card, width, height)
-        inner = (left + 0.62, bottom + 0.62, _PANEL_IN[0] - 0.85, _PANEL_IN[1] - 1.06)
-        axes = figure.add_axes(_fractions(inner, width, height))
+        left = place % row.abreast * width
+        bottom = top - (place // row.abreast + 1) * _HEIGHT_IN
+        card = (left + 0.06, bottom + 0.06, width - 0.12, _HEIGHT_IN - 0.12)
+        _draw_card(figure, card, height)
+        inner = (left + 0.62, bottom + 0.62, width - 0.85, _HEIGHT_IN - 1.06)
+        axes = figure.add_axes(_fractions(inner, height))
         _draw_panel(axes, panel, recording)
+        title = (left + 0.16) / _WIDTH_IN, (bottom + _HEIGHT_IN - 0.28) / height
+        figure.text(*title, panel.title, size=9, weight="bold", color=_INK)
 
 
 def _fractions(
-    box: tuple[float, float, float, float], width: float, height: float
+    box: tuple[float, float, float, float], height: float
 ) -> tuple[float, float, float, float]:
     left, bottom, wide, high = box
-    return left / width, bottom / height, wide / width, high / height
+    return left / _WIDTH_IN, bottom / height, wide / _WIDTH_IN, high / height
 
 
-def _draw_card(
-    figure: Figure, box: tuple[float, float, float, float], width: float, height: float
-) -> None:
-    card = figure.add_axes(_fractions(box, width, height))
+def _draw_card(figure: Figure, box: tuple[float, float, float, float], height: float) -> None:
+    card = figure.add_axes(_fractions(box, height))
     card.set_facecolor(_CARD)
     card.set_xticks([])
     card.set_yticks([])
@@ -83,7 +82,6 @@ def _draw_card(
 
 
 def _draw_panel(axes: Axes, panel: Panel | Heatmap, recording: Recording) -> None:
-    axes.set_title(panel.title, loc="left", size=9, weight="bold", color=_INK, x=-0.13, pad=7)
     axes.tick_params(labelsize=7, colors=_FAINT, length=0)
     for spine in axes.spines.values():
         spine.set_visible(False)
@@ -99,15 +97,15 @@ def _draw_panel(axes: Axes, panel: Panel | Heatmap, recording: Recording) -> Non
 def _draw_lines(axes: Axes, panel: Panel, recording: Recording) -> None:
     axes.grid(axis="y", color="#eceef0", linewidth=0.8)
     axes.set_axisbelow(True)
-    axes.yaxis.set_major_locator(MaxNLocator(4))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: amount(value, panel.unit)))
     lines = [
         (legend(query, series), *_points(series, recording))
         for query in panel.queries
-        for series in recording.answers[query.expr]
+        for series in sorted(
+            recording.answers[query.expr], key=lambda one: _natural(legend(query, one))
+        )
         if any(math.isfinite(value) for value in series.values)
     ]
-    lines.sort(key=lambda line: _natural(line[0]))
     below = np.zeros(0)
     for place, (name, times, values) in enumerate(lines):
         colour = _COLOURS[place % len(_COLOURS)]
@@ -117,28 +115,34 @@ def _draw_lines(axes: Axes, panel: Panel, recording: Recording) -> None:
             axes.fill_between(times, below, above, color=colour, alpha=0.45, linewidth=0)
             below, values = above, above
         axes.plot(times, values, color=colour, linewidth=1.3, label=name)
-    axes.set_ylim(bottom=0)
-    if axes.get_ylim()[1] <= 0 or all(not np.nanmax(np.abs(line[2])) for line in lines):
-        axes.set_ylim(0, 1)
-    _draw_legend(axes, len(lines))
+    top = max((np.nanmax(line.get_ydata()) for line in axes.lines), default=0.0)
+    axes.set_ylim(0, 1.08 * top or 1)
+    axes.yaxis.set_major_locator(_locator(panel.unit, top))
+    _draw_legend(axes)
 
 
-def _draw_legend(axes: Axes, count: int) -> None:
+def _locator(unit: Unit, top: float) -> Locator:
+    if unit == "bytes" and top:
+        return MultipleLocator(2.0 ** round(math.log2(top / 3)))
+    return MaxNLocator(4)
+
+
+def _draw_legend(axes: Axes) -> None:
     handles, names = axes.get_legend_handles_labels()
-    shown = handles[:_MAX_LEGEND], names[:_MAX_LEGEND]
+    if len(names) > _MAX_LEGEND:
+        handles, names = handles[:_MAX_LEGEND], [*names[: _MAX_LEGEND - 1], "and more"]
     axes.legend(
-        *shown,
+        handles,
+        names,
         loc="upper left",
-        bbox_to_anchor=(-0.14, -0.13),
-        ncols=4,
+        bbox_to_anchor=(-0.16, -0.13),
+        ncols=max(1, round(16 * axes.bbox.width / 370 * 4 / (max(map(len, names)) + 6))),
         fontsize=6.5,
         labelcolor=_INK,
         frameon=False,
         handlelength=1.0,
         handletextpad=0.4,
         columnspacing=1.0,
-        title=f"first {_MAX_LEGEND} of {count}" if count > _MAX_LEGEND else None,
-        title_fontsize=6,
     )
 
 
@@ -188,8 +192,8 @@ def amount(value: float, unit: Unit) -> str:
 
 def _natural(name: str) -> list[tuple[int, float, str]]:
     """So that depth 2 comes before depth 10."""
-    parts = re.findall(r"\d+\.?\d*|\D+", name)
-    return [(0, float(part), "") if part[0].isdigit() else (1, 0.0, part) for part in parts]
+    parts = re.findall(r"-?\d+\.?\d*|[^\d-]+|-", name)
+    return [(0, float(part), "") if part[-1].isdigit() else (1, 0.0, part) for part in parts]
 
 
 def _save(figure: Figure, path: Path) -> None:

@@ -15,7 +15,7 @@ Json = dict[str, Any]
 """Any: whatever JSON holds."""
 
 _COLUMNS = 24
-_WIDTH, _HEIGHT = 8, 8
+_HEIGHT = 8
 _SOURCE = {"type": "prometheus", "uid": "${datasource}"}
 
 
@@ -75,7 +75,7 @@ def _choice(variable: Variable) -> Json:
 
 
 def _lay_out(rows: Sequence[Row]) -> Iterator[Json]:
-    """Panels three abreast, each row of panels under its title."""
+    """Each row's panels under its title."""
     y = number = 0
     for row in rows:
         number += 1
@@ -88,13 +88,13 @@ def _lay_out(rows: Sequence[Row]) -> Iterator[Json]:
             "gridPos": {"x": 0, "y": y, "w": _COLUMNS, "h": 1},
         }
         y += 1
-        abreast = _COLUMNS // _WIDTH
+        width = _COLUMNS // row.abreast
         for place, panel in enumerate(row.panels):
             number += 1
-            x, down = place % abreast * _WIDTH, place // abreast * _HEIGHT
-            where = {"x": x, "y": y + down, "w": _WIDTH, "h": _HEIGHT}
+            x, down = place % row.abreast * width, place // row.abreast * _HEIGHT
+            where = {"x": x, "y": y + down, "w": width, "h": _HEIGHT}
             yield {"id": number, "gridPos": where, **_panel(panel)}
-        y += -(-len(row.panels) // abreast) * _HEIGHT
+        y += -(-len(row.panels) // row.abreast) * _HEIGHT
 
 
 def _panel(panel: Panel | Heatmap) -> Json:

@@ -50,8 +50,15 @@ class Heatmap:
 
 @dataclass(frozen=True, slots=True)
 class Row:
+    """Panels under one title; `abreast` of them beside one another."""
+
     title: str
     panels: tuple[Panel | Heatmap, ...]
+
+    @property
+    def abreast(self) -> int:
+        """Three, or four where that fills the line."""
+        return 4 if len(self.panels) == 4 else 3
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,6 +45,8 @@ class Series:
 class Prometheus:
     """A context manager; every call blocks. Listens on 127.0.0.1 only.
 
+    It has scraped every target once when the context begins.
+
     Attributes:
         targets: address of each `/metrics` by the `pod` label that it gets.
     """
@@ -155,6 +157,7 @@ class Prometheus:
         with log.open("wb") as stderr:
             self._process = subprocess.Popen(self._command(folder), stderr=stderr, cwd=folder)
         self._address = self._wait_listening(log)
+        self.wait_for(f"count(up == 1) == {len(self.targets)}")
 
     def _configuration(self) -> dict[str, object]:
         every = f"{round(1000 * self._interval_s)}ms"

@@ -7,6 +7,7 @@ import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 
@@ -19,7 +20,6 @@ from treecast.dashboards.traffic import run_traffic
 from treecast.services.local import LocalMesh, MeshSettings
 
 PROMPTS = [[5, 6, 7, 8, 5, 6, 7], list(range(1, 90)), [3] * 40]
-TRAFFIC_S = 5.0
 WINDOW = "30s"
 
 
@@ -40,22 +40,36 @@ def targets(mesh: LocalMesh) -> dict[str, str]:
     return {name: str(process.metrics_address) for name, process in found.items()}
 
 
-@pytest.fixture(scope="module")
-def scraped(binaries: Binaries, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scraped]:
+SMALL: dict[str, Any] = {"speculators": ("ssm",)}
+WHOLE: dict[str, Any] = {"speculators": ("ssm", "ngram", "suffix"), "num_verifiers": 2}
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param((SMALL, 3.0), id="small"),
+        pytest.param((WHOLE, 20.0), id="whole", marks=pytest.mark.slow),
+    ],
+)
+def scraped(
+    request: pytest.FixtureRequest, binaries: Binaries, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Scraped]:
     """A mesh with little room, so that requests queue, and with drafts that run ahead."""
+    shape, seconds = request.param
     settings = MeshSettings(
         engine="toy",
         torch_threads=1,
         log_dir=tmp_path_factory.mktemp("logs"),
         verifier_flags={"toy_step_s": 0.005, "max_running": 4, "pool_tokens": 1024},
         speculator_flags={"shares_cores": False},
+        **shape,
     )
     with (
         LocalMesh(settings) as mesh,
         Prometheus(binaries, targets(mesh), 0.5, alerts_text()) as prometheus,
     ):
         began = time.time()
-        asyncio.run(run_traffic(mesh.router_address, PROMPTS, 8, TRAFFIC_S, 60))
+        asyncio.run(run_traffic(mesh.router_address, PROMPTS, 8, seconds, 60))
         prometheus.wait_for('treecast_router_running_requests{pod="router"} == 0')
         yield Scraped(prometheus, began, time.time())
 
