@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import yaml
 from treecast.dashboards import contract
 from treecast.dashboards.alerts import ALERTS, rules
 from treecast.dashboards.catalogue import declared_series
-from treecast.dashboards.debian import Binaries
+from treecast.dashboards.debian import Binaries, PrometheusMissing, find_prometheus
 from treecast.dashboards.generated import DASHBOARDS, ROOT, generated_files
 from treecast.dashboards.grafana import dashboard_json
 
@@ -94,6 +96,33 @@ def test_every_alert_fails_its_cases_when_it_fires_never_or_always(
     assert tested.returncode != 0
     failed = set(re.findall(r"alertname: (\w+)", tested.stdout + tested.stderr))
     assert failed == {alert.name for alert in ALERTS}
+
+
+@pytest.mark.slow
+def test_prometheus_is_unpacked_once_when_it_is_not_on_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, binaries: Binaries
+) -> None:
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name in ("apt-get", "dpkg-deb", "dpkg", "tar", "sh", "gpgv", "rm", "xz"):
+        if found := shutil.which(name):
+            (programs / name).symlink_to(found)
+    monkeypatch.setenv("PATH", str(programs))
+    with ThreadPoolExecutor(2) as both:
+        one, other = both.map(find_prometheus, [tmp_path / "cache"] * 2)
+    assert one == other
+    for program in (one.prometheus, one.promtool):
+        assert program.startswith(str(tmp_path))
+        said = subprocess.run([program, "--version"], capture_output=True, text=True, check=True)
+        assert "version" in said.stdout + said.stderr
+
+
+def test_a_missing_prometheus_is_named_when_it_cannot_be_had(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(PrometheusMissing, match="not on PATH, and this is no Debian"):
+        find_prometheus(tmp_path / "cache")
 
 
 def cases() -> Any:

@@ -48,7 +48,7 @@ class ProcessCollector(Collector):
         yield GaugeMetricFamily(
             "treecast_draining",
             "1 from the moment on in which the process takes nothing new because it is to stop.",
-            value=self._draining(),
+            value=float(self._draining()),
         )
         yield device_memory()
 
