@@ -82,9 +82,13 @@ _STEPS = Row(
     (
         Panel(
             "Step time by phase",
-            "Mean of each phase; collect includes the wait for work. Forward should be most of it.",
+            "Means. Instead of collect, which waits for work, there is the wait for trees in it. "
+            "Forward should be most.",
             "s",
-            (Query(mean(_PHASE, "phase"), "{{phase}}"),),
+            (
+                Query(mean(_PHASE, "phase", f'{POD},phase!="collect"'), "{{phase}}"),
+                Query(mean("treecast_verifier_draft_wait_seconds"), "wait for trees"),
+            ),
             stack=True,
         ),
         Heatmap(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +29,7 @@ _COLOURS = (
 )  # fmt: skip
 _HEAT = LinearSegmentedColormap.from_list("heat", ("#dbe9fb", "#3274d9", "#0b1f4b"))
 _MAX_LEGEND = 10
+_CHARACTER_PX = 5.8
 
 
 def draw(dashboard: Dashboard, recording: Recording, path: Path) -> None:
@@ -98,27 +99,28 @@ def _draw_lines(axes: Axes, panel: Panel, recording: Recording) -> None:
     axes.grid(axis="y", color="#eceef0", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: amount(value, panel.unit)))
-    lines = [
-        (legend(query, series), *_points(series, recording))
-        for query in panel.queries
-        for series in sorted(
-            recording.answers[query.expr], key=lambda one: _natural(legend(query, one))
-        )
-        if any(math.isfinite(value) for value in series.values)
-    ]
     below = np.zeros(0)
-    for place, (name, times, values) in enumerate(lines):
+    for place, (name, times, values) in enumerate(_lines(panel, recording)):
         colour = _COLOURS[place % len(_COLOURS)]
         if panel.stack:
             below = below if below.size == values.size else np.zeros(values.size)
-            above = below + np.nan_to_num(values)
-            axes.fill_between(times, below, above, color=colour, alpha=0.45, linewidth=0)
-            below, values = above, above
+            values = below + np.nan_to_num(values)
+            axes.fill_between(times, below, values, color=colour, alpha=0.45, linewidth=0)
+            below = values
         axes.plot(times, values, color=colour, linewidth=1.3, label=name)
     top = max((np.nanmax(line.get_ydata()) for line in axes.lines), default=0.0)
     axes.set_ylim(0, 1.08 * top or 1)
     axes.yaxis.set_major_locator(_locator(panel.unit, top))
     _draw_legend(axes)
+
+
+def _lines(panel: Panel, recording: Recording) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """Names, times and values; a query's series by name."""
+    for query in panel.queries:
+        found = recording.answers[query.expr]
+        for series in sorted(found, key=lambda one: _natural(legend(query, one))):
+            if any(math.isfinite(value) for value in series.values):
+                yield legend(query, series), *_points(series, recording)
 
 
 def _locator(unit: Unit, top: float) -> Locator:
@@ -131,12 +133,13 @@ def _draw_legend(axes: Axes) -> None:
     handles, names = axes.get_legend_handles_labels()
     if len(names) > _MAX_LEGEND:
         handles, names = handles[:_MAX_LEGEND], [*names[: _MAX_LEGEND - 1], "and more"]
+    longest_px = _CHARACTER_PX * (6 + max(map(len, names), default=0))
     axes.legend(
         handles,
         names,
         loc="upper left",
         bbox_to_anchor=(-0.16, -0.13),
-        ncols=max(1, round(16 * axes.bbox.width / 370 * 4 / (max(map(len, names)) + 6))),
+        ncols=max(1, round(axes.bbox.width / longest_px)),
         fontsize=6.5,
         labelcolor=_INK,
         frameon=False,
@@ -147,23 +150,29 @@ def _draw_legend(axes: Axes) -> None:
 
 
 def _draw_heatmap(axes: Axes, panel: Heatmap, recording: Recording) -> None:
-    """Rows are buckets, equally high; a row is named by its upper bound."""
-    found = sorted(recording.answers[panel.query.expr], key=lambda one: float(one.labels["le"]))
-    bounds = [float(series.labels["le"]) for series in found]
+    """Rows are buckets, equally high, without the empty ones at both ends."""
+    found = sorted(recording.answers[panel.query.expr], key=_bound)
     columns = [_points(series, recording) for series in found]
-    width = max(values.size for _, values in columns)
-    full = [values if values.size == width else np.zeros(width) for _, values in columns]
     times = max((times for times, _ in columns), key=len)
-    counts = np.diff(np.vstack([np.zeros(width), *full]), axis=0)
+    whole = [values if values.size == times.size else np.zeros(times.size) for _, values in columns]
+    counts = np.diff(np.vstack([np.zeros(times.size), *whole]), axis=0)
     used = np.flatnonzero(np.nan_to_num(counts).max(axis=1) > 0)
-    low, high = (used[0], used[-1] + 1) if used.size else (0, len(bounds))
-    shown = np.ma.masked_less_equal(counts[low:high], 0)
-    edges = np.append(times, times[-1] + (times[-1] - times[-2]))
-    axes.pcolormesh(edges, np.arange(high - low + 1), shown, cmap=_HEAT, linewidth=0)
-    stride = max(1, math.ceil((high - low) / 7))
-    ticks = range(0, high - low, stride)
-    names = ["more" if math.isinf(b) else amount(b, panel.unit) for b in bounds[low:high]]
+    rows = slice(used[0], used[-1] + 1) if used.size else slice(0, len(found))
+    shown = np.ma.masked_less_equal(counts[rows], 0)
+    edges = np.append(times, 2 * times[-1] - times[-2])
+    axes.pcolormesh(edges, np.arange(len(shown) + 1), shown, cmap=_HEAT, linewidth=0)
+    _name_buckets(axes, panel.unit, [_bound(series) for series in found[rows]])
+
+
+def _name_buckets(axes: Axes, unit: Unit, bounds: Sequence[float]) -> None:
+    """Every row, or every second and so on, by its upper bound."""
+    ticks = range(0, len(bounds), math.ceil(len(bounds) / 7))
+    names = ["more" if math.isinf(bound) else amount(bound, unit) for bound in bounds]
     axes.set_yticks([tick + 0.5 for tick in ticks], [names[tick] for tick in ticks])
+
+
+def _bound(series: Series) -> float:
+    return float(series.labels["le"])
 
 
 def _points(series: Series, recording: Recording) -> tuple[np.ndarray, np.ndarray]:

@@ -54,13 +54,16 @@ WHOLE: dict[str, Any] = {"speculators": ("ssm", "ngram", "suffix"), "num_verifie
 def scraped(
     request: pytest.FixtureRequest, binaries: Binaries, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Scraped]:
-    """A mesh with little room, so that requests queue, and with drafts that run ahead."""
+    """A mesh with little room, so that requests queue, and with drafts that run ahead.
+
+    A step takes its time, so that waiting for trees is worth it.
+    """
     shape, seconds = request.param
     settings = MeshSettings(
         engine="toy",
         torch_threads=1,
         log_dir=tmp_path_factory.mktemp("logs"),
-        verifier_flags={"toy_step_s": 0.005, "max_running": 4, "pool_tokens": 1024},
+        verifier_flags={"toy_step_s": 0.02, "max_running": 4, "pool_tokens": 1024},
         speculator_flags={"shares_cores": False},
         **shape,
     )

@@ -85,6 +85,7 @@ def test_alerts_fire_and_stay_quiet_as_their_cases_say(tmp_path: Path, binaries:
     assert tested.returncode == 0, tested.stdout + tested.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("broken", ["vector(1) > 2", "vector(1)"], ids=["never", "always"])
 def test_every_alert_fails_its_cases_when_it_fires_never_or_always(
     broken: str, tmp_path: Path, binaries: Binaries
