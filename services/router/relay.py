@@ -11,7 +11,7 @@ from treecast.text.detok import DetokStream
 from treecast.wire.frames import Completed, Cost, Progress
 
 from . import messages
-from .metrics import RouterMetrics
+from .metrics import Caller, RouterMetrics
 from .seat import Seat, SeatEnd
 from .writer import Write
 
@@ -62,6 +62,7 @@ class Relay:
         text: DetokStream,
         write: Write,
         metrics: RouterMetrics,
+        caller: Caller,
         clock: Callable[[], float],
         arrived_s: float,
     ) -> None:
@@ -71,7 +72,10 @@ class Relay:
         self._index = index
         self._text = text
         self._write = write
-        self._metrics = metrics
+        labels = (caller.tenant, caller.model)
+        self._tokens = metrics.tokens.labels(*labels)
+        self._first_token = metrics.first_token.labels(*labels)
+        self._inter_token = metrics.inter_token.labels(*labels)
         self._clock = clock
         self._arrived_s = arrived_s
         self._last_s: float | None = None
@@ -107,11 +111,11 @@ class Relay:
 
     def _measure(self, num_tokens: int) -> None:
         now_s = self._clock()
-        self._metrics.tokens.inc(num_tokens)
+        self._tokens.inc(num_tokens)
         if self._last_s is None:
-            self._metrics.first_token.observe(now_s - self._arrived_s)
+            self._first_token.observe(now_s - self._arrived_s)
         else:
-            self._metrics.inter_token.observe((now_s - self._last_s) / num_tokens)
+            self._inter_token.observe((now_s - self._last_s) / num_tokens)
         self._last_s = now_s
 
     async def finish(self, end: Completed, placements: int, same_numerics: bool) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Self
 import structlog
 
 from treecast.errors import SettingsError
+from treecast.telemetry.process import ProcessCollector
 from treecast.v1 import router_pb2_grpc
 from treecast.wire.frames import Role
 from treecast.wire.guarded_redis import GuardedRedis
@@ -70,6 +71,11 @@ class Router:
             self.metrics,
         )
         server = Server(tls=tls, require_clients=settings.tls_clients == "certificate")
+        self.metrics.registry.register(
+            ProcessCollector(
+                "router", lambda: tuple(self.fleet.models_seen), lambda: self._draining.active
+            )
+        )
         self.presence = Presence(
             settings, Role.ROUTER, instance_id, server, self._redis, self.metrics.registry
         )
@@ -94,7 +100,6 @@ class Router:
             "treecast.v1.RouterService",
             callers=["client"],
         )
-        self.metrics.redis_up.set_function(lambda: float(self.redis_ok))
         self.metrics.streams.set_function(lambda: float(len(self.fleet.candidates())))
         await self.presence.start()
         if self.http is not None:

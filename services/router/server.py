@@ -24,7 +24,7 @@ from .generation import Generation, Job
 from .keys import Key, KeyRing
 from .leases import Leases, epoch_without_redis
 from .messages import Ask, check_id, parse_ask
-from .metrics import RouterMetrics
+from .metrics import Caller, RouterMetrics
 from .prefixes import Prefixes
 from .queue import Share
 from .quotas import Quotas
@@ -131,9 +131,9 @@ class RouterService(router_pb2_grpc.RouterServiceServicer):
         Raises:
             TreecastError: what ended the request.
         """
-        outcome = "client_gone"
+        outcome, caller = "client_gone", Caller()
         try:
-            outcome = await self._generate(request, call)
+            outcome = await self._generate(request, call, caller)
         except ClientGone:
             raise
         except TreecastError as error:
@@ -143,10 +143,11 @@ class RouterService(router_pb2_grpc.RouterServiceServicer):
             outcome = "internal"
             raise
         finally:
-            self._metrics.requests.labels(outcome).inc()
+            self._metrics.requests.labels(outcome, caller.tenant, caller.model).inc()
 
-    async def _generate(self, request: pb.GenerateRequest, call: Call) -> str:
+    async def _generate(self, request: pb.GenerateRequest, call: Call, caller: Caller) -> str:
         key = self._keys.caller(call.authorization)
+        caller.tenant = key.tenant
         self._draining.check()
         ask = parse_ask(request)
         key.check_priority(ask.priority)
@@ -159,7 +160,7 @@ class RouterService(router_pb2_grpc.RouterServiceServicer):
             async with scope:
                 with self._quotas.running(key):
                     await self._quotas.take_request(key)
-                    reason = await self._serve(ask, key, call)
+                    reason = await self._serve(ask, key, call, caller)
         except TimeoutError:
             if not scope.expired():
                 raise
@@ -183,14 +184,17 @@ class RouterService(router_pb2_grpc.RouterServiceServicer):
         if not self._running:
             self._idle.set()
 
-    async def _serve(self, ask: Ask, key: Key, call: Call) -> str:
-        arrived_s = asyncio.get_running_loop().time()
+    async def _serve(self, ask: Ask, key: Key, call: Call, caller: Caller) -> str:
+        loop = asyncio.get_running_loop()
+        arrived_s = loop.time()
         deadline_s = self._deadline(call.left_s, arrived_s)
         checked = await self._admission.check(ask, deadline_s)
+        caller.model = checked.model.model
         cost = ask.largest_cost(len(checked.prompt))
         job = Job(
             ask=ask,
             share=Share(key.tenant, ask.priority, cost),
+            caller=caller,
             prompt=checked.prompt,
             model=checked.model,
             session=self._session(ask, key.tenant),
@@ -202,7 +206,10 @@ class RouterService(router_pb2_grpc.RouterServiceServicer):
         limit = self._settings.max_placements
         generation = Generation(job, self._dispatcher, self._prefixes, limit, self._metrics)
         async with self._quotas.tokens(key, cost, lambda: generation.spent):
-            return (await generation.run()).name.lower()
+            reason = await generation.run()
+        duration = self._metrics.duration.labels(caller.tenant, caller.model)
+        duration.observe(loop.time() - arrived_s)
+        return reason.name.lower()
 
     def _deadline(self, left_s: float | None, now_s: float) -> float | None:
         """Ahead of the client's own, so that the last event still gets there."""

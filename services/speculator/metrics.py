@@ -54,3 +54,5 @@ class SpeculatorMetrics:
             ["outcome"],
             registry=registry,
         )
+        for outcome in ("hit", "miss"):
+            self.run_ahead.labels(outcome)

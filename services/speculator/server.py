@@ -13,6 +13,7 @@ import grpc
 from treecast.engine.base import Engine
 from treecast.engine.openmp import load_on_thread
 from treecast.sampling.params import Law
+from treecast.telemetry.process import ProcessCollector
 from treecast.v1 import speculator_pb2 as pb
 from treecast.v1 import speculator_pb2_grpc
 from treecast.wire.frames import Heartbeat, Hello, Role
@@ -57,6 +58,9 @@ class Speculator(speculator_pb2_grpc.SpeculatorServiceServicer):
             instance_id,
         )
         self._verifiers = Acceptor(SPECULATE, self._hello, self._heartbeat, self.sessions)
+        self.metrics.registry.register(
+            ProcessCollector("speculator", self._models, lambda: self.sessions.draining)
+        )
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def warm_up(self) -> None:
@@ -85,6 +89,10 @@ class Speculator(speculator_pb2_grpc.SpeculatorServiceServicer):
         """From the drafting thread to the event loop."""
         assert self._loop is not None, "results come after start"
         self._loop.call_soon_threadsafe(self.sessions.deliver, results)
+
+    def _models(self) -> set[str]:
+        """Target models of the verifiers that are connected."""
+        return {link.peer.model for link in self._verifiers.links}
 
     def _hello(self) -> Hello:
         """A lookup has no vocabulary of its own: size 0 and no tokenizer fit every verifier."""

@@ -9,10 +9,13 @@ from prometheus_client.core import CounterMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from treecast.telemetry.metrics import LATENCY_BUCKETS_S
+from treecast.tree import TokenTree
 
 from .calibration import Reliability
 
 _STEP_BUCKETS_S = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 5)
+_WAIT_BUCKETS_S = (0, 0.0005, 0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.128, 0.5, 1.0)
+_TOKEN_BUCKETS = (1, 2, 3, 4, 5, 6, 8, 12, 16, 24)
 _COUNT_BUCKETS = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256)
 MAX_DEPTH_LABEL = 16
 MAX_PROPOSER_LABELS = 32
@@ -90,9 +93,47 @@ class VerifierMetrics:
         self.tokens = Counter(
             "treecast_verifier_tokens_total", "Output tokens committed.", registry=registry
         )
+        self.step_tokens = Histogram(
+            "treecast_verifier_step_tokens",
+            "Output tokens of one request in one step, accepted nodes and the one that follows.",
+            buckets=_TOKEN_BUCKETS,
+            registry=registry,
+        )
         self.prefill_tokens = Counter(
             "treecast_verifier_prefill_tokens_total",
             "Prompt tokens computed; those found in the KV cache are not counted.",
+            registry=registry,
+        )
+        self.trees = Counter(
+            "treecast_verifier_trees_total", "Trees received from speculators.", registry=registry
+        )
+        self.draft_wait = Histogram(
+            "treecast_verifier_draft_wait_seconds",
+            "Time that a step waited for trees which speculators owed it, 0 included; steps that "
+            "were owed none are not counted.",
+            buckets=_WAIT_BUCKETS_S,
+            registry=registry,
+        )
+        self.nodes_at_hand = Counter(
+            "treecast_verifier_plan_nodes_at_hand_total",
+            "Tree nodes that a step could have computed.",
+            registry=registry,
+        )
+        self.nodes_granted = Counter(
+            "treecast_verifier_plan_nodes_granted_total",
+            "Tree nodes that the plan gave a row of the step.",
+            registry=registry,
+        )
+        self.predicted_tokens = Counter(
+            "treecast_verifier_plan_predicted_tokens_total",
+            "Accepted tokens that the plan expected of the nodes it granted; trees of draws (law "
+            "mss) are not priced and not counted.",
+            registry=registry,
+        )
+        self.goodput = Gauge(
+            "treecast_verifier_goodput_tokens_per_second",
+            "What a second is worth to the plan: tokens that one request gets of it lately; 0 with "
+            "--planner full.",
             registry=registry,
         )
         self.nodes_offered = Counter(
@@ -171,6 +212,14 @@ class VerifierMetrics:
         self.retained = Gauge(
             "treecast_verifier_retained_sessions", "Idle sessions with KV.", registry=registry
         )
+        self.evicted = Counter(
+            "treecast_verifier_evicted_sessions_total",
+            "Idle sessions whose KV was freed, by why: expired, or pressure of a request.",
+            ["why"],
+            registry=registry,
+        )
+        for why in ("expired", "pressure"):
+            self.evicted.labels(why)
 
         self._proposers: set[str] = set()
 
@@ -191,6 +240,14 @@ class VerifierMetrics:
             self.verified_by_proposer.labels(label).inc(verified)
             self.accepted_by_proposer.labels(label).inc(accepted)
 
+    def planned(self, at_hand: int, granted: Iterable[TokenTree]) -> None:
+        """Count what one plan made of the trees."""
+        self.nodes_at_hand.inc(at_hand)
+        for tree in granted:
+            self.nodes_granted.inc(len(tree))
+            if not tree.groups:
+                self.predicted_tokens.inc(sum(tree.path_confidence()))
+
     def tree_verified(self, num_nodes: int, depth: int, accepted: int) -> None:
         """Count one tree of a step."""
         self.nodes_verified.inc(num_nodes)
@@ -198,5 +255,4 @@ class VerifierMetrics:
         for level in range(1, depth + 1):
             label = str(min(level, MAX_DEPTH_LABEL))
             self.offered_depth.labels(label).inc()
-            if level <= accepted:
-                self.accepted_depth.labels(label).inc()
+            self.accepted_depth.labels(label).inc(level <= accepted)

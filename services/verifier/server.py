@@ -16,6 +16,7 @@ from treecast.engine.curve import measure_curve
 from treecast.engine.openmp import load_on_thread
 from treecast.errors import NotServed, Unavailable
 from treecast.sampling.params import Law
+from treecast.telemetry.process import ProcessCollector
 from treecast.text.tokenizer import TokenizerFiles
 from treecast.v1 import verifier_pb2 as pb
 from treecast.v1 import verifier_pb2_grpc
@@ -61,6 +62,10 @@ class Verifier(verifier_pb2_grpc.VerifierServiceServicer):
         self._hand_over: asyncio.TimerHandle | None = None
         self.tls = tls_of(settings)
         self.metrics = VerifierMetrics()
+        model = engine.info.name
+        self.metrics.registry.register(
+            ProcessCollector("verifier", lambda: [model], lambda: self._draining)
+        )
         curve = thread.submit(measure_curve, engine, settings.max_rows).result()
         policy = make_policy(settings, self.metrics.registry, curve)
         self.speculation = Speculation(

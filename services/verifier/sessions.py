@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+from prometheus_client import Counter
+
 from treecast.engine.base import Engine, KVSequence
 from treecast.errors import Overloaded, StaleLease
 from treecast.wire.frames import SessionKey
@@ -59,9 +61,11 @@ class SessionStore:
     session's requests to finish leaves its KV here.
     """
 
-    def __init__(self, engine: Engine, ttl_s: float) -> None:
+    def __init__(self, engine: Engine, ttl_s: float, evicted: Counter) -> None:
+        """`evicted` counts the sessions freed here, by `why`: expired or pressure."""
         self._engine = engine
         self._ttl_s = ttl_s
+        self._evicted = evicted
         self._idle: OrderedDict[Key, Retained] = OrderedDict()
         self._epochs: OrderedDict[Key, int] = OrderedDict()
         self._prefixes: PrefixIndex[Request | Retained] = PrefixIndex(engine.usage.page_tokens)
@@ -144,14 +148,15 @@ class SessionStore:
         """Free sessions that have been idle for too long."""
         horizon = time.monotonic() - self._ttl_s
         while self._idle and next(iter(self._idle.values())).idle_since < horizon:
-            self.evict()
+            self._evict("expired")
 
-    def evict(self, spared: Request | Retained | None = None) -> bool:
+    def _evict(self, why: str, spared: Request | Retained | None = None) -> bool:
         """Free the session idle for longest, the spared one aside; False if there is none."""
         for key, retained in self._idle.items():
             if retained is not spared:
                 del self._idle[key]
                 self._drop(retained)
+                self._evicted.labels(why).inc()
                 return True
         return False
 
@@ -219,7 +224,7 @@ class SessionStore:
             try:
                 return reserve()
             except Overloaded:
-                if not self.evict(spared):
+                if not self._evict("pressure", spared):
                     raise
 
 

@@ -315,6 +315,7 @@ class Speculation:
             self._drop(attachment.speculator, self._requests[error.handle])
 
     def received(self, link: SpeculatorLink, frame: SpeculatorFrame) -> None:
+        self._metrics.trees.inc(isinstance(frame, Draft))
         attachment = self._find(link, frame.handle)
         if attachment is None:
             self._metrics.stale_frames.inc()

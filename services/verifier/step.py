@@ -61,7 +61,7 @@ class StepLoop:
         self.curve = curve
         self._goodput = Goodput(1 / curve(1))
         self._round_began = 0.0
-        self.sessions = SessionStore(engine, settings.session_ttl_s)
+        self.sessions = SessionStore(engine, settings.session_ttl_s, metrics.evicted)
         self._waiting: deque[Request] = deque()
         self._running: list[Request] = []
         self._forgotten: list[SessionKey] = []
@@ -191,6 +191,12 @@ class StepLoop:
         """Trees of a running batch are waited for while they are worth it, but no newcomer is
         made to wait for them.
         """
+        if not self._speculation.owed(self._running):
+            return
+        with self._metrics.draft_wait.time():
+            await self._wait_while_worth()
+
+    async def _wait_while_worth(self) -> None:
         began = time.monotonic()
         patience_s = cap_s = self._longest_wait_s()
         while not self._may_admit and self._worth_waiting(cap_s, cap_s - patience_s):
@@ -243,7 +249,9 @@ class StepLoop:
         self._speculation.rearrange()
         trees = [self._speculation.tree(request) for request in self._running]
         price = self._price * len(self._running)
-        return plan(self._running, trees, self.curve, self._settings.max_rows, price)
+        batch = plan(self._running, trees, self.curve, self._settings.max_rows, price)
+        self._metrics.planned(sum(map(len, trees)), (work.tree for work in batch))
+        return batch
 
     def _reap(self) -> None:
         for request in [r for r in self._running if r.cancelled or r.expired]:
@@ -338,6 +346,7 @@ class StepLoop:
         if counts and all(work.num_pending == 1 for work in batch):
             self._goodput.saw(sum(counts), len(counts), now - began)
         self._speculation.tokens_per_s = self._price
+        self._metrics.goodput.set(self._price)
 
     def _emit(self, work: Work, walked: Walk) -> None:
         request = work.request
@@ -362,6 +371,7 @@ class StepLoop:
         depth = max(work.tree.depths, default=0)
         self._metrics.tree_verified(len(work.tree), depth, len(walked.accepted))
         self._metrics.tokens.inc(count)
+        self._metrics.step_tokens.observe(count)
         now = time.monotonic()
         if request.last_commit_at is None:
             self._blocked = False  # siblings may have waited for its prompt

@@ -79,7 +79,7 @@ async def test_all_pages_come_back_when_the_sessions_are_closed() -> None:
     async with verifier_rig() as rig:
         for name in ("one", "two", "three"):
             await ask(rig, name, [7])
-        while rig.verifier.steps.sessions.evict():
-            pass
+        for name in ("one", "two", "three"):
+            rig.verifier.steps.sessions.forget(SessionKey("acme", name, epoch=1))
         assert rig.engine.usage.used == 0
         assert len(rig.verifier.steps.sessions._prefixes) == 0

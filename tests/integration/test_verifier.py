@@ -163,6 +163,37 @@ async def test_steps_are_saved_and_text_is_the_same_when_drafts_are_right(
     assert usage.accepted_by_depth[0] <= usage.offered_by_depth[0]
 
 
+async def test_metrics_tell_what_was_waited_for_planned_and_gained_when_trees_come() -> None:
+    drafter = ScriptedSpeculator(Drafting(Clairvoyant()))
+    engine = ToyEngine(vocab_size=VOCAB, step_s=0.02)
+    async with speculator(drafter) as address, verifier_rig(engine, speculators=[address]) as rig:
+        await rig.speculators(1)
+        outcome = await rig.router.run(PROMPT, GREEDY)
+        value = rig.verifier.metrics.registry.get_sample_value
+        seen = {
+            name: value(f"treecast_verifier_{name}") or 0.0
+            for name in (
+                "step_tokens_count",
+                "step_tokens_sum",
+                "trees_total",
+                "plan_nodes_at_hand_total",
+                "plan_nodes_granted_total",
+                "plan_predicted_tokens_total",
+                "draft_wait_seconds_count",
+            )
+        }
+        goodput = value("treecast_verifier_goodput_tokens_per_second")
+    assert outcome.completed is not None
+    usage = outcome.completed.usage
+    assert (seen["step_tokens_count"], seen["step_tokens_sum"]) == (usage.steps, 24)
+    assert seen["trees_total"] > 0
+    assert seen["plan_nodes_granted_total"] == usage.drafted > 0
+    assert seen["plan_nodes_at_hand_total"] >= usage.drafted
+    assert 0 < seen["plan_predicted_tokens_total"] <= usage.drafted
+    assert 0 < seen["draft_wait_seconds_count"] <= usage.steps
+    assert goodput == pytest.approx(rig.verifier.speculation.tokens_per_s)
+
+
 def wrong(handle: int, text: list[int], future: list[int]) -> SpeculatorFrame:
     return Draft(handle, len(text), TokenTree.chain([(t + 1) % VOCAB for t in future]))
 
@@ -568,6 +599,10 @@ async def test_idle_sessions_are_evicted_when_pages_run_out() -> None:
         await rig.idle()
         usage = rig.engine.usage
         assert usage.free + usage.used == usage.total == 8
+        evicted = rig.verifier.metrics.registry.get_sample_value(
+            "treecast_verifier_evicted_sessions_total", {"why": "pressure"}
+        )
+        assert evicted == 9 - len(rig.verifier.steps.sessions) > 0
 
 
 async def test_older_lease_is_refused() -> None:

@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable
 from typing import TypeVar, cast
 
 import structlog
+from prometheus_client import CollectorRegistry, Gauge, Histogram
 from redis.asyncio import Redis, RedisCluster
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
@@ -25,6 +26,7 @@ log = structlog.get_logger()
 
 CLUSTER = "+cluster"
 """Marks the scheme of a Redis Cluster's URL, that of any of its nodes: redis+cluster://host."""
+_COMMAND_BUCKETS_S = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25)
 
 TIMEOUT_S = 0.25
 FIRST_TIMEOUT_S = 2.0
@@ -57,6 +59,24 @@ class GuardedRedis:
         self._timeout_s = timeout_s
         self._breaker = Breaker(1, pause_s, clock)
         self._answers: bool | None = None
+        self._observe: Callable[[float], object] = lambda seconds: None
+
+    def measure(self, registry: CollectorRegistry) -> None:
+        """Export how it fares; nothing where no Redis was given. Once per registry."""
+        if self._redis is None:
+            return
+        up = Gauge(
+            "treecast_redis_up",
+            "1 while Redis answers this process; absent where none was given.",
+            registry=registry,
+        )
+        up.set_function(lambda: float(self.ok))
+        self._observe = Histogram(
+            "treecast_redis_command_seconds",
+            "From a command to its answer, or to giving it up.",
+            buckets=_COMMAND_BUCKETS_S,
+            registry=registry,
+        ).observe
 
     @property
     def ok(self) -> bool:
@@ -73,12 +93,15 @@ class GuardedRedis:
         if self._redis is None or not self._breaker.allows:
             raise RedisLost
         self._breaker.trying()
+        began = time.perf_counter()
         try:
             async with asyncio.timeout(self._patience_s):
                 answer = await command(self._redis)
         except (RedisError, RedisClusterException, OSError, TimeoutError) as error:
             self._lost(error)
             raise RedisLost from error
+        finally:
+            self._observe(time.perf_counter() - began)
         self._answered()
         return answer
 

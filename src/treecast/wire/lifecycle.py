@@ -120,6 +120,7 @@ class Presence:
         self._instance_id = instance_id
         self._redis = redis
         self._metrics = metrics
+        redis.measure(metrics)
         self._model = model
         self._stop_metrics: Callable[[], None] = lambda: None
         self._registration: Registration | None = None

@@ -1,0 +1,1 @@
+"""Dashboards and alerts as code: `python -m treecast.dashboards` writes what the chart mounts."""
