@@ -43,6 +43,7 @@ class Job:
     deadline_s: float | None
     arrived_s: float
     detokenizer: Callable[[], DetokStream]
+    token_text: Callable[[int], str]
     write: Write
 
 
@@ -113,6 +114,7 @@ class Generation:
             index,
             job.ask.committed,
             job.detokenizer(),
+            job.token_text,
             job.write,
             self._metrics,
             loop.time,
@@ -154,6 +156,7 @@ class Generation:
             speculation=ask.speculation,
             deadline_ms=left_ms,
             truncate_prompt=ask.truncate_prompt,
+            report_rounds=ask.report_rounds,
         )
 
     def _bear(self, sample: Sample, seat: Seat, end: Failed | Lost) -> None:

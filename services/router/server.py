@@ -139,6 +139,7 @@ class RouterService(router_pb2_grpc.RouterServiceServicer):
             deadline_s=deadline_s,
             arrived_s=arrived_s,
             detokenizer=lambda: checked.text.detokenizer(ask.sampling.stop),
+            token_text=checked.text.token_text,
             write=_writer(context),
         )
         limit = self._settings.max_placements

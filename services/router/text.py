@@ -15,7 +15,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from treecast.errors import InvalidRequest
 from treecast.text.detok import DetokStream
-from treecast.text.tokenizer import TokenizerFiles, decoder_of
+from treecast.text.tokenizer import TokenizerFiles, decoder_of, token_text
 
 ROLES = ("system", "user", "assistant")
 
@@ -70,6 +70,10 @@ class ModelText:
         if self._tokenizer is None and stop:
             raise InvalidRequest(f"model {self._model!r} has no tokenizer; stop strings need one")
         return DetokStream(self._decode, stop)
+
+    def token_text(self, token: int) -> str:
+        """One token by itself; empty if the model has no tokenizer."""
+        return "" if self._tokenizer is None else token_text(self._tokenizer, token)
 
     def _encode(self, text: str, special_tokens: bool) -> tuple[int, ...]:
         if self._tokenizer is None:

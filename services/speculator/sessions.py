@@ -201,6 +201,8 @@ class Sessions:
             if isinstance(result, Grown):
                 self.metrics.trees.inc()
                 self.metrics.nodes.inc(len(result.tree))
-                route.link.send(Draft(route.handle, result.base_len, result.tree))
+                route.link.send(
+                    Draft(route.handle, result.base_len, result.tree, result.drafting_us)
+                )
             else:
                 self._refuse(route.link, route.handle, result.error)

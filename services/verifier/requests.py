@@ -14,6 +14,8 @@ from treecast.tree import MAX_DEPTH, TokenTree
 from treecast.wire.frames import RouterFrame, ServingFrame, SessionKey, Start, Usage
 from treecast.wire.link import Link
 
+from .attachments import Attachment
+
 
 @dataclass(slots=True, eq=False)
 class Request:
@@ -28,6 +30,7 @@ class Request:
         tokens: prompt and output committed so far.
         deadline: time.monotonic() at which the output is cut.
         retain: whether its session keeps the KV when it ends; not once the session was closed.
+        drafted_by: who offered nodes to the running step; kept only if its rounds are reported.
         on_end: called once, when the request has ended.
     """
 
@@ -46,6 +49,7 @@ class Request:
     retain: bool = True
     arrived_at: float = field(default_factory=time.monotonic)
     last_commit_at: float | None = None
+    drafted_by: tuple[Attachment, ...] = ()
     tally: Tally = field(default_factory=lambda: Tally())
     on_end: Callable[[], None] = field(default=lambda: None)
 

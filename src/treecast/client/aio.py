@@ -133,6 +133,7 @@ class AsyncClient:
         proposal: Proposal | None = None,
         growth: str = "",
         truncate_prompt: bool = False,
+        report_rounds: bool = False,
     ) -> AsyncStream:
         """Start generating, as `Client.generate`; not a coroutine, nothing is sent yet."""
         options = RequestOptions(
@@ -143,6 +144,7 @@ class AsyncClient:
             num_samples=num_samples,
             speculation=SpeculationParams.of(law, proposal, growth, max_nodes),
             truncate_prompt=truncate_prompt,
+            report_rounds=report_rounds,
         )
         request = build_request(prompt, sampling or SamplingParams(), options)
         return AsyncStream(self._routers, Transcript(request), Attempts(self._retry, timeout_s))

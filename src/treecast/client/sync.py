@@ -140,6 +140,7 @@ class Client:
         proposal: Proposal | None = None,
         growth: str = "",
         truncate_prompt: bool = False,
+        report_rounds: bool = False,
     ) -> Stream:
         """Start generating; nothing is sent before the first chunk is asked for.
 
@@ -159,6 +160,7 @@ class Client:
             num_samples=num_samples,
             speculation=SpeculationParams.of(law, proposal, growth, max_nodes),
             truncate_prompt=truncate_prompt,
+            report_rounds=report_rounds,
         )
         request = build_request(prompt, sampling or SamplingParams(), options)
         return Stream(self._routers, Transcript(request), Attempts(self._retry, timeout_s))

@@ -73,5 +73,10 @@ def decoder_of(tokenizer: Tokenizer) -> Decode:
     return decode
 
 
+def token_text(tokenizer: Tokenizer, token: int) -> str:
+    """One token by itself, special ones by their names; bytes of a part of a character as marks."""
+    return tokenizer.decode([token], skip_special_tokens=False)
+
+
 def _read_json(path: Path) -> dict[str, object]:
     return dict(json.loads(path.read_text())) if path.is_file() else {}

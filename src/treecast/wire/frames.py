@@ -10,6 +10,7 @@ from treecast.sampling.logprobs import TokenLogprobs
 from treecast.sampling.params import Law, SamplingParams, SpeculationParams
 from treecast.sampling.stops import FinishReason as FinishReason
 from treecast.tree import TokenTree
+from treecast.wire.rounds import Round
 
 PROTOCOL_VERSION = 1
 
@@ -95,6 +96,7 @@ class Draft:
     handle: int
     base_len: int
     tree: TokenTree
+    drafting_us: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +138,7 @@ class Start:
     speculation: SpeculationParams = SpeculationParams()  # noqa: RUF009  frozen
     deadline_ms: int | None = None
     truncate_prompt: bool = False
+    report_rounds: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,6 +192,7 @@ class Progress:
     tokens: tuple[int, ...]
     logprobs: tuple[TokenLogprobs, ...] = ()
     cost: Cost = Cost()
+    rounds: tuple[Round, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

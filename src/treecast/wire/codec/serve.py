@@ -32,6 +32,7 @@ from treecast.wire.codec.messages import (
     encode_session_key,
     encode_usage,
 )
+from treecast.wire.codec.rounds import decode_round, encode_round
 from treecast.wire.frames import (
     Cancel,
     Completed,
@@ -44,6 +45,7 @@ from treecast.wire.frames import (
     ServingFrame,
     Start,
 )
+from treecast.wire.rounds import MAX_ROUNDS, Round
 from treecast.wire.status import from_rpc_status, to_rpc_status
 
 
@@ -86,6 +88,7 @@ def encode_start(start: Start) -> pb.Start:
         max_nodes=start.speculation.max_nodes,
         deadline_ms=start.deadline_ms,
         truncate_prompt=start.truncate_prompt,
+        report_rounds=start.report_rounds,
     )
 
 
@@ -111,6 +114,7 @@ def decode_start(message: pb.Start, limits: Limits) -> Start:
         speculation=decode_speculation(message, max_nodes),
         deadline_ms=message.deadline_ms if message.HasField("deadline_ms") else None,
         truncate_prompt=message.truncate_prompt,
+        report_rounds=message.report_rounds,
     )
 
 
@@ -121,13 +125,15 @@ def encode_progress(progress: Progress) -> pb.Progress:
         tokens=progress.tokens,
         logprobs=[encode_logprobs(one) for one in progress.logprobs],
         cost=encode_cost(progress.cost),
+        rounds=[encode_round(one) for one in progress.rounds],
     )
 
 
 def decode_progress(message: pb.Progress, limits: Limits) -> Progress:
     """Raises InvalidFrame.
 
-    For an unknown token, log-probabilities for some tokens only, or a cost that cannot be theirs.
+    For an unknown token, log-probabilities for some tokens only, a cost that cannot be theirs, or
+    rounds that they cannot have come from.
     """
     tokens = check_tokens(message.tokens, "progress", limits)
     check_at_most(message.from_index + len(tokens), MAX_TOKENS, "output length after progress")
@@ -137,7 +143,24 @@ def decode_progress(message: pb.Progress, limits: Limits) -> Progress:
         )
     logprobs = tuple(decode_logprobs(one) for one in message.logprobs)
     cost = decode_cost(message.cost, len(tokens))
-    return Progress(message.handle, message.from_index, tokens, logprobs, cost)
+    rounds = _decode_rounds(message, limits)
+    return Progress(message.handle, message.from_index, tokens, logprobs, cost, rounds)
+
+
+def _decode_rounds(message: pb.Progress, limits: Limits) -> tuple[Round, ...]:
+    """Rounds of the very tokens beside them, in order; the last ones may have none."""
+    check_at_most(len(message.rounds), MAX_ROUNDS, "number of rounds in progress")
+    rounds, at = [], 0
+    for one in (decode_round(item, limits) for item in message.rounds):
+        expected = tuple(message.tokens[at : at + len(one.tokens)])
+        if (one.from_index, one.tokens) != (message.from_index + at, expected):
+            raise InvalidFrame(
+                f"round from token {one.from_index} on is none of the tokens from "
+                f"{message.from_index + at} on"
+            )
+        rounds.append(one)
+        at += len(expected)
+    return tuple(rounds)
 
 
 def encode_completed(completed: Completed) -> pb.Completed:
