@@ -26,6 +26,7 @@ class MeshSettings:
         log_dir: where each process's log goes; None makes a new folder in the cache directory.
         ready_timeout_s: for each process to load and say that it is ready.
         stop_grace_s: for each process to end by itself once asked to.
+        otlp_endpoint: where all services send spans; None makes none.
         verifier_flags, speculator_flags, router_flags: further settings by their field names.
     """
 
@@ -43,6 +44,7 @@ class MeshSettings:
     log_dir: Path | None = None
     ready_timeout_s: float = 300.0
     stop_grace_s: float = 10.0
+    otlp_endpoint: str | None = None
     verifier_flags: Flags = field(default_factory=dict)
     speculator_flags: Flags = field(default_factory=dict)
     router_flags: Flags = field(default_factory=dict)
@@ -71,6 +73,7 @@ def verifier_flags(settings: MeshSettings, redis_url: str, speculators: Sequence
         "trusted_speculators": ",".join(speculators) or None,
         "speculators_per_session": min(len(speculators), 4),
         "redis_url": redis_url,
+        "otlp_endpoint": settings.otlp_endpoint,
         "drain_s": 0,
         **settings.verifier_flags,
     }
@@ -81,13 +84,19 @@ def router_flags(settings: MeshSettings, redis_url: str, verifiers: Sequence[str
         "listen": settings.router_listen,
         "verifiers": ",".join(verifiers),
         "redis_url": redis_url,
+        "otlp_endpoint": settings.otlp_endpoint,
         "drain_s": 0,
         **settings.router_flags,
     }
 
 
 def speculator_flags(settings: MeshSettings, redis_url: str, drafter: str) -> Flags:
-    flags: dict[str, object] = {"drafters": drafter, "redis_url": redis_url, "drain_s": 0}
+    flags: dict[str, object] = {
+        "drafters": drafter,
+        "redis_url": redis_url,
+        "otlp_endpoint": settings.otlp_endpoint,
+        "drain_s": 0,
+    }
     if drafter == "ssm":
         flags |= {
             "engine": settings.engine,

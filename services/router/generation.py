@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ import structlog
 
 from treecast.errors import StaleLease, TreecastError, Unavailable
 from treecast.sampling.noise import noise_key
+from treecast.telemetry.traces import UNTRACED, Attributes, Span, Tracing
 from treecast.text.detok import DetokStream
 from treecast.wire.frames import Completed, Failed, FinishReason, Hello, SessionKey, Start
 
@@ -45,6 +47,7 @@ class Job:
     detokenizer: Callable[[], DetokStream]
     token_text: Callable[[int], str]
     write: Write
+    span: Span = UNTRACED
 
 
 @dataclass(slots=True)
@@ -74,8 +77,14 @@ class Generation:
     """Serves one job. Everything it takes is given back when `run` ends, however it ends."""
 
     def __init__(
-        self, job: Job, dispatcher: Dispatcher, max_placements: int, metrics: RouterMetrics
+        self,
+        job: Job,
+        dispatcher: Dispatcher,
+        max_placements: int,
+        metrics: RouterMetrics,
+        tracing: Tracing,
     ) -> None:
+        self._tracing = tracing
         self._job = job
         self._dispatcher = dispatcher
         self._max_placements = max_placements
@@ -133,6 +142,8 @@ class Generation:
             if isinstance(end, Completed):
                 placements = sample.num_lost + 1
                 await sample.relay.finish(end, placements, sample.same_numerics)
+                if sample.index == 0:
+                    job.span.note(_facts(job, end, placements))
                 return end.finish
             self._bear(sample, seat, end)
             placed = await self._place(self._readmit, 1, sample.fingerprint, sample.avoid)
@@ -157,6 +168,7 @@ class Generation:
             deadline_ms=left_ms,
             truncate_prompt=ask.truncate_prompt,
             report_rounds=ask.report_rounds,
+            traceparent=job.span.traceparent,
         )
 
     def _bear(self, sample: Sample, seat: Seat, end: Failed | Lost) -> None:
@@ -221,7 +233,10 @@ class Generation:
                 fingerprint=fingerprint,
                 avoid=avoid,
             )
+            began_s = time.monotonic()
             seats = await admit(wanted)
+            if self._tracing.on:
+                self._tell_wait(began_s, seats[0])
             self._seats += seats
             taken = await self._job.session.take(seats[0].verifier.instance_id, where)
             if taken is not None:
@@ -229,11 +244,32 @@ class Generation:
             _leave(seats)
             admit = self._readmit
 
+    def _tell_wait(self, began_s: float, seat: Seat) -> None:
+        self._tracing.record(
+            "treecast.queue",
+            self._job.span.traceparent,
+            began_s,
+            time.monotonic(),
+            {"treecast.verifier": seat.verifier.instance_id},
+        )
+
     async def _admit(self, wanted: Wanted) -> list[Seat]:
         return await self._dispatcher.admit(wanted, self._job.ask.priority, self._job.deadline_s)
 
     async def _readmit(self, wanted: Wanted) -> list[Seat]:
         return await self._dispatcher.readmit(wanted, self._job.deadline_s)
+
+
+def _facts(job: Job, end: Completed, placements: int) -> Attributes:
+    """What a request's span says of it."""
+    return {
+        "gen_ai.request.model": job.model.model,
+        "gen_ai.usage.input_tokens": end.usage.prompt_tokens,
+        "gen_ai.usage.output_tokens": end.usage.output_tokens,
+        "treecast.request_id": job.ask.request_id,
+        "treecast.num_samples": job.ask.num_samples,
+        "treecast.placements": placements,
+    }
 
 
 def _leave(seats: Sequence[Seat]) -> None:

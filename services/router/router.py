@@ -7,6 +7,7 @@ from typing import Self
 
 import structlog
 
+from treecast.telemetry.traces import open_tracing
 from treecast.v1 import router_pb2_grpc
 from treecast.wire.frames import Role
 from treecast.wire.guarded_redis import GuardedRedis
@@ -37,16 +38,17 @@ class Router:
         """Binds nothing yet.
 
         Raises:
-            SettingsError: a seed or the Redis address is malformed.
+            SettingsError: a seed or the Redis address is malformed, or spans cannot be sent.
         """
         self.metrics = RouterMetrics()
+        self._tracing = open_tracing(settings.otlp_endpoint, "router", instance_id)
         self.fleet = Fleet(instance_id)
         self._settings = settings
         self._redis = GuardedRedis(settings.redis_url)
         self._registry = Registry(self._redis, Role.VERIFIER, settings.verifiers)
         leases = Leases(self._redis, settings.lease_ttl_s)
         self.service = RouterService(
-            settings, self.fleet, leases, lambda: self.redis_ok, self.metrics
+            settings, self.fleet, leases, lambda: self.redis_ok, self.metrics, self._tracing
         )
         self.presence = Presence(
             settings, Role.ROUTER, instance_id, Server(), self._redis, self.metrics.registry
@@ -96,6 +98,7 @@ class Router:
         await self._registry.close()
         await self.fleet.close()
         await self._redis.close()
+        await asyncio.to_thread(self._tracing.close)
 
     async def _forget_first_verifier(self) -> None:
         if self._first_verifier is not None:

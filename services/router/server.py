@@ -10,6 +10,7 @@ import grpc
 import structlog
 
 from treecast.errors import Cancelled, DuplicateRequest, TreecastError, Unavailable
+from treecast.telemetry.traces import Span, Tracing, valid_traceparent
 from treecast.v1 import router_pb2 as pb
 from treecast.v1 import router_pb2_grpc
 from treecast.wire.frames import SessionKey
@@ -51,6 +52,7 @@ class RouterService(router_pb2_grpc.RouterServiceServicer):
         leases: Leases,
         redis_ok: Callable[[], bool],
         metrics: RouterMetrics,
+        tracing: Tracing,
     ) -> None:
         self.draining = False
         self._settings = settings
@@ -58,6 +60,7 @@ class RouterService(router_pb2_grpc.RouterServiceServicer):
         self._leases = leases
         self._redis_ok = redis_ok
         self._metrics = metrics
+        self._tracing = tracing
         self._dispatcher = Dispatcher(
             fleet, settings.queue_limit, settings.verifier_grace_s, metrics
         )
@@ -85,19 +88,22 @@ class RouterService(router_pb2_grpc.RouterServiceServicer):
         self, request: pb.GenerateRequest, context: Context
     ) -> None:
         """Write a request's events. Its outcome is counted once, whatever it is."""
-        outcome = "client_gone"
+        outcome, error = "client_gone", "client_gone"
+        span = self._tracing.begin("treecast.request", _traceparent(context))
         try:
-            outcome = await self._generate(request, context)
-        except TreecastError as error:
-            outcome = error.reason.lower()
+            outcome, error = await self._generate(request, context, span), ""
+        except TreecastError as failure:
+            outcome = error = failure.reason.lower()
             raise
         except Exception:
-            outcome = "internal"
+            outcome = error = "internal"
             raise
         finally:
             self._metrics.requests.labels(outcome).inc()
+            span.note({"treecast.outcome": outcome})
+            span.end(error)
 
-    async def _generate(self, request: pb.GenerateRequest, context: Context) -> str:
+    async def _generate(self, request: pb.GenerateRequest, context: Context, span: Span) -> str:
         if self.draining:
             raise Unavailable("router is draining")
         ask = parse_ask(request)
@@ -107,7 +113,7 @@ class RouterService(router_pb2_grpc.RouterServiceServicer):
         self._enter(ask.request_id, scope)
         try:
             async with scope:
-                reason = await self._serve(ask, context)
+                reason = await self._serve(ask, context, span)
         except TimeoutError:
             if not scope.expired():
                 raise
@@ -127,7 +133,7 @@ class RouterService(router_pb2_grpc.RouterServiceServicer):
         if not self._running:
             self._idle.set()
 
-    async def _serve(self, ask: Ask, context: Context) -> str:
+    async def _serve(self, ask: Ask, context: Context, span: Span) -> str:
         arrived_s = asyncio.get_running_loop().time()
         deadline_s = self._deadline(context, arrived_s)
         checked = await self._admission.check(ask, deadline_s)
@@ -141,9 +147,11 @@ class RouterService(router_pb2_grpc.RouterServiceServicer):
             detokenizer=lambda: checked.text.detokenizer(ask.sampling.stop),
             token_text=checked.text.token_text,
             write=_writer(context),
+            span=span,
         )
         limit = self._settings.max_placements
-        reason = await Generation(job, self._dispatcher, limit, self._metrics).run()
+        generation = Generation(job, self._dispatcher, limit, self._metrics, self._tracing)
+        reason = await generation.run()
         return reason.name.lower()
 
     def _deadline(self, context: Context, now_s: float) -> float | None:
@@ -209,6 +217,13 @@ class RouterService(router_pb2_grpc.RouterServiceServicer):
             running=max(0, len(self._running) - self.num_waiting),
             redis_ok=self._redis_ok(),
         )
+
+
+def _traceparent(context: Context) -> str:
+    """The caller's trace, from the call's metadata."""
+    metadata = context.invocation_metadata() or ()
+    found = (value for key, value in metadata if key == "traceparent")
+    return valid_traceparent(next(found, None))
 
 
 def _writer(context: Context) -> Callable[[pb.GenerateResponse], Awaitable[None]]:

@@ -10,6 +10,7 @@ from treecast.engine.base import KVSequence
 from treecast.sampling.laws import AcceptanceRule
 from treecast.sampling.pick import Picker
 from treecast.sampling.stops import StopRules
+from treecast.telemetry.traces import UNTRACED, Span
 from treecast.tree import MAX_DEPTH, TokenTree
 from treecast.wire.frames import RouterFrame, ServingFrame, SessionKey, Start, Usage
 from treecast.wire.link import Link
@@ -48,7 +49,9 @@ class Request:
     cancelled: bool = False
     retain: bool = True
     arrived_at: float = field(default_factory=time.monotonic)
+    admitted_at: float = 0.0
     last_commit_at: float | None = None
+    span: Span = UNTRACED
     drafted_by: tuple[Attachment, ...] = ()
     tally: Tally = field(default_factory=lambda: Tally())
     on_end: Callable[[], None] = field(default=lambda: None)

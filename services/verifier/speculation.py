@@ -146,6 +146,7 @@ class Speculation:
                 self._budget(request),
                 request.start.speculation,
                 self.tokens_per_s,
+                request.span.traceparent,
             )
         )
 

@@ -20,6 +20,7 @@ from treecast.engine.curve import StepCurve
 from treecast.errors import DeadlineExceeded, Overloaded, TreecastError
 from treecast.sampling.laws import Walk, walk
 from treecast.sampling.stops import FinishReason, Stop
+from treecast.telemetry.traces import Tracing
 from treecast.wire.frames import Completed, Cost, Failed, Heartbeat, Progress, SessionKey
 from treecast.wire.link import SILENCE_S
 from treecast.wire.rounds import MAX_ROUNDS, Round
@@ -32,6 +33,7 @@ from .requests import Request
 from .rounds import StepTimes, round_of
 from .sessions import SessionStore
 from .settings import VerifierSettings
+from .spans import RequestSpans
 from .speculation import Speculation
 
 log = structlog.get_logger()
@@ -52,12 +54,14 @@ class StepLoop:
         speculation: Speculation,
         curve: StepCurve,
         metrics: VerifierMetrics,
+        tracing: Tracing,
     ) -> None:
         self._engine = engine
         self._thread = thread
         self._settings = settings
         self._speculation = speculation
         self._metrics = metrics
+        self._spans = RequestSpans(tracing)
         self.curve = curve
         self._goodput = Goodput(1 / curve(1))
         self._times = StepTimes()
@@ -268,7 +272,9 @@ class StepLoop:
             self._waiting.remove(request)
             self._running.append(request)
             self._speculation.admit(request)
-            self._metrics.wait.observe(time.monotonic() - request.arrived_at)
+            request.admitted_at = time.monotonic()
+            self._metrics.wait.observe(request.admitted_at - request.arrived_at)
+            self._spans.admitted(request)
 
     def _capacity(self, request: Request) -> int:
         return len(request.tokens) + request.tokens_left + self._settings.max_nodes + 1
@@ -330,6 +336,7 @@ class StepLoop:
         begin = request.num_output
         request.tokens.extend(walked.tokens)
         self._account(work, walked)
+        self._spans.stepped(work, walked, self._times)
         rounds = self._report(work, walked, begin) if request.start.report_rounds else ()
         proposers = [work.tree.proposers[node] for node in walked.accepted]
         self._speculation.committed(request, walked.tokens, proposers)
@@ -359,6 +366,7 @@ class StepLoop:
         if request.last_commit_at is None:
             self._blocked = False  # siblings may have waited for its prompt
             self._metrics.first_token.observe(now - request.arrived_at)
+            self._spans.prefilled(request, now)
         else:
             self._metrics.inter_token.observe((now - request.last_commit_at) / count)
         request.last_commit_at = now
@@ -373,6 +381,7 @@ class StepLoop:
 
     def _complete(self, request: Request, stop: Stop) -> None:
         self._metrics.requests.labels(stop.reason.name.lower()).inc()
+        self._spans.ended(request, stop.reason.name.lower())
         request.link.send(
             Completed(request.start.handle, stop.reason, request.usage(), stop.characters)
         )
@@ -380,6 +389,7 @@ class StepLoop:
 
     def _refuse(self, request: Request, error: TreecastError) -> None:
         self._metrics.requests.labels(error.reason.lower()).inc()
+        self._spans.ended(request, error.reason.lower(), error.reason.lower())
         request.link.send(Failed(request.start.handle, error))
         request.on_end()
 

@@ -48,6 +48,12 @@ class ServiceSettings(BaseSettings):
     redis_url: str | None = Field(
         None, description="redis://host:port/db for registry and leases; unset: seeds only"
     )
+    otlp_endpoint: str | None = Field(
+        None,
+        pattern=r"^https?://[^/\s]+$",
+        description="http://host:port of an OpenTelemetry collector that takes spans by gRPC, "
+        "https:// over TLS; unset: none are made; needs the extra 'traces'",
+    )
     log_level: str = Field("info", description="debug, info, warning or error")
     log_json: bool = Field(True, description="JSON log lines; otherwise for people")
     announce: bool = Field(

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
+from types import MappingProxyType
 from typing import Any
 
 from treecast.engine.toy import ToyEngine
@@ -44,6 +45,7 @@ async def speculator(name: str, drafter: str, **settings: Any) -> AsyncIterator[
         yield address
     finally:
         one.close()
+        await asyncio.to_thread(one.tracing.close)
         await server.stop(0)
 
 
@@ -77,14 +79,22 @@ async def verifier(speculators: Sequence[str], **settings: Any) -> AsyncIterator
 
 @asynccontextmanager
 async def toy_mesh(
-    drafters: Sequence[str] = ("ssm", "ngram"), **settings: Any
+    drafters: Sequence[str] = ("ssm", "ngram"),
+    speculators: Mapping[str, Any] = MappingProxyType({}),
+    **settings: Any,
 ) -> AsyncIterator[str]:
-    """Serve a mesh; yields the router's address. `settings` are those that all services have."""
+    """Serve a mesh; yields the router's address.
+
+    Args:
+        speculators: settings of these alone.
+        settings: those of all services.
+    """
     async with AsyncExitStack() as stack:
         enter = stack.enter_async_context
+        drafting = {**settings, **speculators}
         names = [f"speculator-{number}" for number in range(len(drafters))]
         addresses = [
-            await enter(speculator(name, drafter, **settings))
+            await enter(speculator(name, drafter, **drafting))
             for name, drafter in zip(names, drafters, strict=True)
         ]
         verifiers = (await enter(verifier(addresses, **settings)),)

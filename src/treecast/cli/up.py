@@ -74,6 +74,16 @@ def up(
             show_default=False,
         ),
     ] = None,
+    otlp_endpoint: Annotated[
+        str | None,
+        typer.Option(
+            envvar="TREECAST_OTLP_ENDPOINT",
+            metavar="URL",
+            help="An OpenTelemetry collector to send spans to, such as http://127.0.0.1:4317; "
+            "needs the extra [traces].",
+            show_default="no spans",
+        ),
+    ] = None,
     as_json: options.Json = False,
 ) -> None:
     """Start Valkey, verifiers, speculators and a router here, each a process, until Ctrl-C.
@@ -105,6 +115,7 @@ def up(
         speculator_flags={"growth": growth} if growth else {},
         router_listen=listen,
         redis_url=redis_url,
+        otlp_endpoint=otlp_endpoint,
     )
     with termination_as_interrupt(), running_mesh(settings) as mesh:
         if as_json:

@@ -20,6 +20,7 @@ from .replies import read_models, read_status
 from .request import Prompt, RequestOptions, build_request
 from .results import Chunk, Model, Result, Status
 from .retry import Attempts, RetryPolicy
+from .trace_context import caller_trace
 from .transcript import Transcript
 
 ReplyT = TypeVar("ReplyT")
@@ -224,7 +225,8 @@ def _receive(
 ) -> Generator[Chunk]:
     """Chunks of one attempt, until its stream ends; gRPC's errors come out as ours."""
     timeout_s = attempts.remaining_s()
-    call = Stub(channel).Generate(transcript.next_request(), timeout=timeout_s)
+    request, trace = transcript.next_request(), caller_trace()
+    call = Stub(channel).Generate(request, timeout=timeout_s, metadata=trace)
     try:
         for response in call:
             if (chunk := transcript.fold(response)) is not None:

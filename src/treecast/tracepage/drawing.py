@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from treecast.client.results import RoundReport
 from treecast.tree import ROOT
 
-from .lettering import label, width_of
+from .lettering import label, percent, width_of
 from .people import Cast, Proposer
 
 ACCEPTED, REJECTED, UNREACHED, START, BONUS = "accepted", "rejected", "unreached", "start", "bonus"
@@ -86,7 +86,7 @@ class _Item:
 
     @property
     def percent(self) -> str:
-        return f"{100 * self.confidence:.0f}%" if self.proposers else ""
+        return percent(self.confidence) if self.proposers else ""
 
     @property
     def width(self) -> float:
@@ -127,7 +127,7 @@ def _items(report: RoundReport, before: str, cast: Cast) -> list[_Item]:
         proposers = tuple(cast.of_node(one, node))
         text = label(texts[node], token)
         names = " and ".join(proposer.name for proposer in proposers)
-        title = f"{text}: {kind}; proposed by {names} at {100 * tree.confidence[node]:.0f}%"
+        title = f"{text}: {kind}; proposed by {names} at {percent(tree.confidence[node])}"
         parent = tree.parents[node] + 1
         items.append(_Item(kind, text, title, parent, tree.confidence[node], proposers))
     bonus = label(report.bonus_text, one.bonus)

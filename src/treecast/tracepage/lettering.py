@@ -27,6 +27,11 @@ def _visible(character: str) -> str:
     return character
 
 
+def percent(confidence: float) -> str:
+    """A belief in whole percent, never as if it were none."""
+    return f"{100 * confidence:.0f}%" if confidence >= 0.005 else "<1%"
+
+
 def running_text(text: str) -> str:
     """Text to be read: line breaks and tabs stay, other signs without a shape get one."""
     return "".join(c if c in "\n\t " else _visible(c) for c in text)

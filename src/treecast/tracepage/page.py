@@ -13,7 +13,7 @@ import jinja2
 from treecast.client.results import Result, RoundReport
 
 from .drawing import Drawing, draw, fate
-from .lettering import label, running_text
+from .lettering import label, percent, running_text
 from .people import Cast, Proposer
 from .summary import summarise
 from .timeline import Lane, Timeline
@@ -139,7 +139,7 @@ def _rows(report: RoundReport, cast: Cast) -> tuple[Row, ...]:
             node + 1,
             label(texts[node], token),
             "start" if tree.parents[node] < 0 else str(tree.parents[node] + 1),
-            f"{100 * tree.confidence[node]:.0f}%",
+            percent(tree.confidence[node]),
             tuple(cast.of_node(one, node)),
             fate(report, node),
         )

@@ -72,6 +72,7 @@ class Attach:
     node_budget: int
     speculation: SpeculationParams = SpeculationParams()  # noqa: RUF009  frozen
     tokens_per_s: float = 0.0
+    traceparent: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +140,7 @@ class Start:
     deadline_ms: int | None = None
     truncate_prompt: bool = False
     report_rounds: bool = False
+    traceparent: str = ""
 
 
 @dataclass(frozen=True, slots=True)

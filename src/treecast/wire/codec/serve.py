@@ -9,6 +9,7 @@ from treecast.v1 import verifier_pb2 as pb
 from treecast.wire.codec.bounds import (
     MAX_TEXT_CHARACTERS,
     MAX_TOKENS,
+    MAX_TRACEPARENT_CHARACTERS,
     Limits,
     check_at_most,
     check_text,
@@ -89,6 +90,7 @@ def encode_start(start: Start) -> pb.Start:
         deadline_ms=start.deadline_ms,
         truncate_prompt=start.truncate_prompt,
         report_rounds=start.report_rounds,
+        traceparent=start.traceparent,
     )
 
 
@@ -115,6 +117,7 @@ def decode_start(message: pb.Start, limits: Limits) -> Start:
         deadline_ms=message.deadline_ms if message.HasField("deadline_ms") else None,
         truncate_prompt=message.truncate_prompt,
         report_rounds=message.report_rounds,
+        traceparent=check_text(message.traceparent, "traceparent", MAX_TRACEPARENT_CHARACTERS),
     )
 
 

@@ -10,6 +10,7 @@ from treecast.v1 import speculator_pb2 as pb
 from treecast.wire.codec.bounds import (
     MAX_TEXT_CHARACTERS,
     MAX_TOKENS,
+    MAX_TRACEPARENT_CHARACTERS,
     UINT32_MAX,
     Limits,
     check_at_most,
@@ -79,6 +80,7 @@ def encode_attach(attach: Attach) -> pb.Attach:
         proposal=encode_proposal(attach.speculation.proposal),
         growth=attach.speculation.growth,
         tokens_per_s=attach.tokens_per_s,
+        traceparent=attach.traceparent,
     )
 
 
@@ -103,6 +105,7 @@ def decode_attach(message: pb.Attach, limits: Limits) -> Attach:
         node_budget=min(message.node_budget, limits.max_nodes),
         speculation=decode_speculation(message),
         tokens_per_s=_check_rate(message.tokens_per_s),
+        traceparent=check_text(message.traceparent, "traceparent", MAX_TRACEPARENT_CHARACTERS),
     )
 
 
