@@ -18,7 +18,7 @@ _DOT = 10.0
 _PADDING = 11.0
 _HEIGHT = 28.0
 _ROW = 38.0
-_GAP = 40.0
+_GAP = 32.0
 _MARGIN = 8.0
 
 

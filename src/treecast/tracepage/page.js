@@ -31,9 +31,13 @@
 
   for (const mark of [...pieces, ...bars]) {
     const number = Number(mark.dataset.round);
-    mark.addEventListener("mouseenter", () => show(number, false));
     mark.addEventListener("click", (event) => { event.preventDefault(); show(number, true); });
-    if (mark.classList.contains("piece")) mark.addEventListener("focus", () => show(number, true));
+  }
+  // Not the bars: they stand below the round, whose height moves them.
+  for (const piece of pieces) {
+    const number = Number(piece.dataset.round);
+    piece.addEventListener("mouseenter", () => show(number, false));
+    piece.addEventListener("focus", () => show(number, true));
   }
   previous.addEventListener("click", () => show(current - 1, true));
   next.addEventListener("click", () => show(current + 1, true));
