@@ -7,7 +7,8 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from treecast.client import AsyncClient, Result, SamplingParams
+from treecast.client import AsyncClient, Law, Result, SamplingParams
+from treecast.wire.rounds import MAX_ROUNDS
 
 from .toy_mesh import toy_mesh
 
@@ -66,6 +67,30 @@ async def test_a_node_names_all_its_proposers_when_two_speculators_agree():
     both = [report.round for report in result.rounds if len(report.round.drafts) == 2]
     assert both
     assert all(set(one.tree.proposers) == {0b11} for one in both)
+
+
+@pytest.mark.parametrize("policy", ["tree", "spin", "vote"])
+async def test_rounds_tell_the_output_when_another_policy_chooses(policy):
+    async with toy_mesh(verifiers={"policy": policy}) as address, AsyncClient(address) as client:
+        check_rounds(await client.generate(PROMPT, GREEDY, report_rounds=True).result())
+
+
+async def test_rounds_tell_the_output_when_trees_are_draws():
+    trusting = {"trusted_speculators": ("all",)}
+    sampling = SamplingParams(temperature=1, seed=3, max_tokens=40, ignore_eos=True)
+    async with toy_mesh(verifiers=trusting) as address, AsyncClient(address) as client:
+        stream = client.generate(PROMPT, sampling, law=Law.MSS, report_rounds=True)
+        check_rounds(await stream.result())
+
+
+async def test_rounds_are_the_first_ones_when_there_are_too_many(client):
+    sampling = SamplingParams(temperature=0, max_tokens=MAX_ROUNDS + 20, ignore_eos=True)
+    stream = client.generate(PROMPT, sampling, max_nodes=0, report_rounds=True)
+    result = await stream.result()
+    assert result.usage.steps == MAX_ROUNDS + 20
+    assert len(result.rounds) == MAX_ROUNDS
+    told = [token for report in result.rounds for token in report.round.tokens]
+    assert told == list(result.token_ids[:MAX_ROUNDS])
 
 
 async def test_no_rounds_are_sent_when_nobody_asked(client):

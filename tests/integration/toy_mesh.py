@@ -81,12 +81,13 @@ async def verifier(speculators: Sequence[str], **settings: Any) -> AsyncIterator
 async def toy_mesh(
     drafters: Sequence[str] = ("ssm", "ngram"),
     speculators: Mapping[str, Any] = MappingProxyType({}),
+    verifiers: Mapping[str, Any] = MappingProxyType({}),
     **settings: Any,
 ) -> AsyncIterator[str]:
     """Serve a mesh; yields the router's address.
 
     Args:
-        speculators: settings of these alone.
+        speculators, verifiers: settings of these alone.
         settings: those of all services.
     """
     async with AsyncExitStack() as stack:
@@ -97,8 +98,9 @@ async def toy_mesh(
             await enter(speculator(name, drafter, **drafting))
             for name, drafter in zip(names, drafters, strict=True)
         ]
-        verifiers = (await enter(verifier(addresses, **settings)),)
-        configured = RouterSettings(verifiers=verifiers, metrics_listen=None, **settings)
+        verifying = {**settings, **verifiers}
+        seeds = (await enter(verifier(addresses, **verifying)),)
+        configured = RouterSettings(verifiers=seeds, metrics_listen=None, **settings)
         router = await enter(Router(configured, "router-0"))
         async with asyncio.timeout(TIMEOUT_S):
             await router.fleet.until(lambda: bool(router.fleet.open_hellos()) or None, TIMEOUT_S)

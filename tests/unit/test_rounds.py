@@ -30,6 +30,12 @@ def test_a_round_survives_when_sent():
     assert ROUND.proposers == ("ssm", "ngram", "suffix")
 
 
+def test_beliefs_are_clipped_when_out_of_bounds():
+    tree = TokenTree.build([5, 6], [ROOT, ROOT], [0.0, 1.5], [1, 1])
+    again = codec.decode_round(codec.encode_round(Round(0, tree, (), 9, DRAFTS)))
+    assert again.tree.confidence == pytest.approx([0.0, 1.0], abs=1e-13)
+
+
 def test_rounds_survive_beside_their_tokens_when_sent():
     later = replace(ROUND, from_index=7, tree=TokenTree(), accepted=(), drafts=(), bonus=3)
     progress = Progress(1, 4, (5, 7, 9, 3, 8), (), Cost(3), (ROUND, later))

@@ -19,6 +19,8 @@ from treecast.wire.codec.bounds import (
 from treecast.wire.codec.trees import confidence_byte, decode_nodes
 from treecast.wire.rounds import MAX_DRAFTS, Round, RoundDraft
 
+_LEAST = 1e-14
+
 
 def encode_round(one: Round) -> pb.Round:
     tree = one.tree
@@ -26,7 +28,7 @@ def encode_round(one: Round) -> pb.Round:
         from_index=one.from_index,
         tokens=tree.tokens,
         parents=[parent + 1 for parent in tree.parents],
-        log_confidence=bytes(confidence_byte(belief) for belief in tree.confidence),
+        log_confidence=bytes(_byte(belief) for belief in tree.confidence),
         proposers=tree.proposers,
         accepted=one.accepted,
         bonus=one.bonus,
@@ -36,6 +38,11 @@ def encode_round(one: Round) -> pb.Round:
         verified_us=min(one.verified_us, UINT32_MAX),
         prompt_tokens=one.prompt_tokens,
     )
+
+
+def _byte(belief: float) -> int:
+    """What a policy makes of confidence may leave the bounds that a draft's has."""
+    return confidence_byte(min(1.0, max(belief, _LEAST)))
 
 
 def _encode_draft(draft: RoundDraft) -> pb.RoundDraft:
