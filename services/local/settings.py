@@ -30,6 +30,7 @@ class MeshSettings:
         log_dir: where each process's log goes; None makes a new folder in the cache directory.
         ready_timeout_s: for each process to load and say that it is ready.
         stop_grace_s: for each process to end by itself once asked to.
+        otlp_endpoint: where all services send spans; None makes none.
         verifier_flags, speculator_flags, router_flags: further settings by their field names.
     """
 
@@ -49,6 +50,7 @@ class MeshSettings:
     log_dir: Path | None = None
     ready_timeout_s: float = 300.0
     stop_grace_s: float = 10.0
+    otlp_endpoint: str | None = None
     verifier_flags: Flags = field(default_factory=dict)
     speculator_flags: Flags = field(default_factory=dict)
     router_flags: Flags = field(default_factory=dict)
@@ -76,6 +78,7 @@ def verifier_flags(settings: MeshSettings, speculators: Sequence[str]) -> Flags:
         "speculators": ",".join(speculators) or None,
         "trusted_speculators": ",".join(speculators) or None,
         "speculators_per_session": min(len(speculators), 4),
+        "otlp_endpoint": settings.otlp_endpoint,
         "drain_s": 0,
         **settings.verifier_flags,
     }
@@ -86,13 +89,18 @@ def router_flags(settings: MeshSettings, verifiers: Sequence[str]) -> Flags:
         "listen": settings.router_listen,
         "http_listen": settings.http_listen,
         "verifiers": ",".join(verifiers),
+        "otlp_endpoint": settings.otlp_endpoint,
         "drain_s": 0,
         **settings.router_flags,
     }
 
 
 def speculator_flags(settings: MeshSettings, drafter: str) -> Flags:
-    flags: dict[str, object] = {"drafters": drafter, "drain_s": 0}
+    flags: dict[str, object] = {
+        "drafters": drafter,
+        "otlp_endpoint": settings.otlp_endpoint,
+        "drain_s": 0,
+    }
     if drafter == "ssm":
         flags |= {
             "engine": settings.engine,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ import structlog
 
 from treecast.errors import StaleLease, TreecastError, Unavailable
 from treecast.sampling.noise import noise_key
+from treecast.telemetry.traces import UNTRACED, Attributes, Span, Tracing
 from treecast.text.detok import DetokStream
 from treecast.wire.frames import Completed, Failed, FinishReason, Hello, SessionKey, Start
 
@@ -50,7 +52,9 @@ class Job:
     deadline_s: float | None
     arrived_s: float
     detokenizer: Callable[[], DetokStream]
+    token_text: Callable[[int], str]
     writer: Writer
+    span: Span = UNTRACED
 
 
 @dataclass(slots=True)
@@ -86,7 +90,9 @@ class Generation:
         prefixes: Prefixes,
         max_placements: int,
         metrics: RouterMetrics,
+        tracing: Tracing,
     ) -> None:
+        self._tracing = tracing
         self._job = job
         self._dispatcher = dispatcher
         self._prefixes = prefixes
@@ -123,10 +129,7 @@ class Generation:
                     group.create_task(self._serve(self._sample(index, seat), seat, placed.key))
                     for index, seat in enumerate(placed.seats)
                 ]
-                holder = placed.seats[0].verifier.instance_id
-                group.create_task(
-                    self._prefixes.note(self._job.share.tenant, self._job.prompt, holder)
-                )
+                group.create_task(self._note_prefix(placed.seats[0].verifier.instance_id))
         except ExceptionGroup as errors:
             raise errors.exceptions[0] from None
         return tasks[0].result()
@@ -137,6 +140,7 @@ class Generation:
             index,
             job.ask.committed,
             job.detokenizer(),
+            job.token_text,
             job.writer.write,
             self._metrics,
             job.caller,
@@ -156,6 +160,8 @@ class Generation:
             if isinstance(end, Completed):
                 placements = sample.num_lost + 1
                 await sample.relay.finish(end, placements, sample.same_numerics)
+                if sample.index == 0:
+                    job.span.note(_facts(job, end, placements))
                 return end.finish
             self._bear(sample, seat, end)
             placed = await self._place(self._readmit, 1, sample.fingerprint, sample.avoid)
@@ -180,6 +186,8 @@ class Generation:
             deadline_ms=left_ms,
             truncate_prompt=ask.truncate_prompt,
             tenant=job.share.tenant,
+            report_rounds=ask.report_rounds,
+            traceparent=job.span.traceparent,
         )
 
     def _bear(self, sample: Sample, seat: Seat, end: Failed | Lost) -> None:
@@ -261,12 +269,16 @@ class Generation:
         await self._prefixes.note(self._job.share.tenant, self._job.prompt, holder)
 
     async def _wait(self, turn: Awaitable[list[Seat]]) -> list[Seat]:
-        """Wait in the queue, and count for how long."""
-        loop, caller = asyncio.get_running_loop(), self._job.caller
-        joined_s = loop.time()
+        """Wait in the queue, and tell for how long."""
+        caller, joined_s = self._job.caller, time.monotonic()
         seats = await turn
+        seated_s = time.monotonic()
         labels = (caller.tenant, caller.model, str(self._job.ask.priority))
-        self._metrics.queue_wait.labels(*labels).observe(loop.time() - joined_s)
+        self._metrics.queue_wait.labels(*labels).observe(seated_s - joined_s)
+        if self._tracing.on:
+            verifier = {"treecast.verifier": seats[0].verifier.instance_id}
+            context = self._job.span.traceparent
+            self._tracing.record("treecast.queue", context, joined_s, seated_s, verifier)
         return seats
 
     async def _admit(self, wanted: Wanted) -> list[Seat]:
@@ -274,6 +286,18 @@ class Generation:
 
     async def _readmit(self, wanted: Wanted) -> list[Seat]:
         return await self._dispatcher.readmit(wanted, self._job.deadline_s)
+
+
+def _facts(job: Job, end: Completed, placements: int) -> Attributes:
+    """What a request's span says of it."""
+    return {
+        "gen_ai.request.model": job.model.model,
+        "gen_ai.usage.input_tokens": end.usage.prompt_tokens,
+        "gen_ai.usage.output_tokens": end.usage.output_tokens,
+        "treecast.request_id": job.ask.request_id,
+        "treecast.num_samples": job.ask.num_samples,
+        "treecast.placements": placements,
+    }
 
 
 def _leave(seats: Sequence[Seat]) -> None:

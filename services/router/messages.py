@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from treecast.drafting.drawn import check_growth
@@ -13,6 +14,7 @@ from treecast.v1 import router_pb2 as pb
 from treecast.wire import codec
 from treecast.wire.codec.bounds import MAX_TOKENS
 from treecast.wire.frames import Completed, Hello
+from treecast.wire.rounds import Round
 
 from .text import ChatMessage
 
@@ -63,6 +65,7 @@ class Ask:
     fingerprint: str
     speculation: SpeculationParams
     truncate_prompt: bool
+    report_rounds: bool
 
     def largest_cost(self, prompt_tokens: int) -> int:
         """Tokens that it may take: its prompt and all that it may still output."""
@@ -92,6 +95,7 @@ def parse_ask(message: pb.GenerateRequest) -> Ask:
         fingerprint=message.resume.numerics_fingerprint,
         speculation=codec.decode_speculation(message, max_nodes),
         truncate_prompt=message.truncate_prompt,
+        report_rounds=message.report_rounds,
     )
     _check(ask)
     if message.HasField("resume"):
@@ -163,11 +167,25 @@ def started(index: int, ask: Ask, prompt: tuple[int, ...], verifier: Hello) -> p
 
 
 def delta(
-    index: int, text: str, tokens: list[int], logprobs: list[TokenLogprobs]
+    index: int,
+    text: str,
+    tokens: Sequence[int] = (),
+    logprobs: Sequence[TokenLogprobs] = (),
+    rounds: Sequence[pb.RoundReport] = (),
 ) -> pb.GenerateResponse:
     encoded = [codec.encode_logprobs(one) for one in logprobs]
-    body = pb.Delta(text=text, token_ids=tokens, logprobs=encoded)
+    body = pb.Delta(text=text, token_ids=tokens, logprobs=encoded, rounds=rounds)
     return pb.GenerateResponse(sample_index=index, delta=body)
+
+
+def round_report(one: Round, text: str, token_text: Callable[[int], str]) -> pb.RoundReport:
+    """A round with its tokens in words; `text` is what became final with it."""
+    return pb.RoundReport(
+        round=codec.encode_round(one),
+        text=text,
+        node_texts=[token_text(token) for token in one.tree.tokens],
+        bonus_text=token_text(one.bonus),
+    )
 
 
 def finished(

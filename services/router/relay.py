@@ -8,7 +8,9 @@ from dataclasses import dataclass, field, replace
 from treecast.errors import InvalidFrame
 from treecast.sampling.logprobs import TokenLogprobs
 from treecast.text.detok import DetokStream
+from treecast.v1 import router_pb2 as pb
 from treecast.wire.frames import Completed, Cost, Progress
+from treecast.wire.rounds import Round
 
 from . import messages
 from .metrics import Caller, RouterMetrics
@@ -22,6 +24,7 @@ class Piece:
 
     tokens: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    rounds: list[Round] = field(default_factory=list)
 
 
 class Output:
@@ -47,9 +50,11 @@ class Output:
             raise InvalidFrame(
                 f"progress repeats tokens from {progress.from_index} on, and changes them"
             )
+        before = len(self.tokens)
         self.tokens += progress.tokens[known:]
         piece.tokens += progress.tokens[known:]
         piece.logprobs += progress.logprobs[known:]
+        piece.rounds += [one for one in progress.rounds if one.from_index >= before]
 
 
 class Relay:
@@ -60,6 +65,7 @@ class Relay:
         index: int,
         committed: tuple[int, ...],
         text: DetokStream,
+        token_text: Callable[[int], str],
         write: Write,
         metrics: RouterMetrics,
         caller: Caller,
@@ -71,6 +77,7 @@ class Relay:
         text.push(committed)
         self._index = index
         self._text = text
+        self._token_text = token_text
         self._write = write
         labels = (caller.tenant, caller.model)
         self._tokens = metrics.tokens.labels(*labels)
@@ -106,8 +113,24 @@ class Relay:
 
     async def _pass_on(self, piece: Piece) -> None:
         self._measure(len(piece.tokens))
-        text = self._text.push(piece.tokens)
-        await self._write(messages.delta(self._index, text, piece.tokens, piece.logprobs))
+        texts, rounds = self._tell(piece)
+        await self._write(
+            messages.delta(self._index, "".join(texts), piece.tokens, piece.logprobs, rounds)
+        )
+
+    def _tell(self, piece: Piece) -> tuple[list[str], list[pb.RoundReport]]:
+        """The text of the piece in order, and its rounds, each with its part of that text."""
+        first = len(self.output.tokens) - len(piece.tokens)
+        texts: list[str] = []
+        reports: list[pb.RoundReport] = []
+        told = 0
+        for one in piece.rounds:
+            end = one.from_index + len(one.tokens) - first
+            texts.append(self._text.push(piece.tokens[told:end]))
+            reports.append(messages.round_report(one, texts[-1], self._token_text))
+            told = end
+        texts.append(self._text.push(piece.tokens[told:]))
+        return texts, reports
 
     def _measure(self, num_tokens: int) -> None:
         now_s = self._clock()
@@ -122,6 +145,6 @@ class Relay:
         """Write the text that was held back, then the last event."""
         rest = self._text.finish(end.stop_characters)
         if rest:
-            await self._write(messages.delta(self._index, rest, [], []))
+            await self._write(messages.delta(self._index, rest))
         end = replace(end, usage=end.usage.with_earlier(self._earlier))
         await self._write(messages.finished(self._index, end, placements, same_numerics))

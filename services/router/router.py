@@ -9,6 +9,7 @@ import structlog
 
 from treecast.errors import SettingsError
 from treecast.telemetry.process import ProcessCollector
+from treecast.telemetry.traces import open_tracing
 from treecast.v1 import router_pb2_grpc
 from treecast.wire.frames import Role
 from treecast.wire.guarded_redis import GuardedRedis
@@ -48,10 +49,11 @@ class Router:
         """Binds nothing yet.
 
         Raises:
-            SettingsError: a seed or the Redis address is malformed, or the HTTP edge's extra is
-                missing.
+            SettingsError: a seed or the Redis address is malformed, or an extra is missing that
+                the HTTP edge or the spans need.
         """
         self.metrics = RouterMetrics()
+        self._tracing = open_tracing(settings.otlp_endpoint, "router", instance_id)
         tls = tls_of(settings)
         self.fleet = Fleet(instance_id, tls)
         self._draining = Draining(self.fleet, self._set_serving)
@@ -69,6 +71,7 @@ class Router:
             self._draining,
             lambda: self.redis_ok,
             self.metrics,
+            self._tracing,
         )
         server = Server(tls=tls, require_clients=settings.tls_clients == "certificate")
         self.metrics.registry.register(
@@ -136,6 +139,7 @@ class Router:
         await self._registry.close()
         await self.fleet.close()
         await self._redis.close()
+        await asyncio.to_thread(self._tracing.close)
 
     async def _forget_first_verifier(self) -> None:
         if self._first_verifier is not None:

@@ -11,6 +11,7 @@ import grpc
 import structlog
 
 from treecast.errors import Cancelled, DuplicateRequest, TreecastError
+from treecast.telemetry.traces import Span, Tracing, valid_traceparent
 from treecast.v1 import router_pb2 as pb
 from treecast.v1 import router_pb2_grpc
 from treecast.wire.frames import SessionKey
@@ -57,11 +58,13 @@ class Call:
     Attributes:
         write: takes each event, one at a time, and waits while the client is slow.
         left_s: seconds until the client's deadline; None for none.
+        traceparent: W3C trace context of the caller; empty for none.
         authorization: the call's `authorization` metadata or header, such as "Bearer KEY".
     """
 
     write: Write
     left_s: float | None = None
+    traceparent: str = ""
     authorization: str | None = field(default=None, repr=False)
 
 
@@ -83,6 +86,7 @@ class RouterService(router_pb2_grpc.RouterServiceServicer):
         draining: Draining,
         redis_ok: Callable[[], bool],
         metrics: RouterMetrics,
+        tracing: Tracing,
     ) -> None:
         self._draining = draining
         self._settings = settings
@@ -93,6 +97,7 @@ class RouterService(router_pb2_grpc.RouterServiceServicer):
         self._quotas = quotas
         self._redis_ok = redis_ok
         self._metrics = metrics
+        self._tracing = tracing
         self._dispatcher = Dispatcher(
             fleet, settings.queue_limit, settings.verifier_grace_s, metrics
         )
@@ -120,7 +125,12 @@ class RouterService(router_pb2_grpc.RouterServiceServicer):
         self, request: pb.GenerateRequest, context: Context
     ) -> None:
         """Write a request's events."""
-        call = Call(_writer(context), context.time_remaining(), _authorization(context))
+        call = Call(
+            _writer(context),
+            context.time_remaining(),
+            valid_traceparent(_metadata(context, "traceparent")),
+            _metadata(context, "authorization"),
+        )
         await self.generate(request, call)
 
     async def generate(self, request: pb.GenerateRequest, call: Call) -> None:
@@ -131,21 +141,26 @@ class RouterService(router_pb2_grpc.RouterServiceServicer):
         Raises:
             TreecastError: what ended the request.
         """
-        outcome, caller = "client_gone", Caller()
+        outcome = error = "client_gone"
+        caller, span = Caller(), self._tracing.begin("treecast.request", call.traceparent)
         try:
-            outcome = await self._generate(request, call, caller)
+            outcome, error = await self._generate(request, call, caller, span), ""
         except ClientGone:
             raise
-        except TreecastError as error:
-            outcome = error.reason.lower()
+        except TreecastError as failure:
+            outcome = error = failure.reason.lower()
             raise
         except Exception:
-            outcome = "internal"
+            outcome = error = "internal"
             raise
         finally:
             self._metrics.requests.labels(outcome, caller.tenant, caller.model).inc()
+            span.note({"treecast.outcome": outcome})
+            span.end(error)
 
-    async def _generate(self, request: pb.GenerateRequest, call: Call, caller: Caller) -> str:
+    async def _generate(
+        self, request: pb.GenerateRequest, call: Call, caller: Caller, span: Span
+    ) -> str:
         key = self._keys.caller(call.authorization)
         caller.tenant = key.tenant
         self._draining.check()
@@ -160,7 +175,7 @@ class RouterService(router_pb2_grpc.RouterServiceServicer):
             async with scope:
                 with self._quotas.running(key):
                     await self._quotas.take_request(key)
-                    reason = await self._serve(ask, key, call, caller)
+                    reason = await self._serve(ask, key, call, caller, span)
         except TimeoutError:
             if not scope.expired():
                 raise
@@ -171,7 +186,7 @@ class RouterService(router_pb2_grpc.RouterServiceServicer):
 
     def _caller(self, context: Context) -> Key:
         """Who calls; raises Unauthenticated for nobody that we know."""
-        return self._keys.caller(_authorization(context))
+        return self._keys.caller(_metadata(context, "authorization"))
 
     def _enter(self, name: RequestName, scope: asyncio.Timeout) -> None:
         self._running[name] = scope
@@ -184,7 +199,7 @@ class RouterService(router_pb2_grpc.RouterServiceServicer):
         if not self._running:
             self._idle.set()
 
-    async def _serve(self, ask: Ask, key: Key, call: Call, caller: Caller) -> str:
+    async def _serve(self, ask: Ask, key: Key, call: Call, caller: Caller, span: Span) -> str:
         loop = asyncio.get_running_loop()
         arrived_s = loop.time()
         deadline_s = self._deadline(call.left_s, arrived_s)
@@ -201,10 +216,14 @@ class RouterService(router_pb2_grpc.RouterServiceServicer):
             deadline_s=deadline_s,
             arrived_s=arrived_s,
             detokenizer=lambda: checked.text.detokenizer(ask.sampling.stop),
+            token_text=lambda token: checked.text.token(token).text,
             writer=Writer(call.write),
+            span=span,
         )
         limit = self._settings.max_placements
-        generation = Generation(job, self._dispatcher, self._prefixes, limit, self._metrics)
+        generation = Generation(
+            job, self._dispatcher, self._prefixes, limit, self._metrics, self._tracing
+        )
         async with self._quotas.tokens(key, cost, lambda: generation.spent):
             reason = await generation.run()
         duration = self._metrics.duration.labels(caller.tenant, caller.model)
@@ -262,7 +281,7 @@ class RouterService(router_pb2_grpc.RouterServiceServicer):
         self, request: pb.ListModelsRequest, context: Context
     ) -> pb.ListModelsResponse:
         """One entry for each revision that takes new requests."""
-        return pb.ListModelsResponse(models=self.models(_authorization(context)))
+        return pb.ListModelsResponse(models=self.models(_metadata(context, "authorization")))
 
     def models(self, authorization: str | None) -> list[pb.Model]:
         """What `ListModels` answers; raises Unauthenticated for nobody that we know."""
@@ -309,9 +328,10 @@ class RouterService(router_pb2_grpc.RouterServiceServicer):
         return pb.ResumeResponse()
 
 
-def _authorization(context: Context) -> str | None:
+def _metadata(context: Context, wanted: str) -> str | None:
+    """The first value of that name; binary ones have others."""
     metadata = context.invocation_metadata() or ()
-    return next((str(value) for name, value in metadata if name == "authorization"), None)
+    return next((str(value) for name, value in metadata if name == wanted), None)
 
 
 def _writer(context: Context) -> Write:

@@ -183,19 +183,20 @@ class Grower:
         if not budgets:
             return []
         tokens_per_s = sum(self._growing[session].tokens_per_s for session in budgets)
-        trees = self._timed(lambda: self._drafter.draft(budgets, tokens_per_s))
-        grown = [self._grown(session, tree) for session, tree in trees.items()]
+        trees, taken_s = self._timed(lambda: self._drafter.draft(budgets, tokens_per_s))
+        drafting_us = round(1e6 * taken_s)
+        grown = [self._grown(session, tree, drafting_us) for session, tree in trees.items()]
         return self._take_lost() + grown
 
     def _take_lost(self) -> list[Result]:
         """Give up the sessions that every drafter failed at."""
         return [self._lose(session, why) for session, why in self._drafter.take_lost().items()]
 
-    def _grown(self, session: int, tree: TokenTree) -> Grown:
+    def _grown(self, session: int, tree: TokenTree, drafting_us: int) -> Grown:
         growing = self._growing[session]
         growing.owes_tree = self._drafter.is_behind(session)
         growing.may_run_ahead = self._run_ahead_nodes > 0
-        return Grown(session, growing.length, tree)
+        return Grown(session, growing.length, tree, drafting_us)
 
     def _run_ahead(self) -> None:
         """A little more, so that orders never wait for long."""
@@ -209,12 +210,16 @@ class Grower:
         for session, growing in self._growing.items():
             growing.may_run_ahead = session in unfinished
 
-    def _timed(self, draft: Callable[[], dict[int, TokenTree]]) -> dict[int, TokenTree]:
+    def _timed(
+        self, draft: Callable[[], dict[int, TokenTree]]
+    ) -> tuple[dict[int, TokenTree], float]:
+        """The trees, and the seconds that they took."""
         self._began = began = time.monotonic()
         try:
-            return draft()
+            trees = draft()
         finally:
             self._began = None
             self.num_drafts += 1
             taken_s = time.monotonic() - began
             self.slowest_draft_s = max(taken_s, _FORGETTING * self.slowest_draft_s)
+        return trees, taken_s

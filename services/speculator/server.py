@@ -14,6 +14,7 @@ from treecast.engine.base import Engine
 from treecast.engine.openmp import load_on_thread
 from treecast.sampling.params import Law
 from treecast.telemetry.process import ProcessCollector
+from treecast.telemetry.traces import open_tracing
 from treecast.v1 import speculator_pb2 as pb
 from treecast.v1 import speculator_pb2_grpc
 from treecast.wire.frames import Heartbeat, Hello, Role
@@ -50,12 +51,14 @@ class Speculator(speculator_pb2_grpc.SpeculatorServiceServicer):
         self.grower = Grower(
             self._drafter, self._deliver, self.metrics, thread, settings.run_ahead_nodes
         )
+        self.tracing = open_tracing(settings.otlp_endpoint, "speculator", instance_id)
         self.sessions = Sessions(
             self.grower.submit,
             settings.capacity,
             settings.max_sessions,
             self.metrics,
             instance_id,
+            self.tracing,
         )
         self._verifiers = Acceptor(SPECULATE, self._hello, self._heartbeat, self.sessions)
         self.metrics.registry.register(
@@ -173,3 +176,4 @@ async def serve(settings: SpeculatorSettings) -> None:
         )
     finally:
         speculator.close()
+        await asyncio.to_thread(speculator.tracing.close)

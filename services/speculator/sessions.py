@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -12,6 +13,7 @@ import structlog
 from treecast.drafting.base import DraftRequest
 from treecast.errors import Overloaded, TreecastError
 from treecast.sampling.noise import derived_key
+from treecast.telemetry.traces import NoTracing, Tracing, is_told
 from treecast.wire.frames import (
     Attach,
     Commit,
@@ -49,12 +51,21 @@ class Session:
     in_sync: bool = True
 
 
+@dataclass(slots=True)
+class Told:
+    """The trace that a session's drafts belong to, and how many there were."""
+
+    traceparent: str
+    num_drafts: int = 0
+
+
 @dataclass(frozen=True, slots=True)
 class Route:
     """Where trees of a session go."""
 
     link: VerifierLink
     handle: int
+    told: Told
 
 
 @dataclass(slots=True)
@@ -74,6 +85,7 @@ class Sessions:
     max_sessions: int
     metrics: SpeculatorMetrics
     instance_id: str
+    tracing: Tracing = field(default_factory=NoTracing)
     draining: bool = False
     _streams: dict[VerifierLink, dict[int, Session]] = field(default_factory=dict)
     _routes: dict[int, Route] = field(default_factory=dict)
@@ -125,7 +137,7 @@ class Sessions:
         self._check_admission(link, attach)
         session = Session(next(self._numbers), len(attach.tokens))
         self._streams[link][attach.handle] = session
-        self._routes[session.number] = Route(link, attach.handle)
+        self._routes[session.number] = Route(link, attach.handle, Told(attach.traceparent))
         self.metrics.sessions.set(len(self._routes))
         request = DraftRequest(
             attach.tokens,
@@ -201,6 +213,25 @@ class Sessions:
             if isinstance(result, Grown):
                 self.metrics.trees.inc()
                 self.metrics.nodes.inc(len(result.tree))
-                route.link.send(Draft(route.handle, result.base_len, result.tree))
+                if self.tracing.on:
+                    self._tell(route.told, result)
+                route.link.send(
+                    Draft(route.handle, result.base_len, result.tree, result.drafting_us)
+                )
             else:
                 self._refuse(route.link, route.handle, result.error)
+
+    def _tell(self, told: Told, grown: Grown) -> None:
+        """A span for a draft, now and then."""
+        told.num_drafts += 1
+        if not is_told(told.num_drafts):
+            return
+        now = time.monotonic()
+        facts = {
+            "treecast.draft": told.num_drafts,
+            "treecast.base_len": grown.base_len,
+            "treecast.nodes": len(grown.tree),
+            "treecast.depth": max(grown.tree.depths, default=0),
+        }
+        began = now - grown.drafting_us / 1e6
+        self.tracing.record("treecast.draft", told.traceparent, began, now, facts)

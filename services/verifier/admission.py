@@ -15,6 +15,7 @@ from treecast.sampling.params import Law
 from treecast.sampling.pick import Picker
 from treecast.sampling.stops import Stop, StopRules
 from treecast.sampling.transforms import Context
+from treecast.telemetry.traces import Tracing
 from treecast.text.detok import Decode
 from treecast.wire.frames import (
     BadFrame,
@@ -47,11 +48,13 @@ class Admission:
         steps: StepLoop,
         decode: Decode | None,
         check_law: Callable[[Law], None],
+        tracing: Tracing,
     ) -> None:
         self._engine = engine
         self._steps = steps
         self._decode = decode
         self._check_law = check_law
+        self._tracing = tracing
         self._handles = itertools.count(1)
         self._requests: dict[RouterLink, dict[int, Request]] = {}
 
@@ -106,6 +109,7 @@ class Admission:
             log.info("request.refused", request_id=start.request_id, why=error.message)
             link.send(Failed(start.handle, error))
             return
+        request.span = self._tracing.begin("treecast.serve", start.traceparent)
         mine = self._requests[link]
         mine[start.handle] = request
         request.on_end = lambda: _ended(mine, request)

@@ -105,6 +105,14 @@ class Speculator:
         return self.link.peer.capacity - len(self.sessions)
 
 
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a tree comes from: when it came, and how long drafting it took (0: not told)."""
+
+    came_at: float = 0.0
+    drafting_us: int = 0
+
+
 @dataclass(slots=True, eq=False)
 class Attachment:
     """One speculator's work for one request.
@@ -118,6 +126,8 @@ class Attachment:
         turn: what was asked for last.
         num_sat_out: commits in a row that asked for nothing.
         base_len: committed length that the newest tree hung off when it came.
+        origin: when that tree came, and what it took.
+        offered_origin: the same of `offered`.
         replaces: whom it takes over from once its first tree is there; it is not waited for.
     """
 
@@ -131,6 +141,8 @@ class Attachment:
     turn: Turn = Turn.CATCH_UP
     num_sat_out: int = 0
     base_len: int = -1
+    origin: Origin = Origin()
+    offered_origin: Origin = Origin()
     replaces: Attachment | None = None
 
     def next_turn(self, pays: bool) -> Turn:

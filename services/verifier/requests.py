@@ -10,9 +10,12 @@ from treecast.engine.base import KVSequence
 from treecast.sampling.laws import AcceptanceRule
 from treecast.sampling.pick import Picker
 from treecast.sampling.stops import StopRules
+from treecast.telemetry.traces import UNTRACED, Span
 from treecast.tree import MAX_DEPTH, TokenTree
 from treecast.wire.frames import RouterFrame, ServingFrame, SessionKey, Start, Usage
 from treecast.wire.link import Link
+
+from .attachments import Attachment
 
 
 @dataclass(slots=True, eq=False)
@@ -28,6 +31,7 @@ class Request:
         tokens: prompt and output committed so far.
         deadline: time.monotonic() at which the output is cut.
         retain: whether its session keeps the KV when it ends; not once the session was closed.
+        drafted_by: who offered nodes to the running step; kept only if its rounds are reported.
         on_end: called once, when the request has ended.
     """
 
@@ -46,7 +50,10 @@ class Request:
     handed_over: bool = False
     retain: bool = True
     arrived_at: float = field(default_factory=time.monotonic)
+    admitted_at: float = 0.0
     last_commit_at: float | None = None
+    span: Span = UNTRACED
+    drafted_by: tuple[Attachment, ...] = ()
     tally: Tally = field(default_factory=lambda: Tally())
     on_end: Callable[[], None] = field(default=lambda: None)
 

@@ -17,6 +17,7 @@ from treecast.engine.openmp import load_on_thread
 from treecast.errors import NotServed, Unavailable
 from treecast.sampling.params import Law
 from treecast.telemetry.process import ProcessCollector
+from treecast.telemetry.traces import open_tracing
 from treecast.text.tokenizer import TokenizerFiles
 from treecast.v1 import verifier_pb2 as pb
 from treecast.v1 import verifier_pb2_grpc
@@ -74,8 +75,13 @@ class Verifier(verifier_pb2_grpc.VerifierServiceServicer):
             settings.trusted_speculators,
             self.metrics,
         )
-        self.steps = StepLoop(engine, thread, settings, self.speculation, curve, self.metrics)
-        admission = Admission(engine, self.steps, tokenizer.decoder(), self._check_law)
+        self._tracing = open_tracing(settings.otlp_endpoint, "verifier", instance_id)
+        self.steps = StepLoop(
+            engine, thread, settings, self.speculation, curve, self.metrics, self._tracing
+        )
+        admission = Admission(
+            engine, self.steps, tokenizer.decoder(), self._check_law, self._tracing
+        )
         self._routers = Acceptor(SERVE, self._hello, self._heartbeat, admission)
         self._registry = Registry(redis, Role.SPECULATOR, settings.speculators)
         self._speculators = Streams(
@@ -121,6 +127,7 @@ class Verifier(verifier_pb2_grpc.VerifierServiceServicer):
             self._stepping.cancel()
             await asyncio.gather(self._stepping, return_exceptions=True)
         self.steps.close()
+        await asyncio.to_thread(self._tracing.close)
 
     def _hello(self) -> Hello:
         info = self._engine.info

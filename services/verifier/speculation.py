@@ -29,7 +29,7 @@ from treecast.wire.frames import (
     SpeculatorFrame,
 )
 
-from .attachments import Attachment, Owed, Speculator, SpeculatorLink, Turn
+from .attachments import Attachment, Origin, Owed, Speculator, SpeculatorLink, Turn
 from .calibration import Calibration, PodCalibration
 from .choice import Offer, TreePolicy
 from .choice.vote import voter_names
@@ -147,6 +147,7 @@ class Speculation:
                 self._budget(request),
                 request.start.speculation,
                 self.tokens_per_s,
+                request.span.traceparent,
             )
         )
 
@@ -161,9 +162,12 @@ class Speculation:
         budget = min(self._budget(request), request.tokens_left - 1)
         attachments = self._attachments.get(request.handle, ())
         for attachment in attachments:
-            attachment.offered = attachment.tree
+            attachment.offered, attachment.offered_origin = attachment.tree, attachment.origin
             attachment.answered = attachment.asked_at is None and attachment.turn is Turn.DRAFT
-        offers = [_offer(attachment) for attachment in attachments if attachment.tree.tokens]
+        offering = [attachment for attachment in attachments if attachment.tree.tokens]
+        if request.start.report_rounds:
+            request.drafted_by = tuple(offering)
+        offers = [_offer(attachment) for attachment in offering]
         if not offers or budget <= 0:
             return TokenTree()
         depth = min(MAX_DEPTH, request.tokens_left - 1)
@@ -346,11 +350,12 @@ class Speculation:
             return
         attachment.base_len, attachment.tree = frame.base_len, tree
         attachment.speculator.breaker.succeeded()
+        attachment.origin = Origin(time.monotonic(), frame.drafting_us)
         self._take_over(request, attachment)
         asked_at = attachment.asked_at
         if behind == 0 and asked_at is not None:
             if attachment.turn is Turn.DRAFT:
-                attachment.speculator.pace.saw_latency(time.monotonic() - asked_at)
+                attachment.speculator.pace.saw_latency(attachment.origin.came_at - asked_at)
             attachment.asked_at = None
             self.on_tree()
         elif len(tree):

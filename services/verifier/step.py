@@ -20,16 +20,20 @@ from treecast.engine.curve import StepCurve
 from treecast.errors import DeadlineExceeded, Overloaded, TreecastError, Unavailable
 from treecast.sampling.laws import Walk, walk
 from treecast.sampling.stops import FinishReason, Stop
+from treecast.telemetry.traces import Tracing
 from treecast.wire.frames import Completed, Cost, Failed, Heartbeat, Progress, SessionKey
 from treecast.wire.link import SILENCE_S
+from treecast.wire.rounds import MAX_ROUNDS, Round
 
 from .attachments import PROBE_EVERY
 from .metrics import VerifierMetrics
 from .pace import Goodput, worth_waiting
 from .plan import Work, plan
 from .requests import Request
+from .rounds import StepTimes, round_of
 from .sessions import SessionStore
 from .settings import VerifierSettings
+from .spans import RequestSpans
 from .speculation import Speculation
 
 HANDED_OVER = "the verifier is draining and has handed the request over"
@@ -52,15 +56,17 @@ class StepLoop:
         speculation: Speculation,
         curve: StepCurve,
         metrics: VerifierMetrics,
+        tracing: Tracing,
     ) -> None:
         self._engine = engine
         self._thread = thread
         self._settings = settings
         self._speculation = speculation
         self._metrics = metrics
+        self._spans = RequestSpans(tracing)
         self.curve = curve
         self._goodput = Goodput(1 / curve(1))
-        self._round_began = 0.0
+        self._times = StepTimes()
         self.sessions = SessionStore(engine, settings.session_ttl_s, metrics.evicted)
         self._waiting: deque[Request] = deque()
         self._running: list[Request] = []
@@ -183,7 +189,7 @@ class StepLoop:
                 await asyncio.wait_for(self._wake.wait(), timeout=1.0)
             self._wake.clear()
             self.sessions.expire()
-            self._round_began = time.monotonic()
+            self._times.began = time.monotonic()
         await asyncio.sleep(0)  # let frames that have arrived be handled
         await self._wait_for_trees()
 
@@ -292,7 +298,9 @@ class StepLoop:
             self._waiting.remove(request)
             self._running.append(request)
             self._speculation.admit(request)
-            self._metrics.wait.observe(time.monotonic() - request.arrived_at)
+            request.admitted_at = time.monotonic()
+            self._metrics.wait.observe(request.admitted_at - request.arrived_at)
+            self._spans.admitted(request)
 
     def _capacity(self, request: Request) -> int:
         return len(request.tokens) + request.tokens_left + self._settings.max_nodes + 1
@@ -303,11 +311,12 @@ class StepLoop:
         segments = [work.segment() for work in batch]
         self._metrics.batch_size.observe(len(batch))
         self._metrics.batch_rows.observe(rows)
-        self._step_began, self._predicted_s = time.monotonic(), self.curve(rows)
+        self._times.forward = self._step_began = time.monotonic()
+        self._predicted_s = self.curve(rows)
         try:
             loop = asyncio.get_running_loop()
             logits = await loop.run_in_executor(self._thread, self._engine.forward, segments)
-            self.curve.saw(rows, time.monotonic() - self._step_began)
+            self.curve.saw(rows, time.monotonic() - self._times.forward)
             return logits
         finally:
             self._step_began = None
@@ -337,14 +346,15 @@ class StepLoop:
             self._metrics.prefill_tokens.inc(work.num_pending - (walked is not None))
             if walked is not None:
                 self._emit(work, walked)
+        self._times.began = self._times.ended
 
     def _measure(self, batch: Sequence[Work], walks: Sequence[Walk | TreecastError | None]) -> None:
         """How much came out since the last step; those with prompts in them say nothing."""
-        now, began = time.monotonic(), self._round_began
-        self._round_began = now
+        self._times.ended = time.monotonic()
+        took_s = self._times.ended - self._times.began
         counts = [len(walked.tokens) for walked in walks if isinstance(walked, Walk)]
         if counts and all(work.num_pending == 1 for work in batch):
-            self._goodput.saw(sum(counts), len(counts), now - began)
+            self._goodput.saw(sum(counts), len(counts), took_s)
         self._speculation.tokens_per_s = self._price
         self._metrics.goodput.set(self._price)
 
@@ -353,13 +363,21 @@ class StepLoop:
         begin = request.num_output
         request.tokens.extend(walked.tokens)
         self._account(work, walked)
+        self._spans.stepped(work, walked, self._times)
+        rounds = self._report(work, walked, begin) if request.start.report_rounds else ()
         proposers = [work.tree.proposers[node] for node in walked.accepted]
         self._speculation.committed(request, walked.tokens, proposers)
         cost = Cost(1, len(work.tree), len(walked.accepted))
         tokens, logprobs = tuple(walked.tokens), tuple(walked.logprobs)
-        request.link.send(Progress(request.start.handle, begin, tokens, logprobs, cost))
+        request.link.send(Progress(request.start.handle, begin, tokens, logprobs, cost, rounds))
         if walked.stop is not None:
             self._finish(request, walked.stop)
+
+    def _report(self, work: Work, walked: Walk, begin: int) -> tuple[Round, ...]:
+        """The step as the request's round; none once there were enough of them."""
+        if work.request.tally.steps > MAX_ROUNDS:
+            return ()
+        return (round_of(work, walked, begin, self._times),)
 
     def _account(self, work: Work, walked: Walk) -> None:
         request, count = work.request, len(walked.tokens)
@@ -376,6 +394,7 @@ class StepLoop:
         if request.last_commit_at is None:
             self._blocked = False  # siblings may have waited for its prompt
             self._metrics.first_token.observe(now - request.arrived_at)
+            self._spans.prefilled(request, now)
         else:
             self._metrics.inter_token.observe((now - request.last_commit_at) / count)
         request.last_commit_at = now
@@ -394,6 +413,7 @@ class StepLoop:
 
     def _complete(self, request: Request, stop: Stop) -> None:
         self._metrics.requests.labels(stop.reason.name.lower()).inc()
+        self._spans.ended(request, stop.reason.name.lower())
         request.link.send(
             Completed(request.start.handle, stop.reason, request.usage(), stop.characters)
         )
@@ -401,6 +421,7 @@ class StepLoop:
 
     def _refuse(self, request: Request, error: TreecastError) -> None:
         self._metrics.requests.labels(error.reason.lower()).inc()
+        self._spans.ended(request, error.reason.lower(), error.reason.lower())
         request.link.send(Failed(request.start.handle, error))
         request.on_end()
 

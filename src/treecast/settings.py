@@ -61,6 +61,12 @@ class ServiceSettings(BaseSettings):
     tls_ca: Path | None = Field(
         None, description="authority of all peers, PEM: both ends of every hop show certificates"
     )
+    otlp_endpoint: str | None = Field(
+        None,
+        pattern=r"^https?://[^/\s]+$",
+        description="http://host:port of an OpenTelemetry collector that takes spans by gRPC, "
+        "https:// over TLS; unset: none are made; needs the extra 'traces'",
+    )
     log_level: str = Field("info", description="debug, info, warning or error")
     log_json: bool = Field(True, description="JSON log lines; otherwise for people")
     announce: bool = Field(

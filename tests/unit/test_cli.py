@@ -17,6 +17,9 @@ from tests.scripted_router import ScriptedRouter, delta, fail, finished, hang, p
 from treecast import __version__
 from treecast.cli.app import app
 from treecast.errors import InvalidRequest, Overloaded
+from treecast.tree import ROOT, TokenTree
+from treecast.wire import codec
+from treecast.wire.rounds import Round, RoundDraft
 
 HELLO = play(started(), delta("Hel", 10), delta("lo", 11, 12), finished(3))
 TREECAST = [sys.executable, "-m", "treecast.cli"]
@@ -105,6 +108,32 @@ def test_generate_reads_the_prompt_when_it_comes_by_pipe_file_or_ids(router, tmp
     run("generate", "--token-ids", "5,6", *address)
     piped, filed, ids = router.requests
     assert (piped.text, filed.text, list(ids.tokens.ids)) == ("from a pipe", "from a file", [5, 6])
+
+
+def test_trace_writes_a_page_when_the_answer_has_ended(tmp_path):
+    tree = TokenTree.build([10, 11], [ROOT, ROOT], [0.5, 0.5], [1, 1])
+    told = Round(0, tree, (0,), 12, (RoundDraft("s1", ("ssm",), 2, 5, 5),), 0, 10, 20)
+    reply = delta("Hello", 10, 12)
+    reply.delta.rounds.add(
+        round=codec.encode_round(told), text="Hello", node_texts=["Hel", "Hol"], bonus_text="lo"
+    )
+    out = tmp_path / "page.html"
+    with ScriptedRouter(play(started(), reply, finished(2))) as router:
+        result = run("trace", "Say <b>hello", "-o", str(out), "--router", router.address)
+    assert (result.exit_code, result.stdout) == (0, "Hello\n")
+    assert f"rounds drawn in {out}: 1" in result.stderr
+    assert router.requests[0].report_rounds
+    page = out.read_text()
+    assert "Say &lt;b&gt;hello" in page
+    assert "Hol: rejected; proposed by ssm at 50%" in page
+
+
+def test_trace_asks_nobody_when_the_page_cannot_be_written(router, tmp_path):
+    out = tmp_path / "missing" / "page.html"
+    result = run("trace", "x", "-o", str(out), "--router", router.address)
+    assert result.exit_code == 2
+    assert f"--out {out} cannot be written" in result.stderr
+    assert router.requests == []
 
 
 def test_generate_prints_each_sample_when_several_are_asked_for():

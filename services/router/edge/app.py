@@ -16,6 +16,7 @@ from starlette.types import Receive, Scope, Send
 
 from treecast.errors import NotServed, TreecastError
 from treecast.services.router.server import Call, RouterService
+from treecast.telemetry.traces import valid_traceparent
 
 from .body import ClientGone, read_body
 from .choices import ChatForm, CompletionForm, Form, Json
@@ -120,7 +121,11 @@ class Generating:
             await error_response(error)(scope, receive, send)
             return
         reply = self._reply(asked, scope, receive, send)
-        call = Call(reply.write, authorization=_authorization(request))
+        call = Call(
+            reply.write,
+            traceparent=valid_traceparent(request.headers.get("traceparent")),
+            authorization=_authorization(request),
+        )
         try:
             await _while_there(receive, self._service.generate(wanted, call))
             await reply.end()

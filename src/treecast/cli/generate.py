@@ -24,21 +24,11 @@ def register(app: typer.Typer) -> None:
 
 
 def generate(
-    prompt: Annotated[
-        str | None, typer.Argument(help="The prompt; '-' reads it from stdin.", show_default=False)
-    ] = None,
-    file: Annotated[
-        Path | None, typer.Option("--file", "-f", help="Read the prompt from a file.")
-    ] = None,
-    raw: Annotated[
-        bool, typer.Option("--raw", help="Continue the text as it is, without the chat template.")
-    ] = False,
-    token_ids: Annotated[
-        str | None, typer.Option("--token-ids", metavar="1,2,3", help="The prompt as token ids.")
-    ] = None,
-    system: Annotated[
-        str | None, typer.Option("--system", help="System message before the prompt.")
-    ] = None,
+    prompt: options.PromptText = None,
+    file: options.PromptFile = None,
+    raw: options.Raw = False,
+    token_ids: options.TokenIds = None,
+    system: options.System = None,
     max_tokens: options.MaxTokens = 256,
     temperature: options.Temperature = 0.0,
     top_k: options.TopK = 0,
@@ -48,10 +38,8 @@ def generate(
     presence_penalty: Annotated[float, typer.Option(help="Once per token in the output.")] = 0.0,
     frequency_penalty: Annotated[float, typer.Option(help="Per token in the output.")] = 0.0,
     seed: options.Seed = None,
-    stop: Annotated[
-        list[str] | None, typer.Option("--stop", help="Text that ends the output; repeatable.")
-    ] = None,
-    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on past the end.")] = False,
+    stop: options.Stop = None,
+    ignore_eos: options.IgnoreEos = False,
     logprobs: Annotated[
         int | None, typer.Option("--logprobs", help="With --json: report this many likeliest.")
     ] = None,
@@ -118,7 +106,7 @@ def generate(
             num_samples=num_samples,
         )
         with stream:
-            show = _stream_json if as_json else _stream_text if num_samples == 1 else _print_samples
+            show = _stream_json if as_json else stream_text if num_samples == 1 else _print_samples
             result = show(stream)
         _print_end(result, time.monotonic() - begun, as_json, stats)
 
@@ -162,7 +150,7 @@ def _read_file(path: Path) -> str:
         raise InvalidRequest(f"--file {path} cannot be read: {error}") from error
 
 
-def _stream_text(stream: Stream) -> Result:
+def stream_text(stream: Stream) -> Result:
     ends_line = True
     for chunk in stream:
         write_text(chunk.text)
@@ -198,11 +186,15 @@ def _chunk_fields(chunk: Chunk) -> dict[str, object]:
 def _print_end(result: Result, seconds: float, as_json: bool, stats: bool | None) -> None:
     if as_json:
         write_json({"event": "result", "seconds": round(seconds, 4), **_result_fields(result)})
-    console = stderr()
     # Not into a pipe unasked: there, stderr is for what went wrong.
-    if stats or (stats is None and not as_json and console.is_terminal):
-        for sample in result.samples:
-            console.print(summary(sample.usage, sample.finish_reason.name, seconds), style="dim")
+    if stats or (stats is None and not as_json and stderr().is_terminal):
+        print_summary(result, seconds)
+
+
+def print_summary(result: Result, seconds: float) -> None:
+    """What each sample cost, on stderr."""
+    for sample in result.samples:
+        stderr().print(summary(sample.usage, sample.finish_reason.name, seconds), style="dim")
 
 
 def _result_fields(result: Result) -> dict[str, object]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
@@ -35,6 +36,23 @@ Session = Annotated[
     str | None,
     typer.Option("--session", metavar="ID", help="Keep the KV cache for the next request."),
 ]
+PromptText = Annotated[
+    str | None, typer.Argument(help="The prompt; '-' reads it from stdin.", show_default=False)
+]
+PromptFile = Annotated[
+    Path | None, typer.Option("--file", "-f", help="Read the prompt from a file.")
+]
+Raw = Annotated[
+    bool, typer.Option("--raw", help="Continue the text as it is, without the chat template.")
+]
+TokenIds = Annotated[
+    str | None, typer.Option("--token-ids", metavar="1,2,3", help="The prompt as token ids.")
+]
+System = Annotated[str | None, typer.Option("--system", help="System message before the prompt.")]
+Stop = Annotated[
+    list[str] | None, typer.Option("--stop", help="Text that ends the output; repeatable.")
+]
+IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="Go on past the end.")]
 MaxTokens = Annotated[
     int, typer.Option("--max-tokens", "-n", help="Most tokens to generate.", show_default=True)
 ]

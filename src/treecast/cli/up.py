@@ -105,6 +105,16 @@ def up(
             show_default="open to everybody",
         ),
     ] = None,
+    otlp_endpoint: Annotated[
+        str | None,
+        typer.Option(
+            envvar="TREECAST_OTLP_ENDPOINT",
+            metavar="URL",
+            help="An OpenTelemetry collector to send spans to, such as http://127.0.0.1:4317; "
+            "needs the extra [traces].",
+            show_default="no spans",
+        ),
+    ] = None,
     as_json: options.Json = False,
 ) -> None:
     """Start Valkey, verifiers, speculators and a router here, each a process, until Ctrl-C.
@@ -141,6 +151,7 @@ def up(
         redis_url=redis_url,
         tls=tls,
         router_flags={"api_keys_file": api_keys_file} if api_keys_file else {},
+        otlp_endpoint=otlp_endpoint,
     )
     with termination_as_interrupt(), running_mesh(settings) as mesh:
         if as_json:

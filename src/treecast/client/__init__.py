@@ -3,11 +3,12 @@
 from treecast.sampling.params import Law, Proposal, SamplingParams
 from treecast.sampling.stops import FinishReason
 from treecast.wire.frames import Usage
+from treecast.wire.rounds import Round, RoundDraft
 from treecast.wire.tls import TlsFiles
 
 from .aio import AsyncClient, AsyncStream
 from .request import ChatMessage, Prompt
-from .results import Chunk, Model, Result, Sample, Status, VerifierStatus
+from .results import Chunk, Model, Result, RoundReport, Sample, Status, VerifierStatus
 from .retry import RetryPolicy
 from .sync import Client, Stream
 
@@ -24,6 +25,9 @@ __all__ = [
     "Proposal",
     "Result",
     "RetryPolicy",
+    "Round",
+    "RoundDraft",
+    "RoundReport",
     "Sample",
     "SamplingParams",
     "Status",

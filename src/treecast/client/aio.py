@@ -22,6 +22,7 @@ from .replies import read_models, read_status
 from .request import Prompt, RequestOptions, build_request
 from .results import Chunk, Model, Result, Status
 from .retry import Attempts, RetryPolicy
+from .trace_context import caller_trace
 from .transcript import Transcript
 
 if TYPE_CHECKING:
@@ -138,6 +139,7 @@ class AsyncClient:
         proposal: Proposal | None = None,
         growth: str = "",
         truncate_prompt: bool = False,
+        report_rounds: bool = False,
     ) -> AsyncStream:
         """Start generating, as `Client.generate`; not a coroutine, nothing is sent yet."""
         options = RequestOptions(
@@ -148,6 +150,7 @@ class AsyncClient:
             num_samples=num_samples,
             speculation=SpeculationParams.of(law, proposal, growth, max_nodes),
             truncate_prompt=truncate_prompt,
+            report_rounds=report_rounds,
         )
         request = build_request(prompt, sampling or SamplingParams(), options)
         return AsyncStream(self._routers, Transcript(request), Attempts(self._retry, timeout_s))
@@ -233,7 +236,9 @@ async def _receive(
     """Chunks of one attempt, until its stream ends; gRPC's errors come out as ours."""
     timeout_s = attempts.remaining_s()
     call = _stub(routers.channel(address)).Generate(
-        transcript.next_request(), timeout=timeout_s, metadata=routers.metadata
+        transcript.next_request(),
+        timeout=timeout_s,
+        metadata=(*routers.metadata, *caller_trace()),
     )
     try:
         async for response in call:

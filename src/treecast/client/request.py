@@ -35,6 +35,7 @@ class RequestOptions:
         num_samples: continuations of the same prompt, 1..16.
         speculation: law, proposal, growth and size of the trees.
         truncate_prompt: keep the end of a prompt that is too long, instead of refusing it.
+        report_rounds: have each chunk hold the rounds that made it, which `treecast trace` draws.
     """
 
     request_id: str | None = None
@@ -44,6 +45,7 @@ class RequestOptions:
     num_samples: int | None = None
     speculation: SpeculationParams = SpeculationParams()  # noqa: RUF009  frozen
     truncate_prompt: bool = False
+    report_rounds: bool = False
 
 
 def build_request(
@@ -63,6 +65,7 @@ def build_request(
             num_samples=options.num_samples,
             max_nodes=options.speculation.max_nodes,
             truncate_prompt=options.truncate_prompt,
+            report_rounds=options.report_rounds,
             sampling=codec.encode_sampling(sampling),
             law=codec.encode_law(options.speculation.law),
             proposal=codec.encode_proposal(options.speculation.proposal),

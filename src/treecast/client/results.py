@@ -7,6 +7,23 @@ from dataclasses import dataclass
 from treecast.sampling.logprobs import TokenLogprobs
 from treecast.sampling.stops import FinishReason
 from treecast.wire.frames import Usage
+from treecast.wire.rounds import Round
+
+
+@dataclass(frozen=True, slots=True)
+class RoundReport:
+    """How some of the output came about: one tree, and what became of it.
+
+    Attributes:
+        text: what became final with the round's tokens; a part of the chunk's text.
+        node_texts: each node's token by itself; empty for a model without a tokenizer, as is
+            `bonus_text`.
+    """
+
+    round: Round
+    text: str
+    node_texts: tuple[str, ...]
+    bonus_text: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,12 +36,14 @@ class Chunk:
         token_ids: the tokens committed with it.
         logprobs: one per token if they were asked for, else empty.
         sample_index: which of `num_samples`.
+        rounds: if they were asked for, those that the tokens came from; the first 256 of a sample.
     """
 
     text: str
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprobs, ...] = ()
     sample_index: int = 0
+    rounds: tuple[RoundReport, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +56,7 @@ class Sample:
         placements: verifiers that served it, one if nothing was lost.
         same_numerics: False if it went on between verifiers of different numerics, where a
             near-tie may fall differently than in an undisturbed run.
+        rounds: if they were asked for, in order; their times start anew on another verifier.
     """
 
     index: int
@@ -47,6 +67,7 @@ class Sample:
     usage: Usage
     placements: int = 1
     same_numerics: bool = True
+    rounds: tuple[RoundReport, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +100,10 @@ class Result:
     @property
     def logprobs(self) -> tuple[TokenLogprobs, ...]:
         return self.samples[0].logprobs
+
+    @property
+    def rounds(self) -> tuple[RoundReport, ...]:
+        return self.samples[0].rounds
 
     @property
     def finish_reason(self) -> FinishReason:

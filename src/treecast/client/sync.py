@@ -22,6 +22,7 @@ from .replies import read_models, read_status
 from .request import Prompt, RequestOptions, build_request
 from .results import Chunk, Model, Result, Status
 from .retry import Attempts, RetryPolicy
+from .trace_context import caller_trace
 from .transcript import Transcript
 
 ReplyT = TypeVar("ReplyT")
@@ -149,6 +150,7 @@ class Client:
         proposal: Proposal | None = None,
         growth: str = "",
         truncate_prompt: bool = False,
+        report_rounds: bool = False,
     ) -> Stream:
         """Start generating; nothing is sent before the first chunk is asked for.
 
@@ -168,6 +170,7 @@ class Client:
             num_samples=num_samples,
             speculation=SpeculationParams.of(law, proposal, growth, max_nodes),
             truncate_prompt=truncate_prompt,
+            report_rounds=report_rounds,
         )
         request = build_request(prompt, sampling or SamplingParams(), options)
         return Stream(self._routers, Transcript(request), Attempts(self._retry, timeout_s))
@@ -256,7 +259,9 @@ def _receive(
     """Chunks of one attempt, until its stream ends; gRPC's errors come out as ours."""
     timeout_s = attempts.remaining_s()
     call = Stub(routers.channel(address)).Generate(
-        transcript.next_request(), timeout=timeout_s, metadata=routers.metadata
+        transcript.next_request(),
+        timeout=timeout_s,
+        metadata=(*routers.metadata, *caller_trace()),
     )
     try:
         for response in call:

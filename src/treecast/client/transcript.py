@@ -7,14 +7,17 @@ received is checked and skipped.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from treecast.errors import TreecastError, Unavailable
+from treecast.errors import InvalidFrame, TreecastError, Unavailable
 from treecast.sampling.logprobs import TokenLogprobs
 from treecast.v1 import router_pb2
 from treecast.wire import codec
+from treecast.wire.codec.bounds import check_at_most
+from treecast.wire.rounds import MAX_ROUNDS
 
-from .results import Chunk, Result, Sample
+from .results import Chunk, Result, RoundReport, Sample
 
 
 @dataclass(slots=True)
@@ -24,6 +27,7 @@ class _Received:
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    rounds: list[RoundReport] = field(default_factory=list)
     finished: router_pb2.Finished | None = None
     skip_tokens: int = 0
     skip_characters: int = 0
@@ -123,10 +127,24 @@ class Transcript:
         skipped = min(sample.skip_characters, len(text))
         text = text[skipped:]
         sample.skip_characters -= skipped
+        rounds = tuple(_new_rounds(delta, len(sample.token_ids)))
+        sample.rounds.extend(rounds)
         sample.token_ids.extend(ids)
         sample.logprobs.extend(logprobs)
         sample.text += text
-        return Chunk(text, ids, logprobs, index) if ids or text else None
+        return Chunk(text, ids, logprobs, index, rounds) if ids or text else None
+
+
+def _new_rounds(delta: router_pb2.Delta, num_tokens: int) -> Iterator[RoundReport]:
+    """Those of tokens that were not received before."""
+    check_at_most(len(delta.rounds), MAX_ROUNDS, "number of rounds in a delta")
+    for item in delta.rounds:
+        if item.round.from_index < num_tokens:
+            continue
+        one = codec.decode_round(item.round)
+        if len(item.node_texts) not in (0, len(one.tree)):
+            raise InvalidFrame(f"round has {len(item.node_texts)} texts of {len(one.tree)} nodes")
+        yield RoundReport(one, item.text, tuple(item.node_texts), item.bonus_text)
 
 
 def _sample(index: int, received: _Received) -> Sample:
@@ -141,4 +159,5 @@ def _sample(index: int, received: _Received) -> Sample:
         usage=codec.decode_usage(finished.usage),
         placements=finished.placements,
         same_numerics=finished.same_numerics,
+        rounds=tuple(received.rounds),
     )

@@ -10,6 +10,7 @@ from treecast.sampling.logprobs import TokenLogprobs
 from treecast.sampling.params import Law, SamplingParams, SpeculationParams
 from treecast.sampling.stops import FinishReason as FinishReason
 from treecast.tree import TokenTree
+from treecast.wire.rounds import Round
 
 PROTOCOL_VERSION = 1
 
@@ -71,6 +72,7 @@ class Attach:
     node_budget: int
     speculation: SpeculationParams = SpeculationParams()  # noqa: RUF009  frozen
     tokens_per_s: float = 0.0
+    traceparent: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +97,7 @@ class Draft:
     handle: int
     base_len: int
     tree: TokenTree
+    drafting_us: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +140,8 @@ class Start:
     deadline_ms: int | None = None
     truncate_prompt: bool = False
     tenant: str = ""
+    report_rounds: bool = False
+    traceparent: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,6 +195,7 @@ class Progress:
     tokens: tuple[int, ...]
     logprobs: tuple[TokenLogprobs, ...] = ()
     cost: Cost = Cost()
+    rounds: tuple[Round, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -137,4 +137,5 @@ def _join_progress(last: Progress, frame: Progress) -> Progress | None:
         last.tokens + frame.tokens,
         last.logprobs + frame.logprobs,
         last.cost + frame.cost,
+        last.rounds + frame.rounds,
     )

@@ -25,6 +25,7 @@ from treecast.wire.codec.messages import (
     encode_session_key,
     encode_usage,
 )
+from treecast.wire.codec.rounds import decode_round, encode_round
 from treecast.wire.codec.serve import (
     decode_router_frames,
     decode_serving_frames,
@@ -46,6 +47,7 @@ __all__ = [
     "decode_hello",
     "decode_law",
     "decode_logprobs",
+    "decode_round",
     "decode_router_frames",
     "decode_sampling",
     "decode_serving_frames",
@@ -61,6 +63,7 @@ __all__ = [
     "encode_law",
     "encode_logprobs",
     "encode_proposal",
+    "encode_round",
     "encode_router_frames",
     "encode_sampling",
     "encode_serving_frames",

@@ -9,6 +9,7 @@ from treecast.v1 import verifier_pb2 as pb
 from treecast.wire.codec.bounds import (
     MAX_TEXT_CHARACTERS,
     MAX_TOKENS,
+    MAX_TRACEPARENT_CHARACTERS,
     Limits,
     check_at_most,
     check_text,
@@ -32,6 +33,7 @@ from treecast.wire.codec.messages import (
     encode_session_key,
     encode_usage,
 )
+from treecast.wire.codec.rounds import decode_round, encode_round
 from treecast.wire.frames import (
     Cancel,
     Completed,
@@ -44,6 +46,7 @@ from treecast.wire.frames import (
     ServingFrame,
     Start,
 )
+from treecast.wire.rounds import MAX_ROUNDS, Round
 from treecast.wire.status import from_rpc_status, to_rpc_status
 
 
@@ -87,6 +90,8 @@ def encode_start(start: Start) -> pb.Start:
         deadline_ms=start.deadline_ms,
         truncate_prompt=start.truncate_prompt,
         tenant=start.tenant,
+        report_rounds=start.report_rounds,
+        traceparent=start.traceparent,
     )
 
 
@@ -113,6 +118,8 @@ def decode_start(message: pb.Start, limits: Limits) -> Start:
         deadline_ms=message.deadline_ms if message.HasField("deadline_ms") else None,
         truncate_prompt=message.truncate_prompt,
         tenant=check_text(message.tenant, "tenant"),
+        report_rounds=message.report_rounds,
+        traceparent=check_text(message.traceparent, "traceparent", MAX_TRACEPARENT_CHARACTERS),
     )
 
 
@@ -123,13 +130,15 @@ def encode_progress(progress: Progress) -> pb.Progress:
         tokens=progress.tokens,
         logprobs=[encode_logprobs(one) for one in progress.logprobs],
         cost=encode_cost(progress.cost),
+        rounds=[encode_round(one) for one in progress.rounds],
     )
 
 
 def decode_progress(message: pb.Progress, limits: Limits) -> Progress:
     """Raises InvalidFrame.
 
-    For an unknown token, log-probabilities for some tokens only, or a cost that cannot be theirs.
+    For an unknown token, log-probabilities for some tokens only, a cost that cannot be theirs, or
+    rounds that they cannot have come from.
     """
     tokens = check_tokens(message.tokens, "progress", limits)
     check_at_most(message.from_index + len(tokens), MAX_TOKENS, "output length after progress")
@@ -139,7 +148,24 @@ def decode_progress(message: pb.Progress, limits: Limits) -> Progress:
         )
     logprobs = tuple(decode_logprobs(one) for one in message.logprobs)
     cost = decode_cost(message.cost, len(tokens))
-    return Progress(message.handle, message.from_index, tokens, logprobs, cost)
+    rounds = _decode_rounds(message, limits)
+    return Progress(message.handle, message.from_index, tokens, logprobs, cost, rounds)
+
+
+def _decode_rounds(message: pb.Progress, limits: Limits) -> tuple[Round, ...]:
+    """Rounds of the very tokens beside them, in order; the last ones may have none."""
+    check_at_most(len(message.rounds), MAX_ROUNDS, "number of rounds in progress")
+    rounds, at = [], 0
+    for one in (decode_round(item, limits) for item in message.rounds):
+        expected = tuple(message.tokens[at : at + len(one.tokens)])
+        if (one.from_index, one.tokens) != (message.from_index + at, expected):
+            raise InvalidFrame(
+                f"round from token {one.from_index} on is none of the tokens from "
+                f"{message.from_index + at} on"
+            )
+        rounds.append(one)
+        at += len(expected)
+    return tuple(rounds)
 
 
 def encode_completed(completed: Completed) -> pb.Completed:

@@ -10,6 +10,8 @@ from treecast.v1 import speculator_pb2 as pb
 from treecast.wire.codec.bounds import (
     MAX_TEXT_CHARACTERS,
     MAX_TOKENS,
+    MAX_TRACEPARENT_CHARACTERS,
+    UINT32_MAX,
     Limits,
     check_at_most,
     check_text,
@@ -78,6 +80,7 @@ def encode_attach(attach: Attach) -> pb.Attach:
         proposal=encode_proposal(attach.speculation.proposal),
         growth=attach.speculation.growth,
         tokens_per_s=attach.tokens_per_s,
+        traceparent=attach.traceparent,
     )
 
 
@@ -102,6 +105,7 @@ def decode_attach(message: pb.Attach, limits: Limits) -> Attach:
         node_budget=min(message.node_budget, limits.max_nodes),
         speculation=decode_speculation(message),
         tokens_per_s=_check_rate(message.tokens_per_s),
+        traceparent=check_text(message.traceparent, "traceparent", MAX_TRACEPARENT_CHARACTERS),
     )
 
 
@@ -135,13 +139,19 @@ def _check_rate(tokens_per_s: float) -> float:
 
 
 def encode_draft(draft: Draft) -> pb.Draft:
-    return pb.Draft(handle=draft.handle, base_len=draft.base_len, tree=encode_tree(draft.tree))
+    return pb.Draft(
+        handle=draft.handle,
+        base_len=draft.base_len,
+        tree=encode_tree(draft.tree),
+        drafting_us=min(draft.drafting_us, UINT32_MAX),
+    )
 
 
 def decode_draft(message: pb.Draft, limits: Limits) -> Draft:
     """Raises InvalidTree as `decode_tree` does, InvalidFrame for a base that no text can have."""
     check_at_most(message.base_len, MAX_TOKENS, "base_len of a draft")
-    return Draft(message.handle, message.base_len, decode_tree(message.tree, limits))
+    tree = decode_tree(message.tree, limits)
+    return Draft(message.handle, message.base_len, tree, message.drafting_us)
 
 
 def decode_refused(message: pb.Refused, limits: Limits) -> Refused:

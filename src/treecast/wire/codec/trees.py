@@ -6,9 +6,12 @@ import math
 
 from treecast.errors import InvalidTree
 from treecast.tree import ROOT, TokenTree
-from treecast.v1 import tree_pb2
+from treecast.v1 import tree_pb2, verifier_pb2
 from treecast.wire.codec.bounds import Limits
 from treecast.wire.codec.draws import check_groups, decode_group, encode_group
+
+Nodes = tree_pb2.TokenTree | verifier_pb2.Round
+"""Messages that hold nodes as flat arrays of equal length."""
 
 _STEPS_PER_NAT = 8
 _CONFIDENCE = tuple(math.exp(-byte / _STEPS_PER_NAT) for byte in range(256))
@@ -39,21 +42,26 @@ def decode_tree(message: tree_pb2.TokenTree, limits: Limits | None = None) -> To
             distribution, or a tree over its caps.
     """
     limits = limits or Limits()
-    _check_sizes(message, limits)
-    _check_parents(message, limits)
-    _check_values(message, limits)
-    tree = TokenTree.build(
-        message.tokens,
-        [parent - 1 for parent in message.parents],
-        [_CONFIDENCE[byte] for byte in message.log_confidence],
-        list(message.proposers),
-    )
+    tree = decode_nodes(message, limits)
     check_groups(message.groups, tree, limits)
     tree.groups = [decode_group(group) for group in message.groups]
     return tree
 
 
-def _check_sizes(message: tree_pb2.TokenTree, limits: Limits) -> None:
+def decode_nodes(message: Nodes, limits: Limits) -> TokenTree:
+    """The same of nodes alone."""
+    _check_sizes(message, limits)
+    _check_parents(message, limits)
+    _check_values(message, limits)
+    return TokenTree.build(
+        message.tokens,
+        [parent - 1 for parent in message.parents],
+        [_CONFIDENCE[byte] for byte in message.log_confidence],
+        list(message.proposers),
+    )
+
+
+def _check_sizes(message: Nodes, limits: Limits) -> None:
     count = len(message.tokens)
     if count > limits.max_nodes:
         raise InvalidTree(f"tree has {count} nodes; the limit is {limits.max_nodes}")
@@ -65,7 +73,7 @@ def _check_sizes(message: tree_pb2.TokenTree, limits: Limits) -> None:
         )
 
 
-def _check_parents(message: tree_pb2.TokenTree, limits: Limits) -> None:
+def _check_parents(message: Nodes, limits: Limits) -> None:
     """One pass that needs no tree: depths by parent, [0] is the root's."""
     depths = [0]
     for node, parent in enumerate(message.parents):
@@ -78,7 +86,7 @@ def _check_parents(message: tree_pb2.TokenTree, limits: Limits) -> None:
         raise InvalidTree(f"tree has depth {max(depths)}; the limit is {limits.max_depth}")
 
 
-def _check_values(message: tree_pb2.TokenTree, limits: Limits) -> None:
+def _check_values(message: Nodes, limits: Limits) -> None:
     for node, token in enumerate(message.tokens):
         if limits.vocab_size and token >= limits.vocab_size:
             raise InvalidTree(
