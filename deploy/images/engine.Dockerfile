@@ -8,10 +8,11 @@ ARG EXTRAS=engine
 # Empty: the index that pip knows, whose build of torch for Linux brings CUDA's libraries along.
 ARG TORCH_INDEX=
 WORKDIR /src
+COPY constraints.txt .
+RUN python -m venv /opt/treecast \
+    && /opt/treecast/bin/pip install --no-cache-dir ${TORCH_INDEX:+--index-url=$TORCH_INDEX} \
+       -c constraints.txt torch
 COPY . .
-RUN python -m venv /opt/treecast
-RUN /opt/treecast/bin/pip install --no-cache-dir ${TORCH_INDEX:+--index-url=$TORCH_INDEX} \
-    -c constraints.txt torch
 RUN /opt/treecast/bin/pip install --no-cache-dir -c constraints.txt ".[${EXTRAS}]"
 
 FROM ${PYTHON} AS cpu
@@ -21,7 +22,7 @@ ENV PATH=/opt/treecast/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 TR
 USER 10001:10001
 
 FROM cpu AS cuda
-USER root
+USER 0
 # Triton compiles its launchers with the system's C compiler when a kernel is first used.
 # hadolint ignore=DL3008
 RUN apt-get update \

@@ -5,8 +5,8 @@ FROM ${PYTHON} AS build
 ARG EXTRAS=
 WORKDIR /src
 COPY . .
-RUN python -m venv /opt/treecast
-RUN /opt/treecast/bin/pip install --no-cache-dir -c constraints.txt ".${EXTRAS:+[$EXTRAS]}"
+RUN python -m venv /opt/treecast \
+    && /opt/treecast/bin/pip install --no-cache-dir -c constraints.txt ".${EXTRAS:+[$EXTRAS]}"
 
 FROM ${PYTHON}
 COPY --from=build /opt/treecast /opt/treecast
