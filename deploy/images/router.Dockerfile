@@ -2,11 +2,11 @@
 ARG PYTHON=python:3.11.11-slim-bookworm
 
 FROM ${PYTHON} AS build
-ARG EXTRAS=
+ARG EXTRAS=http,traces
 WORKDIR /src
 COPY . .
 RUN python -m venv /opt/treecast \
-    && /opt/treecast/bin/pip install --no-cache-dir -c constraints.txt ".${EXTRAS:+[$EXTRAS]}"
+    && /opt/treecast/bin/pip install --no-cache-dir -c constraints.txt ".[${EXTRAS}]"
 
 FROM ${PYTHON}
 COPY --from=build /opt/treecast /opt/treecast
