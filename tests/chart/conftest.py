@@ -33,6 +33,15 @@ COMBINATIONS: dict[str, Values] = {
         sets={
             "pod.nodeSelector": '{"disk":"fast"}',
             "pod.annotations": '{"a":"b"}',
+            "pod.labels": '{"team":"a"}',
+            "pod.tolerations": '[{"key":"a","operator":"Exists"}]',
+            "pod.affinity": '{"nodeAffinity":{}}',
+            "pod.runtimeClassName": '"gvisor"',
+            "pod.env": '[{"name":"OMP_WAIT_POLICY","value":"passive"}]',
+            "serviceAccount.annotations": '{"a":"b"}',
+            "test.env": '[{"name":"A","value":"b"}]',
+            "networkPolicy.extraEgress": '[{"ports":[{"port":9000}]}]',
+            "image.pullSecrets": '["one","two"]',
             "router.pod.nodeSelector": '{"pool":"edge"}',
             "verifier.pod.priorityClassName": '"high"',
         }

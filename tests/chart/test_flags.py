@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 import pytest
 import yaml
@@ -16,7 +19,7 @@ from treecast.settings import ServiceSettings, unknown_variables
 
 from .conftest import Edit, rendered
 from .helm import ROOT, Manifest, Values, render
-from .manifests import SETTINGS, environment, service_flags, services
+from .manifests import SETTINGS, environment, expand, name_of, service_flags, services
 
 KNOWN = {"POD_IP": "10.0.0.7", "REDIS_PASSWORD": "abc", "TREECAST_REDIS_URL": "rediss://r:6380/0"}
 
@@ -79,6 +82,21 @@ def test_numbers_and_switches_are_read_as_written_when_they_are_settings() -> No
 
 
 @pytest.mark.slow
+def test_an_entry_wins_over_defaults_when_it_says_false_or_zero() -> None:
+    own = '[{"name":"a","replicas":0,"gpus":0,"settings":{"shares-cores":false}}]'
+    defaults = {
+        "speculatorDefaults.gpus": "1",
+        "speculatorDefaults.settings": '{"shares-cores":true,"capacity":7}',
+    }
+    manifests = render(Values(sets={"speculators": own, **defaults}))
+    (pod,) = [pod for pod in services(manifests) if pod.component == "speculator"]
+    deployment = next(m for m in manifests if name_of(m) == "Deployment/tc-treecast-speculator-a")
+    assert deployment["spec"]["replicas"] == 0
+    assert pod.main["image"].endswith("-cpu")
+    assert {"--no-shares-cores", "--capacity=7"} <= set(pod.main["args"])
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("limit", "threads"), [("8", 8), ("2500m", 2), ("250m", 1)])
 def test_threads_are_the_whole_cores_of_the_limit_when_rendered(limit: str, threads: int) -> None:
     sets = {"verifier.resources.limits.cpu": f'"{limit}"'}
@@ -106,6 +124,23 @@ def test_complaint_names_the_flag_when_the_chart_passes_a_wrong_one(
     chart = edited(file, old, new)
     with pytest.raises(AssertionError, match=re.escape(complaint)):
         read_all(render(chart=chart))
+
+
+@pytest.mark.slow
+def test_launcher_knows_its_own_flags_when_a_group_spans_hosts() -> None:
+    """Read by torchrun's own parser, with the variables that the group's controller sets."""
+    from torch.distributed.run import parse_args
+
+    group = {"LWS_GROUP_SIZE": "2", "LWS_WORKER_INDEX": "1", "LWS_LEADER_ADDRESS": "leader.svc"}
+    leader, follower = (pod for pod in services(rendered("sharded-group")) if "command" in pod.main)
+    assert leader.main["command"] == ["python", "-m", "torch.distributed.run"]
+    assert follower.main["args"] == leader.main["args"]
+    read_by = parse_args([expand(arg, group) for arg in leader.main["args"]])
+    assert (read_by.nnodes, read_by.node_rank, read_by.nproc_per_node) == ("2", 1, "8")
+    assert (read_by.master_addr, read_by.module) == ("leader.svc", True)
+    assert read_by.training_script == "treecast.services.verifier"
+    assert read_by.training_script_args == service_flags(leader.main, {})
+    assert read_by.shutdown_timeout > 300  # the drain
 
 
 def test_flags_are_read_when_composed_on_one_host() -> None:
@@ -138,3 +173,24 @@ def test_metrics_exist_when_pods_are_scaled_by_them(name: str) -> None:
     assert scalers
     used = set(re.findall(r"treecast_\w+", yaml.safe_dump(scalers, width=1000)))
     assert used - metric_names() == set()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")
+def test_queries_parse_when_pods_are_scaled_by_them(tmp_path: Path) -> None:
+    triggers = [
+        trigger
+        for manifest in rendered("large-mixed")
+        if manifest["kind"] == "ScaledObject"
+        for trigger in manifest["spec"]["triggers"]
+    ]
+    rules = [
+        {"record": f"scaling:{number}", "expr": trigger["metadata"]["query"]}
+        for number, trigger in enumerate(triggers)
+    ]
+    file = tmp_path / "rules.yaml"
+    file.write_text(yaml.safe_dump({"groups": [{"name": "scaling", "rules": rules}]}))
+    done = subprocess.run(
+        ["promtool", "check", "rules", file], capture_output=True, text=True, check=False
+    )
+    assert f"SUCCESS: {len(rules)} rules found" in done.stdout, done.stdout + done.stderr

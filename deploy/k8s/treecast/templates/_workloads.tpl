@@ -33,10 +33,11 @@ items:
   {{- end }}
 {{- end -}}
 
-{{/* A list of maps as one: those before win over those behind. */}}
+{{/* A list of maps as one: those before win over those behind, by 0, false and "" too, which
+     `merge` would take for nothing. */}}
 {{- define "treecast.merged" -}}
 {{- $all := dict -}}
-{{- range . }}{{ $all = merge $all (deepCopy .) }}{{ end -}}
+{{- range reverse . }}{{ $all = mergeOverwrite $all (deepCopy .) }}{{ end -}}
 {{- toYaml $all -}}
 {{- end -}}
 
