@@ -28,7 +28,9 @@ COMBINATIONS: dict[str, Values] = {
         sets={"networkPolicy.enabled": "false", "serviceAccount.create": "false"}
     ),
     "two CPU shards": Values(sets={"verifier.tensorParallel": "2"}),
-    "long name": Values(sets={"fullnameOverride": f'"{"a" * 60}"'}),
+    "long names": Values(
+        sets={"fullnameOverride": f'"{"a" * 60}"', "speculators": f'[{{"name":"{"b" * 20}"}}]'}
+    ),
     "other pod settings": Values(
         sets={
             "pod.nodeSelector": '{"disk":"fast"}',

@@ -8,6 +8,7 @@ from .helm import Manifest
 from .manifests import FOLLOWER, Pod, name_of, pods
 
 SPARE_S = 10
+NAME_LENGTH = 63
 PROBES = ("startupProbe", "livenessProbe", "readinessProbe")
 
 
@@ -93,9 +94,11 @@ def token(pod: Pod) -> Iterator[str]:
 
 
 def labels(manifests: Iterable[Manifest]) -> Iterator[str]:
-    """Selectors find pods of this release, of their own kind and of no other."""
+    """Selectors find pods of this release, of their own kind and of no other; names are short."""
     every = list(pods(manifests))
     for manifest in manifests:
+        if len(manifest["metadata"]["name"]) > NAME_LENGTH:
+            yield f"{name_of(manifest)}: its name is longer than {NAME_LENGTH}"
         selector = manifest.get("spec", {}).get("selector")
         if not selector or manifest["kind"] == "ServiceMonitor":
             continue

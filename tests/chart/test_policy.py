@@ -6,8 +6,8 @@ import pytest
 
 from .conftest import Edit, rendered
 from .helm import EXAMPLES, Manifest, Values, render
-from .manifests import pods
-from .policy import faults
+from .manifests import pods, services
+from .policy import PROBES, faults
 
 LAPTOP, LARGE, *_ = EXAMPLES
 POD = "templates/_pod.tpl"
@@ -52,6 +52,7 @@ def test_nothing_is_at_fault_when_rendered(manifests: list[Manifest]) -> None:
             '{{- include "treecast.selectorLabels" (dict "root" $ "component" "speculator")',
             "its selector finds Deployment/",
         ),
+        ("templates/_names.tpl", "trunc 30", "trunc 60", "is longer"),
         ("templates/network/deny.yaml", "[Ingress, Egress]", "[Egress]\n  egress: [{}]", "denies"),
     ],
 )
@@ -61,7 +62,8 @@ def test_the_fault_is_found_when_a_template_is_broken(
     chart = edited(file, old, new)
     if file == "values.yaml":
         (chart / "values.schema.json").unlink()  # it refuses that by itself
-    found = faults(render(Values((LAPTOP,)), chart))
+    long = {"fullnameOverride": f'"{"a" * 60}"'}
+    found = faults(render(Values((LAPTOP,), long), chart))
     assert any(fault in one for one in found), found
 
 
@@ -95,3 +97,22 @@ def test_edges_are_few_when_policies_are_on() -> None:
         *((who, "redis", 6379) for who in ("router", "verifier", "speculator")),
         *((scraper, who, 9090) for who in ("router", "verifier", "speculator")),
     }
+
+
+@pytest.mark.slow
+def test_certificates_say_the_role_when_made_and_each_role_mounts_its_own() -> None:
+    manifests = rendered("large-mixed")
+    made = {m["spec"]["secretName"]: m["spec"] for m in manifests if m["kind"] == "Certificate"}
+    for pod in pods(manifests):
+        (secret,) = (v["secret"]["secretName"] for v in pod.spec["volumes"] if v["name"] == "tls")
+        assert made[secret]["uris"] == [f"spiffe://treecast/{pod.component}"]
+        assert f"{pod.component}.treecast" in made[secret]["dnsNames"]
+    assert len(made) == 4
+
+
+@pytest.mark.slow
+def test_kubelets_ask_by_http_when_grpc_is_encrypted() -> None:
+    probes = {"laptop": "grpc", "TLS from secrets": "httpGet"}
+    for name, how in probes.items():
+        for pod in services(rendered(name)):
+            assert all(how in pod.main[probe] for probe in PROBES)
