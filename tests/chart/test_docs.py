@@ -106,7 +106,7 @@ def test_the_first_call_is_answered_when_made_as_it_says(tmp_path: Path) -> None
     (code,) = re.findall(r"```python\n(.*?)```", WALK, re.DOTALL)
     calls = [["-m", "treecast.cli", *command[1:]] for command in commands("treecast")]
     assert len(calls) == 2
-    with LocalMesh(MeshSettings(log_dir=tmp_path)) as mesh:
+    with LocalMesh(MeshSettings(numerics="fast", log_dir=tmp_path)) as mesh:
         said = []
         for words in (*calls, ["-c", code]):
             here = [word.replace("127.0.0.1:7070", mesh.router_address) for word in words]

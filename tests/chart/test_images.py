@@ -9,7 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -93,9 +93,10 @@ def context(tmp_path: Path) -> Path:
     return folder
 
 
-def build(dockerfile: str, context: Path, prefix: Path, given: Mapping[str, str]) -> None:
+def build(dockerfile: str, context: Path, prefix: Path) -> None:
     """Run the RUN steps of the stage `build` in a folder, with /opt/treecast elsewhere."""
-    environment = {"PATH": os.environ["PATH"], "HOME": str(prefix.parent), **given}
+    pip = {name: value for name, value in os.environ.items() if name.startswith("PIP_")}
+    environment = {"PATH": os.environ["PATH"], "HOME": str(prefix.parent), **pip}
     stage = ""
     for line in instructions((IMAGES / f"{dockerfile}.Dockerfile").read_text()):
         word, _, rest = line.partition(" ")
@@ -143,7 +144,7 @@ def test_the_router_starts_without_torch_when_its_steps_are_run(
     context: Path, tmp_path: Path
 ) -> None:
     prefix = tmp_path / "treecast"
-    build("router", context, prefix, {})
+    build("router", context, prefix)
     assert "--verifiers" in run(prefix, *entrypoint("router"), "--help")
     assert "generate" in run(prefix, "treecast", "--help")
     listed = run(prefix, "pip", "list", "--format=freeze")
@@ -157,7 +158,7 @@ def test_the_engine_serves_both_workers_when_its_steps_are_run(
     context: Path, tmp_path: Path
 ) -> None:
     prefix = tmp_path / "treecast"
-    build("engine", context, prefix, {})
+    build("engine", context, prefix)
     for role in ("verifier", "speculator"):
         assert "--torch-threads" in run(prefix, *entrypoint(role), "--help")
     code = "import torch; from treecast.checkpoints import shipped_draft_weights as w; print(w())"
