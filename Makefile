@@ -5,7 +5,7 @@ STAMP   := $(VENV)/.installed
 PYTHON  ?= python3
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up bench chaos test check lint format dashboards protos release-protos gpu clean
+.PHONY: help setup demo up bench chaos test check lint chart format dashboards protos release-protos gpu clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1|\2/' | \
@@ -46,6 +46,9 @@ lint: setup  ## Style, types, import floors, wire compatibility
 
 dashboards: setup  ## Write dashboards, alerts and their documentation anew
 	$(PY) -m treecast.dashboards
+
+chart: setup  ## The Helm chart and the images: lint, schemas, policies, flags, refusals
+	$(PY) -m pytest -m 'not gpu' -v tests/chart
 
 format: setup  ## Rewrite the code in the house style
 	$(VENV)/bin/ruff format .

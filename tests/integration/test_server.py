@@ -20,7 +20,7 @@ from treecast.v1.router_pb2_grpc import (
     add_RouterServiceServicer_to_server,
 )
 from treecast.wire.channel import MAX_MESSAGE_BYTES, channel_options, open_channel
-from treecast.wire.server import Server
+from treecast.wire.server import LIVE, Server
 from treecast.wire.status import from_rpc_error
 
 NAME = "treecast.v1.RouterService"
@@ -139,6 +139,7 @@ async def test_health_follows_readiness_when_asked() -> None:
         not_serving = health_pb2.HealthCheckResponse.NOT_SERVING
         serving_now = health_pb2.HealthCheckResponse.SERVING
         assert [await status(""), await status(NAME)] == [not_serving] * 2
+        assert await status(LIVE) == serving_now
         await server.set_ready()
         assert [await status(""), await status(NAME)] == [serving_now] * 2
         await server.set_not_ready()

@@ -8,6 +8,7 @@ import os
 import secrets
 import signal
 import sys
+import threading
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import suppress
 from typing import Self, TypeVar
@@ -15,6 +16,7 @@ from typing import Self, TypeVar
 import structlog
 from prometheus_client import CollectorRegistry
 
+from treecast.address import parse_address
 from treecast.errors import TreecastError
 from treecast.settings import ServiceSettings, unknown_variables
 from treecast.telemetry.logs import configure_logs
@@ -28,6 +30,9 @@ SettingsT = TypeVar("SettingsT", bound=ServiceSettings)
 
 STOP_GRACE_S = 1.0
 """For the last answers of a service that has drained."""
+
+LIVE_S = 1.0
+"""An event loop that is silent for longer counts as hung."""
 
 log = structlog.get_logger()
 
@@ -134,10 +139,14 @@ class Presence:
         """
         settings = self._settings
         bound = await self.server.listen(settings.listen)
-        self.address = settings.advertise or bound
+        self.address = _advertised(settings.advertise) if settings.advertise else bound
         if settings.metrics_listen:
+            probes = {
+                "/ready": lambda: self.server.ready,
+                "/live": loop_answers(asyncio.get_running_loop()),
+            }
             self.metrics_address, self._stop_metrics = serve_metrics(
-                self._metrics, settings.metrics_listen
+                self._metrics, settings.metrics_listen, probes
             )
         self._registration = Registration(
             self._redis, self._role, self.address, self._instance_id, self._model
@@ -190,6 +199,26 @@ class Presence:
             **self.further,
         }
         print(json.dumps(line), file=sys.stdout, flush=True)  # noqa: T201
+
+
+def _advertised(text: str) -> str:
+    """As it is dialled: an IPv6 host in brackets, which `$(POD_IP):7071` comes without.
+
+    Raises:
+        SettingsError: it is not HOST:PORT, or its port is 0.
+    """
+    return str(parse_address(text, "advertise", lowest_port=1))
+
+
+def loop_answers(loop: asyncio.AbstractEventLoop) -> Callable[[], bool]:
+    """Whether the event loop gets round to a call within a second; asked from another thread."""
+
+    def ask() -> bool:
+        answered = threading.Event()
+        loop.call_soon_threadsafe(answered.set)
+        return answered.wait(LIVE_S)
+
+    return ask
 
 
 def stop_signal() -> asyncio.Event:

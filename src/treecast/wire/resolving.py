@@ -35,6 +35,7 @@ class Resolver:
             seed: (seed,) for seed in seeds if not seed.startswith(DNS_SCHEME)
         }
         self._lookups: dict[str, asyncio.Task[None]] = {}
+        self._failing: set[str] = set()
 
     async def resolve(self) -> tuple[str, ...]:
         """Every seed's addresses; waits for lookups a quarter of a second at most."""
@@ -55,8 +56,11 @@ class Resolver:
     async def _look_up(self, seed: str) -> None:
         try:
             self._known[seed] = await _addresses(_parse(seed))
+            self._failing.discard(seed)
         except OSError as error:
-            log.warning("name not resolved", seed=seed, error=str(error))
+            if seed not in self._failing:  # said once: a headless Service has no name while empty
+                log.warning("name not resolved", seed=seed, error=str(error))
+            self._failing.add(seed)
         finally:
             del self._lookups[seed]
 

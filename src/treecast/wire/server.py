@@ -28,6 +28,9 @@ from treecast.wire.tls import Tls, role_of
 Servicer = TypeVar("Servicer")
 Context = grpc.aio.ServicerContext[Any, Any]
 
+LIVE = "live"
+"""A health name that is served from start to stop, ready or not: it says that the loop runs."""
+
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
@@ -44,7 +47,11 @@ def server_options(max_answer_bytes: int = MAX_MESSAGE_BYTES) -> Options:
 
 
 class Server:
-    """One grpc.aio server. Not ready (by `grpc.health.v1`) until told otherwise."""
+    """One grpc.aio server. Not ready (by `grpc.health.v1`) until told otherwise.
+
+    Attributes:
+        ready: what health says of it; set by `set_ready` and `set_not_ready` alone.
+    """
 
     def __init__(
         self,
@@ -69,6 +76,7 @@ class Server:
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         self._names: list[str] = []
+        self.ready = False
 
     def add(
         self,
@@ -97,6 +105,7 @@ class Server:
         names = [*self._names, health.SERVICE_NAME, reflection.SERVICE_NAME]
         reflection.enable_server_reflection(names, self._server)
         await self.set_not_ready()
+        await self._health.set(LIVE, _SERVING)
         try:
             bound = wanted.with_port(self._bind(str(wanted)))
         except RuntimeError:
@@ -111,10 +120,12 @@ class Server:
         return self._server.add_secure_port(address, credentials)
 
     async def set_ready(self) -> None:
+        self.ready = True
         await self._set_health(_SERVING)
 
     async def set_not_ready(self) -> None:
         """Ask balancers and probes to send nobody new; calls are still served."""
+        self.ready = False
         await self._set_health(_NOT_SERVING)
 
     async def _set_health(self, status: int) -> None:

@@ -1,0 +1,6 @@
+# The speculator on an engine image; see engine.Dockerfile.
+ARG ENGINE=treecast-engine:cpu
+
+FROM ${ENGINE}
+EXPOSE 7072 9090
+ENTRYPOINT ["python", "-m", "treecast.services.speculator"]
