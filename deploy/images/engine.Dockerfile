@@ -1,5 +1,5 @@
 # What verifier and speculator stand on: treecast with torch. Build context: the repository's root.
-#   --target cpu --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cpu
+#   --target cpu --build-arg TORCH_INDEX=URL, an index of CPU builds of torch
 #   --target cuda
 ARG PYTHON=python:3.11.11-slim-bookworm
 
