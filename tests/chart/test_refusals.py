@@ -41,7 +41,7 @@ REFUSALS: list[tuple[dict[str, str], str]] = [
     ({"verifier.model.source": '"pvc"'}, "verifier.model: source is pvc, so pvc.claimName"),
     ({"verifier.model.source": '"image"'}, "source is image, so image.reference must name"),
     ({"verifier.model.source": '"objectStore"'}, "objectStore.path must be BUCKET/PREFIX"),
-    ({"verifier.model.folder": '"/etc"'}, "at '/verifier/model/folder': 'not' failed"),
+    ({"verifier.model.folder": '"/etc"'}, "verifier.model.folder is /etc; it must be a folder"),
     (
         {"verifier.hosts": "2", "verifier.tensorParallel": "3"},
         "is 3 ranks; it must be a multiple of",
