@@ -12,6 +12,7 @@ from treecast.errors import TreecastError
 from treecast.sampling.params import SamplingParams
 
 _PRIORITIES = (-5, 0, 5)
+_GRACE_S = 30.0
 _LEFT_AFTER = 11
 """One request in so many is given up by its caller, another one asks for what nobody serves."""
 
@@ -21,12 +22,14 @@ async def run_traffic(
 ) -> None:
     """Keep `streams` requests going: greedy and sampled, of all priorities, in sessions and not.
 
-    Errors are what the metrics are for, so they end a request and nothing else.
+    Errors are what the metrics are for, so they end a request and nothing else; what runs when the
+    time is up has some more to end in.
     """
-    async with AsyncClient(address) as client, asyncio.timeout(seconds + 60):
+    async with AsyncClient(address) as client:
         until_s = asyncio.get_running_loop().time() + seconds
         callers = (_call(client, prompts, n, until_s, max_tokens) for n in range(streams))
-        await asyncio.gather(*callers)
+        with suppress(TimeoutError):
+            await asyncio.wait_for(asyncio.gather(*callers), seconds + _GRACE_S)
 
 
 async def _call(
@@ -47,6 +50,7 @@ async def _call(
             model="no-such-model" if turn % _LEFT_AFTER == 0 else None,
         )
         with suppress(TreecastError):
-            async for _ in stream:
-                if (turn + caller) % _LEFT_AFTER == 1:
-                    break
+            async with stream:
+                async for _ in stream:
+                    if (turn + caller) % _LEFT_AFTER == 1:
+                        break
