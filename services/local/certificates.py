@@ -58,7 +58,9 @@ class Authority:
         names: list[x509.GeneralName] = [x509.UniformResourceIdentifier(IDENTITY_PREFIX + role)]
         if role != "client":
             usages.append(ExtendedKeyUsageOID.SERVER_AUTH)
-            names += [x509.DNSName(server_name(role)), *map(_host, hosts)]
+            names.append(x509.DNSName(server_name(role)))
+        if role == "router":  # alone: a worker must not pass for one
+            names += map(_host, hosts)
         builder = builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), True)
         builder = builder.add_extension(x509.ExtendedKeyUsage(usages), False)
         builder = builder.add_extension(x509.SubjectAlternativeName(names), False)

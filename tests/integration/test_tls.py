@@ -84,6 +84,14 @@ async def test_clients_need_no_certificate_where_any_may_call(
         assert await ask(AsyncClient(mesh.address, ONCE, tls=tls, api_key="tc_key"))
 
 
+async def test_worker_cannot_pass_for_a_router(mesh: Mesh) -> None:
+    """A client sends its prompt and key to nobody whose certificate has not the router's name."""
+    ours = mesh.certificates["client"]
+    for address in (mesh.verifiers[0].address, mesh.speculator):
+        with pytest.raises(Unavailable, match="Hostname Verification Check failed"):
+            await ask(AsyncClient(address, ONCE, tls=ours))
+
+
 WORKER_CALLS = {
     "treecast.v1.VerifierService": "router",
     "treecast.v1.SpeculatorService": "verifier",

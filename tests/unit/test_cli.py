@@ -16,7 +16,7 @@ from typer.testing import CliRunner, Result
 from tests.scripted_router import ScriptedRouter, delta, fail, finished, hang, play, started
 from treecast import __version__
 from treecast.cli.app import app
-from treecast.errors import InvalidRequest, Overloaded
+from treecast.errors import InvalidRequest, Overloaded, Unauthenticated
 from treecast.tree import ROOT, TokenTree
 from treecast.wire import codec
 from treecast.wire.rounds import Round, RoundDraft
@@ -158,7 +158,11 @@ def test_generate_says_what_it_cost_when_stats_are_asked_for(router):
 
 @pytest.mark.parametrize(
     ("error", "code"),
-    [(InvalidRequest("top_p is 2; allowed: (0, 1]"), 2), (Overloaded("the queue is full"), 3)],
+    [
+        (InvalidRequest("top_p is 2; allowed: (0, 1]"), 2),
+        (Unauthenticated("API key is unknown"), 2),
+        (Overloaded("the queue is full"), 3),
+    ],
 )
 def test_the_exit_code_tells_the_kind_when_a_request_is_refused(error, code):
     with ScriptedRouter(fail(error)) as router:

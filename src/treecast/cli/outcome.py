@@ -12,9 +12,11 @@ from treecast.errors import (
     InvalidRequest,
     ModelError,
     NotServed,
+    PermissionDenied,
     RetryableError,
     SettingsError,
     TreecastError,
+    Unauthenticated,
 )
 
 OTHER = 1
@@ -27,7 +29,14 @@ EXIT_CODES = (
     "be served; 3 no router, no worker, or overloaded: try again later; 130 interrupted."
 )
 
-_INVALID = (InvalidRequest, SettingsError, ModelError, NotServed)
+_INVALID = (
+    InvalidRequest,
+    SettingsError,
+    ModelError,
+    NotServed,
+    Unauthenticated,
+    PermissionDenied,
+)
 
 
 def exit_code(error: TreecastError) -> int:
