@@ -12,7 +12,7 @@ import grpc
 from treecast.errors import Cancelled, TreecastError, Unavailable
 from treecast.sampling.params import Law, Proposal, SamplingParams, SpeculationParams
 from treecast.v1 import router_pb2, router_pb2_grpc
-from treecast.wire.channel import open_channel
+from treecast.wire.channel import PROMPT, open_channel
 from treecast.wire.status import from_rpc_error
 
 from .connections import Connections, name_router, router_addresses
@@ -97,7 +97,7 @@ class AsyncClient:
         retry: RetryPolicy | None = None,
         timeout_s: float = 10.0,
     ) -> None:
-        self._routers = Connections(router_addresses(address), open_channel)
+        self._routers = Connections(router_addresses(address), _open)
         self._retry = retry or RetryPolicy()
         self._timeout_s = timeout_s
 
@@ -217,6 +217,10 @@ async def _receive(
         call.cancel()
     if not transcript.complete:
         raise Unavailable(f"router {address} ended the stream before the request had finished")
+
+
+def _open(address: str) -> grpc.aio.Channel:
+    return open_channel(address, pings=PROMPT)
 
 
 def _stub(channel: grpc.aio.Channel) -> AsyncStub:

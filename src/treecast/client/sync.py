@@ -12,7 +12,7 @@ import grpc
 from treecast.errors import Cancelled, TreecastError, Unavailable
 from treecast.sampling.params import Law, Proposal, SamplingParams, SpeculationParams
 from treecast.v1 import router_pb2, router_pb2_grpc
-from treecast.wire.channel import channel_options
+from treecast.wire.channel import PROMPT, channel_options
 from treecast.wire.status import from_rpc_error
 
 from .connections import Connections, name_router, router_addresses
@@ -198,7 +198,7 @@ class Client:
 
 
 def _dial(address: str) -> grpc.Channel:
-    return grpc.insecure_channel(address, options=channel_options(address))
+    return grpc.insecure_channel(address, options=channel_options(address, pings=PROMPT))
 
 
 def _run(

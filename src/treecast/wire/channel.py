@@ -10,17 +10,6 @@ MAX_MESSAGE_BYTES = 4 * 1024 * 1024
 MAX_ANSWER_BYTES = 64 * 1024 * 1024
 """Largest answer to a call for a tokenizer: large vocabularies take tens of megabytes."""
 
-KEEPALIVE_MS = 1_000
-KEEPALIVE_TIMEOUT_MS = 700
-"""A caller asks a silent server for a sign of life after the first, and gives it up after the
-second: a stopped process keeps its sockets open, and a stream that can go on through another router
-should not wait for it. gRPC answers from threads of its own, so a busy event loop is no silence.
-"""
-
-SERVER_KEEPALIVE_MS = 10_000
-SERVER_KEEPALIVE_TIMEOUT_MS = 5_000
-"""A server has more patience: nobody waits for what a silent client holds."""
-
 CONNECT_TIMEOUT_MS = 5_000
 
 _FIRST_RETRY_MS = 100
@@ -43,12 +32,24 @@ def keepalive(time_ms: int, timeout_ms: int) -> Options:
     ]
 
 
-def channel_options(address: str, max_message_bytes: int = MAX_MESSAGE_BYTES) -> Options:
+PATIENT = keepalive(10_000, 5_000)
+"""Where nobody waits, or where heartbeats tell sooner and more surely."""
+
+PROMPT_MS = 1_000
+PROMPT = keepalive(PROMPT_MS, 700)
+"""A client's: a stopped router keeps its sockets open, and a stream that can go on through another
+one should not wait for it. gRPC answers from threads of its own: a busy event loop is no silence.
+"""
+
+
+def channel_options(
+    address: str, max_message_bytes: int = MAX_MESSAGE_BYTES, pings: Options = PATIENT
+) -> Options:
     """Options of a channel; `dns:///` names are balanced over all their addresses."""
     options: Options = [
         ("grpc.max_send_message_length", max_message_bytes),
         ("grpc.max_receive_message_length", max_message_bytes),
-        *keepalive(KEEPALIVE_MS, KEEPALIVE_TIMEOUT_MS),
+        *pings,
         ("grpc.initial_reconnect_backoff_ms", _FIRST_RETRY_MS),
         # Not a pause, whatever its name says: an attempt may take so long.
         ("grpc.min_reconnect_backoff_ms", CONNECT_TIMEOUT_MS),
@@ -66,9 +67,10 @@ def open_channel(
     *,
     credentials: grpc.ChannelCredentials | None = None,
     max_message_bytes: int = MAX_MESSAGE_BYTES,
+    pings: Options = PATIENT,
 ) -> grpc.aio.Channel:
     """Open a channel, over TLS when credentials are given. The caller closes it."""
-    options = channel_options(address, max_message_bytes)
+    options = channel_options(address, max_message_bytes, pings)
     if credentials is None:
         return grpc.aio.insecure_channel(address, options=options)
     return grpc.aio.secure_channel(address, credentials, options=options)
