@@ -139,19 +139,19 @@ async def measure(settings: ChaosSettings, works: Sequence[Work], num_streams: i
         )
 
 
-def crowd_settings(num_streams: int, step_s: float) -> ChaosSettings:
-    """One router and two verifiers that take half of the streams each, without drafts."""
+def crowd_settings(num_streams: int, num_verifiers: int, step_s: float) -> ChaosSettings:
+    """One router, and verifiers that take an equal share of the streams each, without drafts."""
     log_dir = new_log_dir(default_cache_dir() / "logs")
-    half = -(-num_streams // 2)
+    share = -(-num_streams // num_verifiers)
     return ChaosSettings(
-        MeshSettings(engine="toy", num_verifiers=2, speculators=(), torch_threads=1),
+        MeshSettings(engine="toy", num_verifiers=num_verifiers, speculators=(), torch_threads=1),
         log_dir,
         num_routers=1,
         toy_step_s=step_s,
         further_verifier_flags={
-            "max_running": half,
-            "max_rows": half + 64,
-            "pool_tokens": half * 128,
+            "max_running": share,
+            "max_rows": share + 64,
+            "pool_tokens": share * 128,
         },
         further_router_flags={"queue_limit": num_streams},
     )
@@ -161,10 +161,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Returns 0 if no stream failed."""
     parser = argparse.ArgumentParser(prog="treecast.bench.streams", description=__doc__)
     parser.add_argument("--streams", type=int, default=2000)
-    parser.add_argument("--tokens", type=int, default=20, help="of each stream")
-    parser.add_argument("--step-s", type=float, default=1.0, help="time of a toy step")
+    parser.add_argument("--verifiers", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=12, help="of each stream")
+    parser.add_argument("--step-s", type=float, default=2.0, help="time of a toy step")
     options = parser.parse_args(argv)
-    settings = crowd_settings(options.streams, options.step_s)
+    settings = crowd_settings(options.streams, options.verifiers, options.step_s)
     outcome = asyncio.run(measure(settings, toy_works(16, options.tokens), options.streams))
     print(outcome)
     return 1 if outcome.failed else 0

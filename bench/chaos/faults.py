@@ -12,6 +12,9 @@ from .load import Work
 from .mesh import ChaosMesh
 from .proxy import Way
 
+VANISHING = 16
+"""Clients that come and vanish side by side."""
+
 
 @dataclass(frozen=True, slots=True)
 class Fault:
@@ -77,7 +80,7 @@ def vanishing_clients(works: Sequence[Work], amounts: Amounts) -> Fault:
     async def vanish(mesh: ChaosMesh) -> None:
         async with AsyncClient(mesh.router_addresses) as client:
             names = iter(range(amounts.num_cancels))
-            await asyncio.gather(*(_vanish(client, works, names) for _ in range(64)))
+            await asyncio.gather(*(_vanish(client, works, names) for _ in range(VANISHING)))
 
     return Fault(f"{amounts.num_cancels:,} clients that vanish", vanish)
 

@@ -31,6 +31,9 @@ _GARBAGE = 0.02
 _INSTANCES = itertools.count(1)
 _WRITE_S = 5.0
 
+_ENDED = (grpc.aio.AioRpcError, grpc.aio.InternalError, asyncio.InvalidStateError, TimeoutError)
+"""What a write to a stream that the server has ended comes to."""
+
 
 class Fuzzer:
     """Sends a number of frames, divided among all ways in.
@@ -115,6 +118,8 @@ class Fuzzer:
                     await call.read()
                 except grpc.aio.AioRpcError as error:
                     self._note(error)
+                except grpc.aio.InternalError:
+                    self.answers["ended before all was written"] += 1
                 finally:
                     call.cancel()
 
@@ -139,7 +144,7 @@ class Fuzzer:
                 try:
                     async with asyncio.timeout(60):
                         await self._write_frames(call, pair, hello, count)
-                except (grpc.aio.AioRpcError, asyncio.InvalidStateError, TimeoutError):
+                except _ENDED:
                     pass
                 finally:
                     call.cancel()

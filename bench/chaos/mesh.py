@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Coroutine, Iterable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import redis.asyncio
 
@@ -90,11 +90,11 @@ class ChaosMesh:
 
     @property
     def verifiers(self) -> list[str]:
-        return [name for name in self.processes if name.startswith("verifier-")]
+        return sorted(name for name in self.processes if name.startswith("verifier-"))
 
     @property
     def routers(self) -> list[str]:
-        return [name for name in self.processes if name.startswith("router-")]
+        return sorted(name for name in self.processes if name.startswith("router-"))
 
     @property
     def services(self) -> list[str]:
@@ -122,24 +122,47 @@ class ChaosMesh:
         )
         drafters = speculator_names(mesh.speculators)
         places = {name: await self._place(name) for name in drafters}
-        for name, drafter in drafters.items():
-            flags = {**speculator_flags(mesh, drafter), **places[name].flags}
-            await self._launch(name, "speculator", {**flags, "drain_s": DRAIN_S})
-        known = [place.known for place in places.values()]
-        verifiers = [await self._launch_verifier(n, known) for n in range(mesh.num_verifiers)]
-        for number in range(self.settings.num_routers):
-            flags = {
-                **router_flags(mesh, verifiers),
-                "listen": f"127.0.0.1:{free_port()}",
-                "drain_s": DRAIN_S,
-                **self.settings.further_router_flags,
-            }
-            await self._launch(f"router-{number}", "router", flags)
+        await self._together(
+            self._launch_speculator(name, drafters[name], place) for name, place in places.items()
+        )
+        speculators = [place.known for place in places.values()]
+        places = {f"verifier-{n}": await self._place(f"verifier-{n}") for n in range(self._wanted)}
+        await self._together(
+            self._launch_verifier(name, place, speculators) for name, place in places.items()
+        )
+        verifiers = [place.known for place in places.values()]
+        await self._together(
+            self._launch_router(n, verifiers) for n in range(self.settings.num_routers)
+        )
         await self.wait_whole()
 
-    async def _launch_verifier(self, number: int, speculators: Sequence[str]) -> str:
-        name, settings = f"verifier-{number}", self.settings
-        place = await self._place(name)
+    @property
+    def _wanted(self) -> int:
+        return self.settings.mesh.num_verifiers
+
+    async def _together(self, launches: Iterable[Coroutine[Any, Any, None]]) -> None:
+        """Real models one after the other, since each measures its step time when it starts."""
+        if self.settings.mesh.engine == "toy":
+            await asyncio.gather(*launches)
+            return
+        for launch in launches:
+            await launch
+
+    async def _launch_speculator(self, name: str, drafter: str, place: Place) -> None:
+        flags = speculator_flags(self.settings.mesh, drafter)
+        await self._launch(name, "speculator", {**flags, **place.flags, "drain_s": DRAIN_S})
+
+    async def _launch_router(self, number: int, verifiers: Sequence[str]) -> None:
+        flags = {
+            **router_flags(self.settings.mesh, verifiers),
+            "listen": f"127.0.0.1:{free_port()}",
+            "drain_s": DRAIN_S,
+            **self.settings.further_router_flags,
+        }
+        await self._launch(f"router-{number}", "router", flags)
+
+    async def _launch_verifier(self, name: str, place: Place, speculators: Sequence[str]) -> None:
+        settings = self.settings
         hostile = [settings.hostile_speculator] if settings.hostile_speculator else []
         flags = {
             **verifier_flags(settings.mesh, [*speculators, *hostile]),
@@ -151,7 +174,6 @@ class ChaosMesh:
             **settings.further_verifier_flags,
         }
         await self._launch(name, "verifier", flags)
-        return place.known
 
     async def _place(self, name: str) -> Place:
         place = Place(free_port(), free_port())
@@ -228,7 +250,7 @@ class ChaosMesh:
 
     def _missing_in(self, status: Status) -> str:
         healthy = [one for one in status.verifiers if one.healthy]
-        if len(healthy) < self.settings.mesh.num_verifiers:
+        if len(healthy) < self._wanted:
             return f"{len(healthy)} healthy verifiers"
         for one in healthy:
             if len(one.speculators) < len(self.settings.mesh.speculators):

@@ -76,7 +76,7 @@ class Router:
         server = Server(tls=tls, require_clients=settings.tls_clients == "certificate")
         self.metrics.registry.register(
             ProcessCollector(
-                "router", lambda: tuple(self.fleet.models_seen), lambda: self._draining.active
+                "router", lambda: tuple(self.fleet.models_seen), lambda: self.service.draining
             )
         )
         self.presence = Presence(

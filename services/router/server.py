@@ -107,6 +107,11 @@ class RouterService(router_pb2_grpc.RouterServiceServicer):
         self._idle.set()
 
     @property
+    def draining(self) -> bool:
+        """Whether it takes no new requests."""
+        return self._draining.active
+
+    @property
     def num_waiting(self) -> int:
         """Requests in the queue."""
         return self._dispatcher.num_waiting
@@ -303,7 +308,7 @@ class RouterService(router_pb2_grpc.RouterServiceServicer):
             queued=self.num_waiting,
             running=max(0, len(self._running) - self.num_waiting),
             redis_ok=self._redis_ok(),
-            draining=self._draining.active,
+            draining=self.draining,
         )
 
     # --- for admins ---------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import grpc
 import pytest
 from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
 from google.rpc.status_pb2 import Status
+from structlog.testing import capture_logs
 
 from treecast import errors
 from treecast.errors import (
@@ -24,7 +25,7 @@ from treecast.errors import (
     Unavailable,
 )
 from treecast.wire.frames import BadFrame
-from treecast.wire.status import code_of, from_rpc_error, from_rpc_status, to_rpc_status
+from treecast.wire.status import abort, code_of, from_rpc_error, from_rpc_status, to_rpc_status
 
 ALL_ERRORS = [
     kind
@@ -167,3 +168,13 @@ def test_delay_is_bounded_when_a_peer_makes_it_absurd(retry_after_s: float) -> N
     back = from_rpc_status(to_rpc_status(Unavailable("x", retry_after_s)))
     assert isinstance(back, Unavailable)
     assert 0 < back.retry_after_s <= 3600
+
+
+async def test_nobody_is_told_and_nothing_logged_when_the_call_is_over_already() -> None:
+    class GoneCall:
+        async def abort(self, *status: object) -> None:
+            raise grpc.aio.InternalError("execute_batch failed")
+
+    with capture_logs() as logs, pytest.raises(grpc.aio.AbortError):
+        await abort(GoneCall(), Unavailable("peer was silent"))  # type: ignore[arg-type]
+    assert logs == []

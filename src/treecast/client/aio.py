@@ -12,7 +12,7 @@ import grpc
 from treecast.errors import Cancelled, TreecastError, Unavailable
 from treecast.sampling.params import Law, Proposal, SamplingParams, SpeculationParams
 from treecast.v1 import router_pb2, router_pb2_grpc
-from treecast.wire.channel import open_channel
+from treecast.wire.channel import PROMPT, open_channel
 from treecast.wire.status import from_rpc_error
 from treecast.wire.tls import Tls, TlsFiles
 
@@ -253,7 +253,7 @@ async def _receive(
 
 
 def _dial(address: str, tls: Tls | None) -> grpc.aio.Channel:
-    return open_channel(address, tls=tls)
+    return open_channel(address, tls=tls, pings=PROMPT)
 
 
 def _stub(channel: grpc.aio.Channel) -> AsyncStub:

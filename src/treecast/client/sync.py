@@ -12,7 +12,7 @@ import grpc
 from treecast.errors import Cancelled, TreecastError, Unavailable
 from treecast.sampling.params import Law, Proposal, SamplingParams, SpeculationParams
 from treecast.v1 import router_pb2, router_pb2_grpc
-from treecast.wire.channel import channel_options
+from treecast.wire.channel import PROMPT, channel_options
 from treecast.wire.status import from_rpc_error
 from treecast.wire.tls import Tls, TlsFiles
 
@@ -231,7 +231,7 @@ class Client:
 
 
 def _dial(address: str, tls: Tls | None) -> grpc.Channel:
-    options = channel_options(address)
+    options = channel_options(address, pings=PROMPT)
     if tls is None:
         return grpc.insecure_channel(address, options=options)
     return grpc.secure_channel(address, tls.channel_credentials(), options=options)

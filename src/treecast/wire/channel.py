@@ -12,17 +12,6 @@ MAX_MESSAGE_BYTES = 4 * 1024 * 1024
 MAX_ANSWER_BYTES = 64 * 1024 * 1024
 """Largest answer to a call for a tokenizer: large vocabularies take tens of megabytes."""
 
-KEEPALIVE_MS = 1_000
-KEEPALIVE_TIMEOUT_MS = 700
-"""A caller asks a silent server for a sign of life after the first, and gives it up after the
-second: a stopped process keeps its sockets open, and a stream that can go on through another router
-should not wait for it. gRPC answers from threads of its own, so a busy event loop is no silence.
-"""
-
-SERVER_KEEPALIVE_MS = 10_000
-SERVER_KEEPALIVE_TIMEOUT_MS = 5_000
-"""A server has more patience: nobody waits for what a silent client holds."""
-
 CONNECT_TIMEOUT_MS = 5_000
 
 _FIRST_RETRY_MS = 100
@@ -45,8 +34,21 @@ def keepalive(time_ms: int, timeout_ms: int) -> Options:
     ]
 
 
+PATIENT = keepalive(10_000, 5_000)
+"""Where nobody waits, or where heartbeats tell sooner and more surely."""
+
+PROMPT_MS = 1_000
+PROMPT = keepalive(PROMPT_MS, 700)
+"""A client's: a stopped router keeps its sockets open, and a stream that can go on through another
+one should not wait for it. gRPC answers from threads of its own: a busy event loop is no silence.
+"""
+
+
 def channel_options(
-    address: str, max_message_bytes: int = MAX_MESSAGE_BYTES, peer_name: str = ""
+    address: str,
+    max_message_bytes: int = MAX_MESSAGE_BYTES,
+    pings: Options = PATIENT,
+    peer_name: str = "",
 ) -> Options:
     """Options of a channel; `dns:///` names are balanced over all their addresses.
 
@@ -56,7 +58,7 @@ def channel_options(
     options: Options = [
         ("grpc.max_send_message_length", max_message_bytes),
         ("grpc.max_receive_message_length", max_message_bytes),
-        *keepalive(KEEPALIVE_MS, KEEPALIVE_TIMEOUT_MS),
+        *pings,
         ("grpc.initial_reconnect_backoff_ms", _FIRST_RETRY_MS),
         # Not a pause, whatever its name says: an attempt may take so long.
         ("grpc.min_reconnect_backoff_ms", CONNECT_TIMEOUT_MS),
@@ -77,6 +79,7 @@ def open_channel(
     tls: Tls | None = None,
     peer_role: str = "",
     max_message_bytes: int = MAX_MESSAGE_BYTES,
+    pings: Options = PATIENT,
 ) -> grpc.aio.Channel:
     """Open a channel, over TLS with the certificates of this moment if any. The caller closes it.
 
@@ -85,8 +88,8 @@ def open_channel(
             host name of the address counts otherwise.
     """
     if tls is None:
-        options = channel_options(address, max_message_bytes)
+        options = channel_options(address, max_message_bytes, pings)
         return grpc.aio.insecure_channel(address, options=options)
     name = server_name(peer_role) if peer_role and tls.mutual else ""
-    options = channel_options(address, max_message_bytes, name)
+    options = channel_options(address, max_message_bytes, pings, name)
     return grpc.aio.secure_channel(address, tls.channel_credentials(), options=options)

@@ -15,12 +15,10 @@ from grpc_reflection.v1alpha import reflection
 from treecast.address import Address, parse_address
 from treecast.errors import PermissionDenied, SettingsError
 from treecast.wire.channel import (
-    KEEPALIVE_MS,
     MAX_MESSAGE_BYTES,
-    SERVER_KEEPALIVE_MS,
-    SERVER_KEEPALIVE_TIMEOUT_MS,
+    PATIENT,
+    PROMPT_MS,
     Options,
-    keepalive,
 )
 from treecast.wire.status import abort
 from treecast.wire.tls import Tls, role_of
@@ -39,8 +37,8 @@ def server_options(max_answer_bytes: int = MAX_MESSAGE_BYTES) -> Options:
     return [
         ("grpc.max_send_message_length", max_answer_bytes),
         ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-        *keepalive(SERVER_KEEPALIVE_MS, SERVER_KEEPALIVE_TIMEOUT_MS),
-        ("grpc.http2.min_ping_interval_without_data_ms", KEEPALIVE_MS // 2),
+        *PATIENT,
+        ("grpc.http2.min_ping_interval_without_data_ms", PROMPT_MS // 2),
         # Two processes on one port would share its connections instead of failing at start.
         ("grpc.so_reuseport", 0),
     ]

@@ -168,7 +168,9 @@ async def abort(context: grpc.aio.ServicerContext[Any, Any], error: BaseExceptio
     if not isinstance(error, TreecastError | DecodeError):
         log.error("unexpected error in a call", exc_info=error)
     status = to_rpc_status(error)
-    await context.abort(
-        code_of(error), status.message, ((_DETAILS_KEY, status.SerializeToString()),)
-    )
+    details = ((_DETAILS_KEY, status.SerializeToString()),)
+    try:
+        await context.abort(code_of(error), status.message, details)
+    except grpc.aio.InternalError:  # the call is over already: there is nobody to tell
+        raise grpc.aio.AbortError from None
     raise AssertionError("abort returned")
