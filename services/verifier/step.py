@@ -17,7 +17,7 @@ import structlog
 
 from treecast.engine.base import Engine, LogitRows
 from treecast.engine.curve import StepCurve
-from treecast.errors import DeadlineExceeded, Overloaded, TreecastError
+from treecast.errors import DeadlineExceeded, EngineLost, Overloaded, TreecastError
 from treecast.sampling.laws import Walk, walk
 from treecast.sampling.stops import FinishReason, Stop
 from treecast.wire.frames import Completed, Cost, Failed, Heartbeat, Progress, SessionKey
@@ -141,7 +141,11 @@ class StepLoop:
     # --- the loop -------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Step for ever; cancel the task to stop, at a step boundary."""
+        """Step for ever; cancel the task to stop, at a step boundary.
+
+        Raises:
+            EngineLost: the engine can do nothing any more.
+        """
         while True:
             with self._timed("collect"):
                 await self._collect()
@@ -154,6 +158,8 @@ class StepLoop:
                     logits = await self._forward(batch)
                 with self._timed("walk"):
                     walks = await self._walk(batch, logits)
+            except EngineLost:
+                raise  # routers place what is running elsewhere, once our streams are closed
             except Exception as error:
                 self._fail(batch, error)
                 continue
@@ -165,8 +171,10 @@ class StepLoop:
         self._wake.clear()
         while self._idle and not self._forgotten:
             self._rest.set()
-            with suppress(TimeoutError):
+            try:
                 await asyncio.wait_for(self._wake.wait(), timeout=1.0)
+            except TimeoutError:
+                await asyncio.get_running_loop().run_in_executor(self._thread, self._engine.check)
             self._wake.clear()
             self.sessions.expire()
             self._round_began = time.monotonic()

@@ -16,6 +16,7 @@ from treecast import checkpoints
 from treecast.engine import bridge
 from treecast.engine.base import ModelInfo
 from treecast.engine.cut_head import cut_head
+from treecast.engine.sharding.shape import ALONE, GroupShape
 from treecast.errors import ModelError
 
 DType = Literal["bfloat16", "float32"]
@@ -32,12 +33,13 @@ _log = structlog.get_logger()
 
 @dataclass(frozen=True, slots=True)
 class LoadOptions:
-    """How a model is to be computed."""
+    """How a model is to be computed; of one that is divided among a group, our share of it."""
 
     dtype: DType
     numerics: Numerics
     device: str
     threads: int | None
+    group: GroupShape = ALONE
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -74,13 +76,18 @@ def load_model(path: Path, options: LoadOptions) -> nn.Module:
         ModelError: the folder is no causal LM, or one that cannot be served.
     """
     import transformers
+    from transformers.distributed import DistributedConfig
 
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     bridge.register()
+    share: dict[str, Any] = {}
+    if options.group != ALONE:
+        group = options.group
+        share["distributed_config"] = DistributedConfig(tp_size=group.tp, pp_size=group.pp)
     try:
         model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            path, dtype=DTYPES[options.dtype], attn_implementation=bridge.IMPLEMENTATION
+            path, dtype=DTYPES[options.dtype], attn_implementation=bridge.IMPLEMENTATION, **share
         )
     except (OSError, ValueError) as error:
         raise ModelError(f"model folder {path} cannot be loaded: {error}") from error
@@ -124,6 +131,7 @@ def fingerprint(revision: str, options: LoadOptions) -> str:
         "device": options.device,
         "processor": _processor() if options.on_cpu else torch.cuda.get_device_name(options.device),
         "threads": torch.get_num_threads() if options.on_cpu else 0,
+        "group": f"tp {options.group.tp}, pp {options.group.pp}",
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
