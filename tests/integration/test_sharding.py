@@ -124,6 +124,13 @@ def test_tokens_are_those_of_one_process_for_any_group(folders, tmp_path, family
     check_same_tokens(folders[family], ("ssm", "ngram"), tmp_path, tp=tp)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("tp", [1, 2])
+def test_tokens_are_those_of_one_process_when_the_layers_are_divided(folders, tmp_path, family, tp):
+    check_same_tokens(folders[family], ("ssm", "ngram"), tmp_path, tp=tp, pp=2)
+
+
 def test_a_group_is_refused_by_name_when_it_does_not_divide_the_kv_heads(folders, tmp_path):
     mesh = LocalMesh(settings(folders["llama"], (), tmp_path, tp=3))
     with pytest.raises(MeshError, match=r"--tp 3 does not divide the 4 KV heads of llama"):

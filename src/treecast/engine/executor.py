@@ -93,7 +93,7 @@ class LocalExecutor:
             ModelError: some layer does not reach our attention.
         """
         runner = choose_runner(model, options.on_cpu, options.min_rows)
-        shapes = layer_shapes(runner, num_layers(model), torch.device(options.device))
+        shapes = layer_shapes(runner, range(num_layers(model)), torch.device(options.device))
         return cls(runner, shapes, options, num_pages)
 
     def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -76,25 +78,38 @@ def load_model(path: Path, options: LoadOptions) -> nn.Module:
         ModelError: the folder is no causal LM, or one that cannot be served.
     """
     import transformers
-    from transformers.distributed import DistributedConfig
 
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     bridge.register()
-    share: dict[str, Any] = {}
-    if options.group != ALONE:
-        group = options.group
-        share["distributed_config"] = DistributedConfig(tp_size=group.tp, pp_size=group.pp)
     try:
-        model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            path, dtype=DTYPES[options.dtype], attn_implementation=bridge.IMPLEMENTATION, **share
-        )
+        with _share(options.group) as share:
+            model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+                path,
+                dtype=DTYPES[options.dtype],
+                attn_implementation=bridge.IMPLEMENTATION,
+                **share,
+            )
     except (OSError, ValueError) as error:
         raise ModelError(f"model folder {path} cannot be loaded: {error}") from error
     _refuse_unsupported(model.config.get_text_config())
     cut_head(model)
     loaded: nn.Module = model.eval().to(options.device)
     return loaded
+
+
+@contextmanager
+def _share(group: GroupShape) -> Iterator[dict[str, Any]]:
+    """What `from_pretrained` must be told to load this rank's share alone."""
+    if group == ALONE:
+        yield {}
+        return
+    from transformers.distributed import DistributedConfig
+
+    from treecast.engine.sharding.plan_mend import plans_cut_to_stages
+
+    with plans_cut_to_stages():
+        yield {"distributed_config": DistributedConfig(tp_size=group.tp, pp_size=group.pp)}
 
 
 def num_layers(model: Any) -> int:

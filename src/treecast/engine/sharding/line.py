@@ -34,7 +34,9 @@ class Line:
         self._computed = 0
 
     def computed(self, logits: Tensor) -> None:
-        """Take note of what came out of a pass, on a rank that has it."""
+        """Take note of what came out of a pass; no rows on a rank that does not have it."""
+        if not len(logits):
+            return
         columns = torch.arange(0, logits.shape[-1], max(1, logits.shape[-1] // _SAMPLED))
         sample = logits[:, columns.to(logits.device)].float().cpu().contiguous()
         self._computed = zlib.crc32(sample.numpy().tobytes())

@@ -7,17 +7,21 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from treecast import checkpoints
 from treecast.engine.base import ModelInfo
 from treecast.engine.executor import LocalExecutor, PackedPass
 from treecast.engine.hf import HFEngine, pages_of
-from treecast.engine.loading import LoadOptions, describe, load_model
+from treecast.engine.linears import pack_linears
+from treecast.engine.loading import LoadOptions, describe, load_model, num_layers
+from treecast.engine.runner import layer_shapes
 from treecast.engine.sharding.layers import make_plain
 from treecast.engine.sharding.line import Line
 from treecast.engine.sharding.orders import Compute, Copy, Meet, Stop
 from treecast.engine.sharding.shape import Place, check_divides
+from treecast.engine.sharding.stages import StageRunner, own_layers
 from treecast.engine.sharding.world import World
 from treecast.errors import EngineLost
 
@@ -71,8 +75,21 @@ def _load_share(member: Member) -> tuple[World, LocalExecutor, ModelInfo]:
     info = describe(folder, model, options)
     with _together(world):
         world.wait_for_loading()
-        make_plain(model, world)
-        return world, LocalExecutor.of(model, options, pages_of(member.pool_tokens)), info
+        if options.group.tp > 1:
+            make_plain(model, world)
+        return world, _executor_of(model, member, world), info
+
+
+def _executor_of(model: nn.Module, member: Member, world: World) -> LocalExecutor:
+    options, pages = member.options, pages_of(member.pool_tokens)
+    if options.group.pp == 1:
+        return LocalExecutor.of(model, options, pages)
+    runner = StageRunner(model, world)
+    if options.on_cpu:
+        pack_linears(model, options.min_rows)
+    layers = own_layers(num_layers(model), world)
+    shapes = layer_shapes(runner, layers, torch.device(options.device))
+    return LocalExecutor(runner, shapes, options, pages)
 
 
 class Leader:

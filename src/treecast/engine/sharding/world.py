@@ -24,11 +24,13 @@ class World:
     Attributes:
         everyone: all ranks, for what rank 0 says: gloo wherever the model is.
         shards: the ranks of our stage, which hold parts of the same layers.
+        stages: all ranks, for what one stage sends another.
     """
 
     place: Place
     everyone: Any  # torch does not type its process groups
     shards: Any
+    stages: Any
 
     @classmethod
     def join(cls, place: Place, rendezvous: str, device: str, timeout_s: float) -> World:
@@ -55,15 +57,16 @@ class World:
                 timeout=patience,
             )
             everyone = dist.new_group(backend="gloo", timeout=timeout)
-            stages = [
+            shards = [
                 dist.new_group(range(first, first + tp), timeout=timeout, backend=backend)
                 for first in range(0, size, tp)
             ]
+            stages = dist.new_group(timeout=timeout, backend=backend)
         except (RuntimeError, ValueError) as error:
             raise EngineLost(
                 f"rank {place.rank} of {size} cannot join its group: {error}"
             ) from error
-        return cls(place, everyone, stages[place.stage])
+        return cls(place, everyone, shards[place.stage], stages)
 
     def wait_for_loading(self) -> None:
         """Wait until every rank has come here, however long loading takes."""
@@ -99,3 +102,22 @@ class World:
         parts = [torch.empty_like(part) for _ in range(self.place.shape.tp)]
         dist.all_gather(parts, part, group=self.shards)
         return parts
+
+    def send_on(self, hidden: Tensor) -> None:
+        """Activations to the rank of the next stage that has the same shard."""
+        dist.send(hidden.contiguous(), self.place.rank + self.place.shape.tp, group=self.stages)
+
+    def receive_on(self, hidden: Tensor) -> Tensor:
+        """Activations of the stage before, into a tensor of their shape."""
+        dist.recv(hidden, self.place.rank - self.place.shape.tp, group=self.stages)
+        return hidden
+
+    def send_home(self, logits: Tensor) -> None:
+        """Logits to rank 0, from the first rank of the last stage."""
+        if self.place.shard == 0:
+            dist.send(logits.contiguous(), 0, group=self.stages)
+
+    def receive_home(self, logits: Tensor) -> Tensor:
+        """Logits of the last stage, into a tensor of their shape."""
+        dist.recv(logits, self.place.shape.size - self.place.shape.tp, group=self.stages)
+        return logits
