@@ -5,16 +5,27 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import (
+    GPT2Config,
+    GPTNeoXConfig,
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedConfig,
+)
 
 from treecast.engine.executor import PackedPass, PackedSegment
 from treecast.engine.sharding.line import Line
 from treecast.engine.sharding.orders import Compute, Copy, Meet, Order, Stop, decode, encode
-from treecast.engine.sharding.shape import ALONE, GroupShape, Place
-from treecast.errors import EngineLost, SettingsError
+from treecast.engine.sharding.shape import ALONE, GroupShape, Place, check_divides
+from treecast.engine.sharding.stages import check_passes_on
+from treecast.errors import EngineLost, ModelError, SettingsError
 from treecast.services.verifier.settings import VerifierSettings
 from treecast.settings import as_environment
 
@@ -148,3 +159,45 @@ def test_the_fingerprint_is_another_when_the_model_is_divided() -> None:
     options = LoadOptions("float32", "exact", "cpu", None)
     shapes = [ALONE, GroupShape(tp=2), GroupShape(pp=2), GroupShape(2, 2)]
     assert len({fingerprint("r", replace(options, group=shape)) for shape in shapes}) == 4
+
+
+TINY: dict[str, Any] = {
+    "vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}  # fmt: skip
+
+
+def test_a_model_is_refused_as_stages_when_it_scales_its_embeddings() -> None:
+    hidden = torch.randn(1, 2, 32)
+    check_passes_on(LlamaForCausalLM(LlamaConfig(**TINY)), hidden)
+    scaling = GraniteForCausalLM(GraniteConfig(embedding_multiplier=2.0, **TINY))
+    with pytest.raises(ModelError, match="GraniteForCausalLM changes embeddings before its first"):
+        check_passes_on(scaling, hidden)
+
+
+@pytest.mark.parametrize(
+    ("config", "shape", "message"),
+    [
+        (LlamaConfig(num_key_value_heads=4, **TINY), GroupShape(tp=3), "--tp 3 .* 4 KV heads of m"),
+        (GPTNeoXConfig(**TINY), GroupShape(tp=8), "--tp 8 does not divide the 4 KV heads of m"),
+        (GPT2Config(), GroupShape(tp=2), "--tp 2: model type gpt2 has no plan to divide layers"),
+        (
+            GPTNeoXConfig(**TINY),
+            GroupShape(pp=2),
+            "--pp 2: model type gpt_neox has parts .*embed_in",
+        ),
+        (LlamaConfig(**TINY), GroupShape(pp=3), "--pp 3 is more than the 2 layers of m"),
+    ],
+)
+def test_a_group_is_refused_by_name_when_it_cannot_divide_the_model(
+    tmp_path: Path, config: PreTrainedConfig, shape: GroupShape, message: str
+) -> None:
+    config.save_pretrained(tmp_path / "m")
+    with pytest.raises(ModelError, match=message):
+        check_divides(tmp_path / "m", shape)
+
+
+def test_a_group_is_not_refused_when_it_divides_the_model(tmp_path: Path) -> None:
+    LlamaConfig(num_key_value_heads=4, **TINY).save_pretrained(tmp_path / "m")
+    for shape in (ALONE, GroupShape(2, 2), GroupShape(4, 1)):
+        check_divides(tmp_path / "m", shape)

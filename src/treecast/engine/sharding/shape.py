@@ -26,6 +26,9 @@ class GroupShape:
         return self.tp * self.pp
 
 
+_STAGE_PARTS = {"embed_tokens", "layers", "norm"}
+"""The parts of a model, besides its head, that transformers knows how to take out of a stage."""
+
 ALONE = GroupShape()
 """One process has the whole model."""
 
@@ -91,16 +94,31 @@ def check_divides(folder: Path, shape: GroupShape) -> None:
     """See that a group can divide a model, by its config alone.
 
     Raises:
-        ModelError: the heads or layers do not come out even; names both numbers.
+        ModelError: the heads or layers do not come out even, or transformers has no plan for it.
     """
     from transformers import AutoConfig
 
     config: Any = AutoConfig.from_pretrained(folder).get_text_config()
+    if shape.tp > 1:
+        _check_shards(config, shape.tp, folder.name)
+    if shape.pp > 1:
+        _check_stages(config, shape.pp, folder.name)
+
+
+def _check_shards(config: Any, tp: int, name: str) -> None:
+    if not config.base_model_tp_plan:
+        raise ModelError(f"--tp {tp}: model type {config.model_type} has no plan to divide layers")
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    if heads % shape.tp:
-        raise ModelError(f"--tp {shape.tp} does not divide the {heads} KV heads of {folder.name}")
-    if config.num_hidden_layers < shape.pp:
+    if heads % tp:
+        raise ModelError(f"--tp {tp} does not divide the {heads} KV heads of {name}")
+
+
+def _check_stages(config: Any, pp: int, name: str) -> None:
+    parts = set(config.base_model_pp_plan or ())
+    if parts != _STAGE_PARTS:
         raise ModelError(
-            f"--pp {shape.pp} stages are more than the {config.num_hidden_layers} layers of "
-            f"{folder.name}"
+            f"--pp {pp}: model type {config.model_type} has parts {sorted(parts)}; stages are made "
+            f"of models with {sorted(_STAGE_PARTS)}"
         )
+    if config.num_hidden_layers < pp:
+        raise ModelError(f"--pp {pp} is more than the {config.num_hidden_layers} layers of {name}")

@@ -11,8 +11,6 @@ from treecast.engine.bridge import TreePass
 from treecast.engine.sharding.world import World
 from treecast.errors import ModelError
 
-_PARTS = ("embed_tokens", "layers", "norm")
-
 
 class StageRunner:
     """One stage by its own modules; see `engine.runner.Runner`.
@@ -24,9 +22,8 @@ class StageRunner:
         """Take over a model of which transformers has loaded our stage.
 
         Raises:
-            ModelError: the model does not consist of parts that can be stages.
+            ModelError: the model changes embeddings outside its layers.
         """
-        _check_parts(model)
         del model.forward  # transformers' own, which sends logits to all ranks
         self._model = model
         self._world = world
@@ -34,7 +31,7 @@ class StageRunner:
         config = model.config.get_text_config()
         self._hidden, self._vocab = config.hidden_size, config.vocab_size
         self._dtype = next(model.parameters()).dtype
-        _check_passes_on(model, torch.ones((1, 2, self._hidden), dtype=self._dtype))
+        check_passes_on(model, torch.ones((1, 2, self._hidden), dtype=self._dtype))
 
     def __call__(self, tokens: Tensor, positions: Tensor, wanted: Tensor, tree: TreePass) -> Tensor:
         inputs = self._inputs(tokens) | {
@@ -71,19 +68,16 @@ def own_layers(num_layers: int, world: World) -> range:
     return range(stage * each, num_layers if stage == stages - 1 else (stage + 1) * each)
 
 
-def _check_parts(model: Any) -> None:
-    missing = [name for name in _PARTS if not hasattr(model.base_model, name)]
-    if missing or not hasattr(model, "lm_head"):
-        raise ModelError(
-            f"{type(model).__name__} has no {', '.join(missing) or 'lm_head'}; stages are made of "
-            f"models with {', '.join(_PARTS)} and lm_head"
-        )
-
-
-def _check_passes_on(model: Any, hidden: Tensor) -> None:
+def check_passes_on(model: Any, hidden: Tensor) -> None:
     """See that a model does nothing to activations outside its layers.
 
     A stage is given them in place of embeddings; a factor on those would be applied once more.
+
+    Args:
+        hidden: [1, rows, hidden size] any activations.
+
+    Raises:
+        ModelError: it does.
     """
     base = model.base_model
     layers, norm = base.layers, base.norm
