@@ -16,7 +16,6 @@ import structlog
 
 from treecast import lifeline
 from treecast.checkpoints import check_model_dir
-from treecast.engine.sharding.shape import check_divides
 from treecast.errors import EngineLost
 from treecast.settings import as_environment
 from treecast.wire.frames import Role
@@ -33,14 +32,16 @@ log = structlog.get_logger()
 async def run_group(settings: VerifierSettings) -> None:
     """Keep a group running until a signal: one that has served and breaks is formed again.
 
+    The ranks alone load torch: a group that comes back must not wait for us to do so, nor its host
+    hold it once more.
+
     Raises:
-        ModelError: the model is not there, or cannot be divided like this.
+        ModelError: the model is not there.
         EngineLost: the group broke before it served; the ranks' own messages say why.
     """
     begin(settings, Role.VERIFIER)
     folder = model_folder(settings)
     check_model_dir(folder)
-    check_divides(folder, settings.group)
     settings = settings.model_copy(update={"model": str(folder)})
     stopped = stop_signal()
     while True:
@@ -123,10 +124,13 @@ class RankGroup:
         return as_environment(settings) | place | world
 
     async def _read_announcement(self) -> None:
+        """Rank 0's line becomes ours: whoever started the group knows it by our pid."""
         stdout = self._ranks[0].stdout
         assert stdout is not None
         async for line in stdout:
-            self.announcement = self.announcement or json.loads(line)
+            if self.announcement or not line.startswith(b"{"):
+                continue
+            self.announcement = json.loads(line)
             if self._settings.announce:
                 own = self.announcement | {"pid": os.getpid()}
                 print(json.dumps(own), flush=True)  # noqa: T201

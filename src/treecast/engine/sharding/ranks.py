@@ -103,6 +103,7 @@ class Leader:
         self._world = world
         self._line = Line(world)
         self._copies: list[Copy] = []
+        self._lost = False
 
     def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         self._copies.append(Copy(tuple(sources), tuple(targets)))
@@ -113,7 +114,7 @@ class Leader:
         return self._local.read(places)
 
     def run(self, packed: PackedPass) -> Tensor:  # [wanted, vocab]
-        with _together(self._world):
+        with self._all_ranks():
             self._line.send(Compute(tuple(self._copies), packed))
             self._copies.clear()
             logits = self._local.run(packed)
@@ -121,13 +122,23 @@ class Leader:
             return logits
 
     def check(self) -> None:
-        with _together(self._world):
+        with self._all_ranks():
             self._line.send(Meet())
             self._world.meet()
 
     def close(self) -> None:
-        with suppress(RuntimeError):  # whoever is gone needs not be told
-            self._line.send(Stop())
+        if not self._lost:
+            with suppress(EngineLost), self._all_ranks():  # whoever is gone needs not be told
+                self._line.send(Stop())
+
+    @contextmanager
+    def _all_ranks(self) -> Iterator[None]:
+        try:
+            with _together(self._world):
+                yield
+        except EngineLost:
+            self._lost = True
+            raise
 
 
 def obey(executor: LocalExecutor, world: World) -> None:
