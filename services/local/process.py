@@ -15,9 +15,8 @@ from concurrent.futures import TimeoutError as FutureTimeoutError
 from pathlib import Path
 from typing import ClassVar
 
+from treecast import lifeline
 from treecast.errors import TreecastError
-
-from . import lifeline
 
 LOG_TAIL_LINES = 12
 ENV_PREFIX = "TREECAST_"

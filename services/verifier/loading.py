@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import structlog
 
 from treecast.engine.base import Engine
 from treecast.engine.exactness import differing_rows
+from treecast.engine.sharding.shape import Place
 from treecast.engine.toy import ToyEngine
 from treecast.errors import ModelError
 from treecast.text.tokenizer import TokenizerFiles
@@ -18,33 +20,85 @@ from .settings import VerifierSettings
 _ROOM_BYTES = 1024 * 1024
 """Of the answer that hands out the tokenizer: for its template and special tokens."""
 
+if TYPE_CHECKING:
+    from treecast.engine.sharding.ranks import Member
+
 log = structlog.get_logger()
 
 
-def load_engine(settings: VerifierSettings) -> tuple[Path | None, Engine]:
+def load_engine(settings: VerifierSettings, place: Place | None) -> tuple[Path | None, Engine]:
     """Load the model; returns its folder (None for the toy) and the engine. Blocks.
 
+    Args:
+        place: rank 0's, where the model is divided among a group.
+
     Raises:
-        ModelError: the folder is missing or holds no causal LM.
+        ModelError: the folder is missing or holds no causal LM, or the group cannot divide it.
+        EngineLost: another rank of the group is gone.
     """
     if settings.engine == "toy":
         return None, ToyEngine(pool_tokens=settings.pool_tokens, step_s=settings.toy_step_s)
-    from treecast.checkpoints import ensure_default_target
-    from treecast.engine.hf import HFEngine
+    folder = model_folder(settings)
+    engine = _load(settings, folder, place)
+    log.info("model.loaded", revision=engine.info.revision, fingerprint=engine.info.fingerprint)
+    if settings.numerics == "exact":
+        _check_exactness(engine)
+    return folder, engine
 
-    folder = ensure_default_target() if settings.model == "default" else Path(settings.model)
+
+def _load(settings: VerifierSettings, folder: Path, place: Place | None) -> Engine:
+    from treecast.engine.hf import HFEngine
+    from treecast.engine.sharding.ranks import lead
+
     log.info("model.loading", folder=str(folder), dtype=settings.dtype, numerics=settings.numerics)
-    engine = HFEngine.load(
+    if place is not None:
+        return lead(_member(settings, folder, place))
+    return HFEngine.load(
         folder,
         dtype=settings.dtype,
         numerics=settings.numerics,
         pool_tokens=settings.pool_tokens,
         threads=settings.torch_threads,
     )
-    log.info("model.loaded", revision=engine.info.revision, fingerprint=engine.info.fingerprint)
-    if settings.numerics == "exact":
-        _check_exactness(engine)
-    return folder, engine
+
+
+def follow_rank(settings: VerifierSettings, place: Place) -> None:
+    """Be a rank of a group other than the first, until that one says stop. Blocks.
+
+    Raises:
+        ModelError, EngineLost: as `load_engine`.
+    """
+    from treecast.engine.sharding.ranks import follow
+
+    follow(_member(settings, model_folder(settings), place))
+
+
+def _member(settings: VerifierSettings, folder: Path, place: Place) -> Member:
+    from treecast.engine.loading import LoadOptions, resolve_dtype
+    from treecast.engine.sharding.ranks import Member
+
+    threads = place.threads(settings.torch_threads)
+    return Member(
+        place,
+        folder,
+        LoadOptions(
+            resolve_dtype(settings.dtype), settings.numerics, "cpu", threads, settings.group
+        ),
+        settings.pool_tokens,
+        settings.rendezvous,
+        settings.rank_timeout_s,
+    )
+
+
+def model_folder(settings: VerifierSettings) -> Path:
+    """Where the model lies; the default one is unpacked first.
+
+    Raises:
+        ModelError: the default model is neither installed nor to be fetched.
+    """
+    from treecast.checkpoints import ensure_default_target
+
+    return ensure_default_target() if settings.model == "default" else Path(settings.model)
 
 
 def _check_exactness(engine: Engine) -> None:

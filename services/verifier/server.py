@@ -14,6 +14,7 @@ import structlog
 from treecast.engine.base import Engine
 from treecast.engine.curve import measure_curve
 from treecast.engine.openmp import load_on_thread
+from treecast.engine.sharding.shape import Place
 from treecast.errors import NotServed, Unavailable
 from treecast.sampling.params import Law
 from treecast.telemetry.process import ProcessCollector
@@ -255,15 +256,19 @@ def server_of(verifier: Verifier) -> Server:
     return server
 
 
-async def serve(settings: VerifierSettings) -> None:
+async def serve(settings: VerifierSettings, place: Place | None = None) -> None:
     """Load the model, measure the step, serve until a signal.
+
+    Args:
+        place: rank 0's, where the model is divided among a group.
 
     Raises:
         ModelError: the model cannot be loaded.
+        EngineLost: another rank of the group is gone.
         SettingsError: an address cannot be bound.
     """
     instance_id = begin(settings, Role.VERIFIER)
-    thread, (model_dir, engine) = load_on_thread(lambda: load_engine(settings))
+    thread, (model_dir, engine) = load_on_thread(lambda: load_engine(settings, place))
     redis = GuardedRedis(settings.redis_url)
     verifier = Verifier(settings, engine, read_tokenizer(model_dir), redis, instance_id, thread)
     server = server_of(verifier)
@@ -281,3 +286,4 @@ async def serve(settings: VerifierSettings) -> None:
         )
     finally:
         await verifier.close()
+        engine.close()

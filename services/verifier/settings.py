@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from treecast.engine.sharding.shape import GroupShape
 from treecast.sampling.params import Law
 from treecast.settings import DType, ServiceSettings
 from treecast.wire.registry import Addresses
@@ -24,7 +25,21 @@ class VerifierSettings(ServiceSettings):
     numerics: Literal["exact", "fast", "oracle"] = Field(
         "exact", description="exact: bits do not depend on tree or batch; fast: free to reorder"
     )
-    torch_threads: int = Field(2, ge=1, description="threads of the forward pass")
+    torch_threads: int = Field(
+        2, ge=1, description="threads of the forward pass, of all ranks on this host together"
+    )
+    tp: int = Field(
+        1, ge=1, description="ranks that divide each layer; must divide the model's KV heads"
+    )
+    pp: int = Field(1, ge=1, description="stages that divide the layers, of --tp ranks each")
+    rendezvous: str = Field(
+        "env://",
+        description="where the ranks of a group meet, as torch's init_method; only with RANK and "
+        "WORLD_SIZE in the environment: without them the ranks are started here",
+    )
+    rank_timeout_s: float = Field(
+        10, gt=0, description="a rank that does not answer for so long ends its group"
+    )
     pool_tokens: int = Field(16384, ge=256, description="KV pool size in tokens")
 
     speculators: Addresses = Field((), description="addresses of speculators, or dns:///name:port")
@@ -54,6 +69,11 @@ class VerifierSettings(ServiceSettings):
     session_ttl_s: float = Field(600, gt=0, description="idle sessions keep their KV this long")
     drain_s: float = Field(30, ge=0, description="time to finish running requests when stopping")
     toy_step_s: float = Field(0.0, ge=0, description="toy engine: seconds that one step takes")
+
+    @property
+    def group(self) -> GroupShape:
+        """How the model is divided."""
+        return GroupShape(self.tp, self.pp)
 
     @property
     def laws(self) -> tuple[Law, ...]:

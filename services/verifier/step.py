@@ -17,7 +17,7 @@ import structlog
 
 from treecast.engine.base import Engine, LogitRows
 from treecast.engine.curve import StepCurve
-from treecast.errors import DeadlineExceeded, Overloaded, TreecastError, Unavailable
+from treecast.errors import DeadlineExceeded, EngineLost, Overloaded, TreecastError, Unavailable
 from treecast.sampling.laws import Walk, walk
 from treecast.sampling.stops import FinishReason, Stop
 from treecast.telemetry.traces import Tracing
@@ -161,7 +161,11 @@ class StepLoop:
     # --- the loop -------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Step for ever; cancel the task to stop, at a step boundary."""
+        """Step for ever; cancel the task to stop, at a step boundary.
+
+        Raises:
+            EngineLost: the engine can do nothing any more.
+        """
         while True:
             with self._timed("collect"):
                 await self._collect()
@@ -174,6 +178,8 @@ class StepLoop:
                     logits = await self._forward(batch)
                 with self._timed("walk"):
                     walks = await self._walk(batch, logits)
+            except EngineLost:
+                raise  # routers place what is running elsewhere, once our streams are closed
             except Exception as error:
                 self._fail(batch, error)
                 continue
@@ -185,8 +191,10 @@ class StepLoop:
         self._wake.clear()
         while self._idle and not self._forgotten:
             self._rest.set()
-            with suppress(TimeoutError):
+            try:
                 await asyncio.wait_for(self._wake.wait(), timeout=1.0)
+            except TimeoutError:
+                await asyncio.get_running_loop().run_in_executor(self._thread, self._engine.check)
             self._wake.clear()
             self.sessions.expire()
             self._times.began = time.monotonic()

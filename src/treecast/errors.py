@@ -31,6 +31,12 @@ class ModelError(TreecastError):
     reason = "BAD_MODEL"
 
 
+class EngineLost(TreecastError):
+    """A process of the engine's group is gone, or does not answer; the others can do nothing."""
+
+    reason = "ENGINE_LOST"
+
+
 class CorpusError(TreecastError):
     """A tuning corpus cannot be read."""
 

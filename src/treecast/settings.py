@@ -91,6 +91,19 @@ class ServiceSettings(BaseSettings):
             raise SettingsError(str(error)) from error
 
 
+def as_environment(settings: ServiceSettings) -> dict[str, str]:
+    """Variables that a child process reads the same settings from; it is given no flags.
+
+    Of what was set, not of defaults. Variables rather than flags: everybody can see a command line.
+    """
+    given = {name: getattr(settings, name) for name in settings.model_fields_set}
+    return {
+        f"{ENV_PREFIX}{name}".upper(): ",".join(value) if isinstance(value, tuple) else str(value)
+        for name, value in given.items()
+        if value is not None
+    }
+
+
 def _first_fault(error: ValidationError) -> str:
     fault = error.errors()[0]
     name = ".".join(str(part) for part in fault["loc"])

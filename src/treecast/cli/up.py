@@ -67,6 +67,12 @@ def up(
         ),
     ] = "tree",
     growth: options.Growth = "",
+    tp: Annotated[
+        int, typer.Option(min=1, help="Processes that divide each layer of a verifier's model.")
+    ] = 1,
+    pp: Annotated[
+        int, typer.Option(min=1, help="Stages that divide its layers, of --tp processes each.")
+    ] = 1,
     threads: options.Threads = 2,
     engine: Annotated[
         Literal["hf", "toy"], typer.Option(help="toy: a tiny made-up model, for trying things out.")
@@ -127,6 +133,8 @@ def up(
 
         treecast up --model ./my-model --draft ./my-draft --verifiers 2
 
+        treecast up --model ./my-model --tp 2   # each verifier is two processes
+
         treecast up --json   # one line with all addresses once everything is ready
     """
     from treecast.services.local import MeshSettings
@@ -144,7 +152,7 @@ def up(
         speculators=parse_speculators(speculators),
         torch_threads=threads,
         planner=planner,
-        verifier_flags={"policy": policy},
+        verifier_flags={"policy": policy, "tp": tp, "pp": pp},
         speculator_flags={"growth": growth} if growth else {},
         router_listen=listen,
         http_listen=http_listen,

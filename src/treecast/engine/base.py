@@ -139,3 +139,13 @@ class Engine(Protocol):
             keep: rows (ascending, with all their parents up to the path's last) that stay as
                 uncommitted rows, renumbered 0.. in this order.
         """
+
+    def check(self) -> None:
+        """See that whoever computes is there. Blocks briefly; called now and then while idle.
+
+        Raises:
+            EngineLost: a process of the group is gone or hangs; the engine is of no use any more.
+        """
+
+    def close(self) -> None:
+        """Let other processes of a group go; the engine must not be used again."""

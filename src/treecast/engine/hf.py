@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,23 +12,16 @@ from torch import Tensor
 
 from treecast import checkpoints
 from treecast.engine.base import KVSequence, LogitRows, ModelInfo, PoolUsage, Segment
-from treecast.engine.bridge import KernelPass
-from treecast.engine.kv_pool import PAGE_TOKENS, KVPool, PagedSequence
-from treecast.engine.kv_tensors import KVTensors, LayerShape
+from treecast.engine.executor import Executor, LocalExecutor, PackedPass, PackedSegment
+from treecast.engine.kv_pool import PAGE_TOKENS, KVPool, PagedSequence, num_pages
 from treecast.engine.loading import (
     LoadOptions,
     Numerics,
     describe,
     load_model,
-    num_layers,
     resolve_dtype,
 )
-from treecast.engine.runner import Runner, choose_runner, layer_shapes
 from treecast.errors import InvalidRequest, ModelError
-from treecast.kernels.exact import NORM_COLUMNS, ExactAttention
-from treecast.kernels.fast import FastAttention
-from treecast.kernels.oracle import OracleAttention
-from treecast.kernels.plan import LayerAttention, SegmentLayout
 from treecast.settings import DType
 
 DEFAULT_POOL_TOKENS = 16384
@@ -38,23 +30,11 @@ DEFAULT_POOL_TOKENS = 16384
 class HFEngine:
     """A causal LM and its KV pool; see `engine.base.Engine`."""
 
-    def __init__(
-        self,
-        runner: Runner,
-        shapes: Sequence[LayerShape],
-        info: ModelInfo,
-        options: LoadOptions,
-        pool_tokens: int,
-    ) -> None:
-        if options.numerics == "exact":
-            shapes = [replace(s, value_dim=s.value_dim + NORM_COLUMNS) for s in shapes]
-        num_pages = max(1, pool_tokens // PAGE_TOKENS)
-        self._device = torch.device(options.device)
-        self._tensors = KVTensors(shapes, num_pages * PAGE_TOKENS, options.kv_dtype, self._device)
-        self._pool = KVPool(num_pages, self._tensors)
-        self._runner = runner
+    def __init__(self, executor: Executor, info: ModelInfo, total_pages: int) -> None:
+        """`executor` has room for so many pages."""
+        self._executor = executor
+        self._pool = KVPool(total_pages, executor)
         self._info = info
-        self._options = options
 
     @classmethod
     def load(
@@ -86,9 +66,8 @@ class HFEngine:
         options = LoadOptions(resolve_dtype(dtype, device), numerics, device, threads)
         model = load_model(folder, options)
         info = describe(folder, model, options)
-        runner = choose_runner(model, options.on_cpu, options.min_rows)
-        shapes = layer_shapes(runner, num_layers(model), torch.device(device))
-        return cls(runner, shapes, info, options, pool_tokens)
+        pages = pages_of(pool_tokens)
+        return cls(LocalExecutor.of(model, options, pages), info, pages)
 
     @property
     def info(self) -> ModelInfo:
@@ -122,7 +101,13 @@ class HFEngine:
     def contents(self, sequence: KVSequence) -> list[Tensor]:
         """[planes, committed positions, dim] the sequence's keys and values: for comparisons."""
         paged = _paged(sequence)
-        return self._tensors.read(paged.places(0, paged.length))
+        return self._executor.read(paged.places(0, paged.length))
+
+    def check(self) -> None:
+        self._executor.check()
+
+    def close(self) -> None:
+        self._executor.close()
 
     def forward(self, segments: Sequence[Segment]) -> list[LogitRows]:
         """Append the segments' rows and compute them in one packed pass.
@@ -159,46 +144,12 @@ class HFEngine:
     def _compute(
         self, segments: Sequence[Segment], sequences: Sequence[PagedSequence]
     ) -> list[LogitRows]:
-        layouts = _layouts(segments, sequences)
-        tokens = [token for segment in segments for token in segment.tokens]
-        positions = [
-            sequence.length + depth
-            for segment, sequence in zip(segments, sequences, strict=True)
-            for depth in sequence.depths[sequence.num_rows - len(segment.tokens) :]
-        ]
-        wanted = [
-            layout.first_row + row
-            for segment, layout in zip(segments, layouts, strict=True)
-            for row in segment.wanted
-        ]
-        if not tokens:
+        packed = _pack(segments, sequences)
+        if not packed.tokens:
             return [_Rows(torch.empty(0, self._info.vocab_size)) for _ in segments]
-        kernel = self._kernel([layout for layout in layouts if layout.num_rows])
-        logits = self._run(tokens, positions, wanted, kernel)
+        logits = self._executor.run(packed)
         parts = torch.split(logits, [len(segment.wanted) for segment in segments])
         return [_Rows(part) for part in parts]
-
-    def _kernel(self, layouts: Sequence[SegmentLayout]) -> LayerAttention:
-        if self._options.numerics == "exact":
-            return ExactAttention(layouts)
-        if self._options.numerics == "oracle":
-            return OracleAttention(layouts)
-        return FastAttention(layouts, self._options.kv_dtype, self._device)
-
-    def _run(
-        self,
-        tokens: list[int],
-        positions: list[int],
-        wanted: list[int],
-        kernel: LayerAttention,
-    ) -> Tensor:  # [wanted, vocab]
-        tree = KernelPass(kernel, self._tensors, len(tokens))
-        if len(tokens) < self._options.min_rows:
-            tokens, positions = tokens * 2, positions * 2
-        packed = torch.tensor((tokens, positions), device=self._device)
-        rows = torch.tensor(wanted, dtype=torch.long, device=self._device)
-        with torch.inference_mode():
-            return self._runner(packed[0], packed[1], rows, tree)
 
 
 class _Rows:
@@ -233,24 +184,26 @@ def _check_segment(segment: Segment, vocab_size: int) -> None:
         raise InvalidRequest(f"row {outside[0]} is wanted; the segment has {count}")
 
 
-def _layouts(
-    segments: Sequence[Segment], sequences: Sequence[PagedSequence]
-) -> list[SegmentLayout]:
-    layouts: list[SegmentLayout] = []
-    first_row = 0
+def _pack(segments: Sequence[Segment], sequences: Sequence[PagedSequence]) -> PackedPass:
+    tokens: list[int] = []
+    positions: list[int] = []
+    wanted: list[int] = []
+    packed: list[PackedSegment] = []
     for segment, sequence in zip(segments, sequences, strict=True):
-        in_use = (sequence.num_slots - 1) // PAGE_TOKENS + 1
-        run = sequence.pages[:in_use]
-        together = run == list(range(run[0], run[0] + in_use)) if run else False
-        layouts.append(
-            SegmentLayout(
-                first_row=first_row,
-                num_rows=len(segment.tokens),
-                length=sequence.length,
-                parents=tuple(sequence.parents),
-                first_place=run[0] * PAGE_TOKENS if together else None,
-                places=sequence.places(0, sequence.num_slots),
-            )
-        )
-        first_row += len(segment.tokens)
-    return layouts
+        wanted += [len(tokens) + row for row in segment.wanted]
+        new = slice(sequence.num_rows - len(segment.tokens), None)
+        positions += [sequence.length + depth for depth in sequence.depths[new]]
+        tokens += segment.tokens
+        if segment.tokens:
+            packed.append(_pack_segment(len(segment.tokens), sequence))
+    return PackedPass(tuple(tokens), tuple(positions), tuple(wanted), tuple(packed))
+
+
+def _pack_segment(num_rows: int, sequence: PagedSequence) -> PackedSegment:
+    pages = sequence.pages[: num_pages(sequence.num_slots)]
+    return PackedSegment(num_rows, sequence.length, tuple(sequence.parents), tuple(pages))
+
+
+def pages_of(pool_tokens: int) -> int:
+    """Pages of a pool of so many positions: rounded down, but one at least."""
+    return max(1, pool_tokens // PAGE_TOKENS)

@@ -6,7 +6,7 @@ by the modules that a model has, not by its name, and taken only if it then comp
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from treecast.engine.bridge import TreePass
 from treecast.engine.linears import PackedLinear, can_pack, pack_linears
+from treecast.engine.sharding.layers import RowLinear
 
 _MODEL = {"model", "lm_head"}
 _DECODER = {"embed_tokens", "layers", "norm", "rotary_emb"}
@@ -45,8 +46,10 @@ def _is_llama_layer(layer: Any) -> bool:
         and _is_silu(layer.mlp.act_fn)
         and _is_rms_norm(layer.input_layernorm)
         and _is_rms_norm(layer.post_attention_layernorm)
-        and all(_is_linear(getattr(layer.self_attn, name)) for name in _ATTENTION)
-        and all(_is_linear(getattr(layer.mlp, name)) for name in _MLP - {"act_fn"})
+        and all(_is_linear(getattr(layer.self_attn, name)) for name in _ATTENTION - {"o_proj"})
+        and all(_is_linear(getattr(layer.mlp, name)) for name in ("gate_proj", "up_proj"))
+        and _writes(layer.self_attn.o_proj)
+        and _writes(layer.mlp.down_proj)
         and _have_biases_alike(layer.self_attn, "q_proj", "k_proj", "v_proj")
         and _have_biases_alike(layer.mlp, "gate_proj", "up_proj")
     )
@@ -78,6 +81,11 @@ def _is_linear(module: Any) -> bool:
     return type(module) is nn.Linear
 
 
+def _writes(module: Any) -> bool:
+    """Whether it can be the last of a block: a linear layer, or one summed over a group."""
+    return _is_linear(module) or type(module) is RowLinear
+
+
 class LlamaRunner:
     """A Llama-like model on CPU; see `engine.runner.Runner`.
 
@@ -93,18 +101,14 @@ class LlamaRunner:
             min_rows: as in `PackedLinear`.
         """
         decoder = model.model
-        self._embedding: Tensor = decoder.embed_tokens.weight.detach()
+        self._embedding = decoder.embed_tokens
         self._rotary = decoder.rotary_emb
         self._layers = [_Layer(layer, i, min_rows) for i, layer in enumerate(decoder.layers)]
         self._norm = _Norm(decoder.norm)
-        self._head = model.lm_head
-        if _is_linear(self._head):
-            self._head = PackedLinear(self._head, min_rows)
-        else:
-            pack_linears(self._head, min_rows)
+        self._head = _pack(model.lm_head, min_rows)
 
     def __call__(self, tokens: Tensor, positions: Tensor, wanted: Tensor, tree: TreePass) -> Tensor:
-        hidden = F.embedding(tokens, self._embedding)
+        hidden = self._embedding(tokens)
         rotation = self._rotation(positions)
         for layer in self._layers:
             hidden = layer(hidden, rotation, tree)
@@ -135,16 +139,16 @@ class _Layer:
             ],
             min_rows,
         )
-        self._out = PackedLinear(attention.o_proj, min_rows)
+        self._out = _pack(attention.o_proj, min_rows)
         self._gate_up = _fuse([mlp.gate_proj, mlp.up_proj], min_rows)
-        self._down = PackedLinear(mlp.down_proj, min_rows)
+        self._down = _pack(mlp.down_proj, min_rows)
         self._attention_norm = _Norm(layer.input_layernorm)
         self._mlp_norm = _Norm(layer.post_attention_layernorm)
 
     def __call__(self, hidden: Tensor, rotation: Tensor, tree: TreePass) -> Tensor:
-        hidden = hidden + self._out.forward(self._attend(hidden, rotation, tree))
+        hidden = hidden + self._out(self._attend(hidden, rotation, tree))
         gate, up = self._gate_up.forward(self._mlp_norm(hidden)).chunk(2, -1)
-        return hidden + self._down.forward(F.silu(gate).mul_(up))
+        return hidden + self._down(F.silu(gate).mul_(up))
 
     def _attend(self, hidden: Tensor, rotation: Tensor, tree: TreePass) -> Tensor:
         """[rows, query heads * head dim]"""
@@ -165,6 +169,15 @@ class _Norm:
 
     def __call__(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self._weight.shape, self._weight, self._eps)
+
+
+def _pack(module: Any, min_rows: int) -> Callable[[Tensor], Tensor]:
+    """A linear layer packed; of anything else, the linears within."""
+    if _is_linear(module):
+        return PackedLinear(module, min_rows).forward
+    pack_linears(module, min_rows)
+    forward: Callable[[Tensor], Tensor] = module.forward
+    return forward
 
 
 def _reorder_heads(linear: nn.Linear, order: Tensor) -> nn.Linear:

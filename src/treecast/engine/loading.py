@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -17,6 +19,7 @@ from treecast.engine import bridge
 from treecast.engine.base import ModelInfo
 from treecast.engine.cut_head import cut_head
 from treecast.engine.linears import product_dtype
+from treecast.engine.sharding.shape import ALONE, GroupShape
 from treecast.errors import ModelError
 from treecast.settings import DType
 
@@ -33,12 +36,16 @@ _log = structlog.get_logger()
 
 @dataclass(frozen=True, slots=True)
 class LoadOptions:
-    """How a model is to be computed; `dtype` is no longer "auto"."""
+    """How a model is to be computed; of one that is divided among a group, our share of it.
+
+    `dtype` is no longer "auto".
+    """
 
     dtype: DType
     numerics: Numerics
     device: str
     threads: int | None
+    group: GroupShape = ALONE
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -91,15 +98,33 @@ def load_model(path: Path, options: LoadOptions) -> nn.Module:
         torch.set_num_threads(options.threads)
     bridge.register()
     try:
-        model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            path, dtype=DTYPES[options.dtype], attn_implementation=bridge.IMPLEMENTATION
-        )
+        with _share(options.group) as share:
+            model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+                path,
+                dtype=DTYPES[options.dtype],
+                attn_implementation=bridge.IMPLEMENTATION,
+                **share,
+            )
     except (OSError, ValueError) as error:
         raise ModelError(f"model folder {path} cannot be loaded: {error}") from error
     _refuse_unsupported(model.config.get_text_config())
     cut_head(model)
     loaded: nn.Module = model.eval().to(options.device)
     return loaded
+
+
+@contextmanager
+def _share(group: GroupShape) -> Iterator[dict[str, Any]]:
+    """What `from_pretrained` must be told to load this rank's share alone."""
+    if group == ALONE:
+        yield {}
+        return
+    from transformers.distributed import DistributedConfig
+
+    from treecast.engine.sharding.plan_mend import plans_cut_to_stages
+
+    with plans_cut_to_stages():
+        yield {"distributed_config": DistributedConfig(tp_size=group.tp, pp_size=group.pp)}
 
 
 def num_layers(model: Any) -> int:
@@ -136,6 +161,7 @@ def fingerprint(revision: str, options: LoadOptions) -> str:
         "device": options.device,
         "processor": _processor() if options.on_cpu else torch.cuda.get_device_name(options.device),
         "threads": torch.get_num_threads() if options.on_cpu else 0,
+        "group": f"tp {options.group.tp}, pp {options.group.pp}",
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }

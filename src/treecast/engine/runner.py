@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 from typing import Any, Protocol
 
 import structlog
@@ -116,8 +117,14 @@ class _CausalPass:
         return attended.transpose(1, 2).contiguous()
 
 
-def layer_shapes(runner: Runner, num_layers: int, device: torch.device) -> list[LayerShape]:
+def layer_shapes(runner: Runner, layers: range, device: torch.device) -> list[LayerShape]:
     """Run two tokens through a model to learn what its layers keep.
+
+    Args:
+        layers: those that are computed here; any before them keep nothing.
+
+    Returns:
+        By layer, as far as the last of `layers`.
 
     Raises:
         ModelError: some layer has no attention of ours, so its state would be lost.
@@ -126,13 +133,14 @@ def layer_shapes(runner: Runner, num_layers: int, device: torch.device) -> list[
     rows = torch.arange(2, device=device)
     with torch.inference_mode():
         runner(torch.zeros_like(rows), rows, rows, recorder)
-    missing = [layer for layer in range(num_layers) if layer not in recorder.shapes]
+    missing = [layer for layer in layers if layer not in recorder.shapes]
     if missing:
         raise ModelError(
-            f"{len(missing)} of the model's {num_layers} layers (first {missing[0]}) do not reach "
+            f"{len(missing)} of the model's {len(layers)} layers (first {missing[0]}) do not reach "
             "the attention interface; every layer of a served model must"
         )
-    return [recorder.shapes[layer] for layer in range(num_layers)]
+    nothing = replace(recorder.shapes[layers[0]], kv_heads=0)
+    return [recorder.shapes.get(layer, nothing) for layer in range(layers.stop)]
 
 
 class _ShapePass:

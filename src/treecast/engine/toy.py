@@ -161,6 +161,12 @@ class ToyEngine:
         assert all(row < own.num_rows for row in (*path, *keep)), f"{path=} {keep=} {own.num_rows=}"
         self._pool.commit(own, path, keep)
 
+    def check(self) -> None:
+        """There is nobody to lose."""
+
+    def close(self) -> None:
+        """There is nobody to tell."""
+
     def _check(self, segments: Sequence[Segment]) -> None:
         assert segments, "a pass without segments"
         owners = [id(segment.sequence) for segment in segments]

@@ -1,6 +1,6 @@
 """Start a command that the kernel kills when the one who asked for it is gone.
 
-Run as a script by `process.py`, with the parent's pid and the command as arguments. It asks for a
+Run as a script, with the parent's pid and the command as arguments. It asks for a
 signal at its parent's death and then becomes the command, so the process keeps this pid.
 
 Imports nothing but what it needs: it runs before every service.

@@ -1,0 +1,150 @@
+"""What is computed of a packed pass, apart from who decides where sequences lie."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from treecast.engine.bridge import KernelPass
+from treecast.engine.kv_pool import PAGE_TOKENS
+from treecast.engine.kv_tensors import KVTensors, LayerShape
+from treecast.engine.loading import LoadOptions, num_layers
+from treecast.engine.runner import Runner, choose_runner, layer_shapes
+from treecast.kernels.exact import NORM_COLUMNS, ExactAttention
+from treecast.kernels.fast import FastAttention
+from treecast.kernels.oracle import OracleAttention
+from treecast.kernels.plan import LayerAttention, SegmentLayout
+
+
+@dataclass(frozen=True, slots=True)
+class PackedSegment:
+    """Rows of one sequence in a packed pass.
+
+    Attributes:
+        num_rows: rows that the pass computes, the last of `parents`.
+        length: committed positions.
+        parents: [rows, old and new] as in `engine.base.Segment`.
+        pages: in slot order, those in use.
+    """
+
+    num_rows: int
+    length: int
+    parents: tuple[int, ...]
+    pages: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PackedPass:
+    """All that a pass is computed from, besides the model and the pool's contents.
+
+    Attributes:
+        tokens, positions: [rows].
+        wanted: rows whose logits are needed, ascending.
+        segments: in the order of their rows; none is empty.
+    """
+
+    tokens: tuple[int, ...]
+    positions: tuple[int, ...]
+    wanted: tuple[int, ...]
+    segments: tuple[PackedSegment, ...]
+
+
+class Executor(Protocol):
+    """A model and the contents of its KV pool; also a `kv_pool.Storage`."""
+
+    def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """See `kv_pool.Storage.copy`."""
+
+    def run(self, packed: PackedPass) -> Tensor:  # [wanted, vocab]
+        """Compute a pass; its keys and values are in the pool then. Blocks."""
+
+    def read(self, places: Sequence[int]) -> list[Tensor]:
+        """See `KVTensors.read`."""
+
+    def check(self) -> None:
+        """See `engine.base.Engine.check`."""
+
+    def close(self) -> None:
+        """See `engine.base.Engine.close`."""
+
+
+class LocalExecutor:
+    """The model, or a group's share of it, in this process."""
+
+    def __init__(
+        self, runner: Runner, shapes: Sequence[LayerShape], options: LoadOptions, num_pages: int
+    ) -> None:
+        if options.numerics == "exact":
+            shapes = [replace(s, value_dim=s.value_dim + NORM_COLUMNS) for s in shapes]
+        self._device = torch.device(options.device)
+        self._tensors = KVTensors(shapes, num_pages * PAGE_TOKENS, options.kv_dtype, self._device)
+        self._runner = runner
+        self._options = options
+
+    @classmethod
+    def of(cls, model: torch.nn.Module, options: LoadOptions, num_pages: int) -> LocalExecutor:
+        """Of a loaded model, which is changed or no longer needed.
+
+        Raises:
+            ModelError: some layer does not reach our attention.
+        """
+        runner = choose_runner(model, options.on_cpu, options.min_rows)
+        shapes = layer_shapes(runner, range(num_layers(model)), torch.device(options.device))
+        return cls(runner, shapes, options, num_pages)
+
+    def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        self._tensors.copy(sources, targets)
+
+    def read(self, places: Sequence[int]) -> list[Tensor]:
+        return self._tensors.read(places)
+
+    def run(self, packed: PackedPass) -> Tensor:  # [wanted, vocab]
+        kernel = self._kernel(_layouts(packed.segments))
+        tokens, positions = packed.tokens, packed.positions
+        tree = KernelPass(kernel, self._tensors, len(tokens))
+        if len(tokens) < self._options.min_rows:
+            tokens, positions = tokens * 2, positions * 2
+        rows = torch.tensor((tokens, positions), device=self._device)
+        wanted = torch.tensor(packed.wanted, dtype=torch.long, device=self._device)
+        with torch.inference_mode():
+            return self._runner(rows[0], rows[1], wanted, tree)
+
+    def check(self) -> None:
+        """There is nobody to lose."""
+
+    def close(self) -> None:
+        """There is nobody to tell."""
+
+    def _kernel(self, layouts: Sequence[SegmentLayout]) -> LayerAttention:
+        if self._options.numerics == "exact":
+            return ExactAttention(layouts)
+        if self._options.numerics == "oracle":
+            return OracleAttention(layouts)
+        return FastAttention(layouts, self._options.kv_dtype, self._device)
+
+
+def _layouts(segments: Sequence[PackedSegment]) -> list[SegmentLayout]:
+    layouts: list[SegmentLayout] = []
+    first_row = 0
+    for segment in segments:
+        layouts.append(_layout(segment, first_row))
+        first_row += segment.num_rows
+    return layouts
+
+
+def _layout(segment: PackedSegment, first_row: int) -> SegmentLayout:
+    pages = segment.pages
+    together = pages == tuple(range(pages[0], pages[0] + len(pages)))
+    num_slots = segment.length + len(segment.parents)
+    return SegmentLayout(
+        first_row=first_row,
+        num_rows=segment.num_rows,
+        length=segment.length,
+        parents=segment.parents,
+        first_place=pages[0] * PAGE_TOKENS if together else None,
+        places=[page * PAGE_TOKENS + at for page in pages for at in range(PAGE_TOKENS)][:num_slots],
+    )
