@@ -1,0 +1,230 @@
+"""Tree attention for speed, in Triton: a step's sequences, splits and heads in one launch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from treecast.kernels.jit import blocks, tree
+from treecast.kernels.plan import PLAIN, ScoreRule, SegmentLayout
+from treecast.kernels.tables import (
+    ITEM_COLUMNS,
+    PAGE,
+    ROW_COLUMNS,
+    PassTables,
+    Tiling,
+    build_tables,
+    split_pages,
+)
+
+_MOST_LANES = 128
+_FEWEST_LANES = 16
+_MERGED_AT_ONCE = 16
+_INTERPRETER_PROGRAMS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """A pass as it lies on the device.
+
+    Attributes:
+        table: int32, the words of `PassTables`.
+        num_items: as in `PassTables`.
+        num_rows: as in `PassTables`.
+        lanes: query rows of one program: nodes of a tile times the heads that share a KV head.
+    """
+
+    table: Tensor
+    num_items: int
+    num_rows: int
+    lanes: int
+
+    @property
+    def rows_at(self) -> int:
+        return self.num_items * ITEM_COLUMNS
+
+    @classmethod
+    def of(cls, tables: PassTables, lanes: int, device: torch.device) -> Launch:
+        """Copy tables to a device."""
+        words = torch.from_numpy(tables.words).to(device)
+        return cls(words, tables.num_items, tables.num_rows, lanes)
+
+
+Planner = Callable[[int, int], Launch]
+"""From heads per KV head, and KV heads, to a launch."""
+
+
+def lanes_for(most_rows: int, group: int) -> int:
+    """Query rows of a program, where a segment has `most_rows` nodes at most."""
+    wanted = min(_MOST_LANES, next_power_of_2(most_rows * group))
+    return max(_FEWEST_LANES, wanted, next_power_of_2(group))
+
+
+def num_programs(device: torch.device) -> int:
+    """Programs that fill a device once."""
+    if device.type != "cuda":
+        return _INTERPRETER_PROGRAMS
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def plan_launch(
+    segments: Sequence[SegmentLayout], device: torch.device, group: int, kv_heads: int
+) -> Launch:
+    """Cut a pass so that its programs fill the device, and copy its tables there."""
+    lanes = lanes_for(max(segment.num_rows for segment in segments), group)
+    tile_rows = lanes // group
+    pages = split_pages(segments, tile_rows, -(-num_programs(device) // kv_heads))
+    return Launch.of(build_tables(segments, Tiling(tile_rows, pages)), lanes, device)
+
+
+class TritonFastAttention:
+    """Fast attention of a packed pass over pages on a device; see `plan.LayerAttention`."""
+
+    def __init__(self, plan: Planner) -> None:
+        """`plan` is asked once for each shape of heads among the layers."""
+        self._plan = plan
+        self._launches: dict[tuple[int, int], Launch] = {}
+        self._buffers: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
+
+    @classmethod
+    def over(cls, segments: Sequence[SegmentLayout], device: torch.device) -> TritonFastAttention:
+        """Attention of these segments."""
+        return cls(lambda group, kv_heads: plan_launch(segments, device, group, kv_heads))
+
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_pool: Tensor,
+        value_pool: Tensor,
+        scaling: float,
+        out: Tensor,
+        rule: ScoreRule = PLAIN,
+    ) -> None:
+        heads, kv_heads, value_dim = query.shape[0], key.shape[0], value.shape[-1]
+        group = heads // kv_heads
+        if (group, kv_heads) not in self._launches:
+            self._launches[group, kv_heads] = self._plan(group, kv_heads)
+        launch = self._launches[group, kv_heads]
+        write_new(launch.table, launch.rows_at, launch.num_rows, key, value, key_pool, value_pool)
+        partial, logsums = self._buffers_of(launch, kv_heads, value_dim)
+        shape = _Shape.of(query, value, group)
+        tree.attend_items[(launch.num_items, kv_heads)](
+            query,
+            key_pool,
+            value_pool,
+            launch.table,
+            partial,
+            logsums,
+            launch.rows_at,
+            query.stride(0),
+            query.stride(1),
+            key_pool.stride(0),
+            key_pool.stride(1),
+            value_pool.stride(0),
+            value_pool.stride(1),
+            scaling,
+            1.0 if rule.softcap is None else rule.softcap,
+            0 if rule.window is None else rule.window,
+            CAPPED=rule.softcap is not None,
+            WINDOWED=rule.window is not None,
+            GROUP=group,
+            KEY_DIM=shape.key_dim,
+            VALUE_DIM=value_dim,
+            BLOCK_ROWS=launch.lanes,
+            BLOCK_KEY=shape.block_key,
+            BLOCK_VALUE=shape.block_value,
+            PAGE=PAGE,
+            ITEM_COLUMNS=ITEM_COLUMNS,
+            ROW_COLUMNS=ROW_COLUMNS,
+            num_warps=8 if launch.lanes > 64 else 4,
+            num_stages=2 if shape.block_key > 128 else 3,
+        )
+        tree.merge_items[(launch.num_rows, heads)](
+            partial,
+            logsums,
+            launch.table,
+            out,
+            launch.rows_at,
+            out.stride(0),
+            out.stride(1),
+            kv_heads,
+            GROUP=group,
+            VALUE_DIM=value_dim,
+            BLOCK_ROWS=launch.lanes,
+            BLOCK_VALUE=shape.block_value,
+            BLOCK_ITEMS=_MERGED_AT_ONCE,
+            ROW_COLUMNS=ROW_COLUMNS,
+            num_warps=4,
+        )
+
+    def _buffers_of(self, launch: Launch, kv_heads: int, value_dim: int) -> tuple[Tensor, Tensor]:
+        """The items' weighted means and logs of sums; layers take turns with them."""
+        shape = (launch.num_items, kv_heads, launch.lanes, value_dim)
+        if shape not in self._buffers:
+            partial = launch.table.new_empty(shape, dtype=torch.float32)
+            logsums = launch.table.new_empty(shape[:-1], dtype=torch.float32)
+            self._buffers[shape] = partial, logsums
+        return self._buffers[shape]
+
+
+@dataclass(frozen=True, slots=True)
+class _Shape:
+    key_dim: int
+    block_key: int
+    block_value: int
+
+    @classmethod
+    def of(cls, query: Tensor, value: Tensor, group: int) -> _Shape:
+        key_dim, value_dim = query.shape[-1], value.shape[-1]
+        return cls(key_dim, block_dim(key_dim), block_dim(value_dim))
+
+
+def write_new(
+    table: Tensor,
+    rows_at: int,
+    num_rows: int,
+    key: Tensor,
+    value: Tensor,
+    key_pool: Tensor,
+    value_pool: Tensor,
+) -> None:
+    """Put the rows' keys and values where the pass's table says."""
+    for tensor in (key, value, key_pool, value_pool):
+        assert tensor.stride(-1) == 1, "a head's numbers lie side by side"
+    blocks.write_rows[(num_rows, key.shape[0])](
+        key,
+        value,
+        key_pool,
+        value_pool,
+        table,
+        rows_at,
+        key.stride(0),
+        key.stride(1),
+        value.stride(0),
+        value.stride(1),
+        key_pool.stride(0),
+        key_pool.stride(1),
+        value_pool.stride(0),
+        value_pool.stride(1),
+        ROW_COLUMNS=ROW_COLUMNS,
+        KEY_DIM=key.shape[-1],
+        VALUE_DIM=value.shape[-1],
+        BLOCK_KEY=block_dim(key.shape[-1]),
+        BLOCK_VALUE=block_dim(value.shape[-1]),
+        num_warps=1,
+    )
+
+
+def block_dim(dim: int) -> int:
+    """Columns of a block that holds `dim`; matrix units take 16 at least."""
+    return max(16, next_power_of_2(dim))
+
+
+def next_power_of_2(count: int) -> int:
+    """The smallest power of two that is not below `count`."""
+    return 1 << (count - 1).bit_length()
