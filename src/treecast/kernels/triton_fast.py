@@ -112,7 +112,7 @@ class TritonFastAttention:
         launch = self._launches[group, kv_heads]
         write_new(launch.table, launch.rows_at, launch.num_rows, key, value, key_pool, value_pool)
         partial, logsums = self._buffers_of(launch, kv_heads, value_dim)
-        shape = _Shape.of(query, value, group)
+        block_key, block_value = block_dim(query.shape[-1]), block_dim(value_dim)
         tree.attend_items[(launch.num_items, kv_heads)](
             query,
             key_pool,
@@ -133,16 +133,16 @@ class TritonFastAttention:
             CAPPED=rule.softcap is not None,
             WINDOWED=rule.window is not None,
             GROUP=group,
-            KEY_DIM=shape.key_dim,
+            KEY_DIM=query.shape[-1],
             VALUE_DIM=value_dim,
             BLOCK_ROWS=launch.lanes,
-            BLOCK_KEY=shape.block_key,
-            BLOCK_VALUE=shape.block_value,
+            BLOCK_KEY=block_key,
+            BLOCK_VALUE=block_value,
             PAGE=PAGE,
             ITEM_COLUMNS=ITEM_COLUMNS,
             ROW_COLUMNS=ROW_COLUMNS,
-            num_warps=8 if launch.lanes > 64 else 4,
-            num_stages=2 if shape.block_key > 128 else 3,
+            num_warps=warps_for(launch.lanes),
+            num_stages=stages_for(block_key),
         )
         tree.merge_items[(launch.num_rows, heads)](
             partial,
@@ -156,7 +156,7 @@ class TritonFastAttention:
             GROUP=group,
             VALUE_DIM=value_dim,
             BLOCK_ROWS=launch.lanes,
-            BLOCK_VALUE=shape.block_value,
+            BLOCK_VALUE=block_value,
             BLOCK_ITEMS=_MERGED_AT_ONCE,
             ROW_COLUMNS=ROW_COLUMNS,
             num_warps=4,
@@ -170,18 +170,6 @@ class TritonFastAttention:
             logsums = launch.table.new_empty(shape[:-1], dtype=torch.float32)
             self._buffers[shape] = partial, logsums
         return self._buffers[shape]
-
-
-@dataclass(frozen=True, slots=True)
-class _Shape:
-    key_dim: int
-    block_key: int
-    block_value: int
-
-    @classmethod
-    def of(cls, query: Tensor, value: Tensor, group: int) -> _Shape:
-        key_dim, value_dim = query.shape[-1], value.shape[-1]
-        return cls(key_dim, block_dim(key_dim), block_dim(value_dim))
 
 
 def write_new(
@@ -218,6 +206,16 @@ def write_new(
         BLOCK_VALUE=block_dim(value.shape[-1]),
         num_warps=1,
     )
+
+
+def warps_for(lanes: int) -> int:
+    """Four would spill registers where lanes are many (`treecast.bench.gpu.resources`)."""
+    return 4 if lanes <= _FEWEST_LANES else 8
+
+
+def stages_for(block_key: int) -> int:
+    """Pages on their way at once, as shared memory allows."""
+    return 2 if block_key > 128 else 3
 
 
 def block_dim(dim: int) -> int:

@@ -12,11 +12,18 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def multiply(a, b):
-    """Matrix product in float32. The interpreter would multiply the bit patterns of bfloat16."""
+def multiply(a, b, EXACT: tl.constexpr):
+    """Matrix product in float32.
+
+    A device's matrix units compute each element alike wherever it lies. The interpreter's library
+    does not, so where that is asked for its elements are added up one by one; and it would multiply
+    the bit patterns of bfloat16.
+    """
     if INTERPRETED:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
+        if EXACT:
+            return tl.sum(a[:, :, None] * b[None, :, :], 1)
     return tl.dot(a, b, input_precision="ieee")
 
 
@@ -39,9 +46,9 @@ def load_places(pool, places, known, stride_place, DIM: tl.constexpr, BLOCK_DIM:
 
 
 @triton.jit
-def score(queries, keys, scaling, softcap, CAPPED: tl.constexpr):
+def score(queries, keys, scaling, softcap, CAPPED: tl.constexpr, EXACT: tl.constexpr):
     """[queries, keys] scores, times log2(e): weights are powers of two."""
-    products = multiply(queries, tl.trans(keys)) * scaling
+    products = multiply(queries, tl.trans(keys), EXACT) * scaling
     if CAPPED:
         # tanh, by the exponential of a number that is never positive
         shrunk = tl.exp(-2.0 * tl.abs(products) / softcap)
@@ -51,14 +58,14 @@ def score(queries, keys, scaling, softcap, CAPPED: tl.constexpr):
 
 
 @triton.jit
-def fold(peak, total, sums, scores, values):
+def fold(peak, total, sums, scores, values, EXACT: tl.constexpr):
     """Running maximum, sum of weights and weighted sum of values, with one more block of keys."""
     higher = tl.maximum(peak, tl.max(scores, 1))
     base = tl.where(higher == -float("inf"), 0.0, higher)
     weights = tl.exp2(scores - base[:, None])
     shrink = tl.exp2(peak - base)
     total = total * shrink + tl.sum(weights, 1)
-    added = multiply(weights.to(values.dtype), values)
+    added = multiply(weights.to(values.dtype), values, EXACT)
     return higher, total, sums * shrink[:, None] + added
 
 

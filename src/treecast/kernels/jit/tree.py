@@ -81,12 +81,12 @@ def attend_items(
         places = tl.load(table + pages_at + page) * PAGE + lanes_of_page
         keys = load_places(keys_at, places, every, key_stride_place, KEY_DIM, BLOCK_KEY)
         values = load_places(values_at, places, every, value_stride_place, VALUE_DIM, BLOCK_VALUE)
-        scores = score(queries, keys, scaling, softcap, CAPPED)
+        scores = score(queries, keys, scaling, softcap, CAPPED, False)
         if WINDOWED:
             slots = page * PAGE + lanes_of_page
             near = positions[:, None] - slots[None, :] < window
             scores = tl.where(near, scores, -float("inf"))
-        peak, total, sums = fold(peak, total, sums, scores, values)
+        peak, total, sums = fold(peak, total, sums, scores, values, False)
 
     for page in range(tl.maximum(begin, committed), stop_page):
         slots = page * PAGE + lanes_of_page
@@ -104,9 +104,9 @@ def attend_items(
             depths = tl.load(table + depths_at + new, mask=drafted, other=0)
             key_positions = tl.where(new < 0, slots, length + depths)
             visible = visible & (positions[:, None] - key_positions[None, :] < window)
-        scores = score(queries, keys, scaling, softcap, CAPPED)
+        scores = score(queries, keys, scaling, softcap, CAPPED, False)
         scores = tl.where(visible, scores, -float("inf"))
-        peak, total, sums = fold(peak, total, sums, scores, values)
+        peak, total, sums = fold(peak, total, sums, scores, values, False)
 
     found = total > 0
     mean = sums / tl.where(found, total, 1.0)[:, None]
