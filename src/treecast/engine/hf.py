@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from treecast.engine.kv_pool import PAGE_TOKENS, KVPool, PagedSequence
 from treecast.engine.kv_tensors import KVTensors, LayerShape
 from treecast.engine.loading import (
     DType,
+    Kernels,
     LoadOptions,
     Numerics,
     describe,
@@ -25,6 +27,7 @@ from treecast.engine.loading import (
     num_layers,
 )
 from treecast.engine.runner import Runner, choose_runner, layer_shapes
+from treecast.engine.steps import DeviceSteps, PassInput, PassOutput, paged_attention
 from treecast.errors import InvalidRequest, ModelError
 from treecast.kernels.exact import NORM_COLUMNS, ExactAttention
 from treecast.kernels.fast import FastAttention
@@ -45,7 +48,7 @@ class HFEngine:
         options: LoadOptions,
         pool_tokens: int,
     ) -> None:
-        if options.numerics == "exact":
+        if options.numerics == "exact" and not options.uses_triton:
             shapes = [replace(s, value_dim=s.value_dim + NORM_COLUMNS) for s in shapes]
         num_pages = max(1, pool_tokens // PAGE_TOKENS)
         self._device = torch.device(options.device)
@@ -54,6 +57,17 @@ class HFEngine:
         self._runner = runner
         self._info = info
         self._options = options
+        self._steps = self._device_steps(shapes) if options.uses_triton else None
+
+    def _device_steps(self, shapes: Sequence[LayerShape]) -> DeviceSteps:
+        heads = {(shape.group, shape.kv_heads) for shape in shapes}
+        if len(heads) > 1:
+            raise ModelError(
+                f"the model's layers have {len(heads)} shapes of heads; kernels on a device take 1"
+            )
+        exact = self._options.numerics == "exact"
+        attention = paged_attention(exact, self._device)
+        return DeviceSteps(self._runner, self._tensors, attention, heads.pop(), self._device)
 
     @classmethod
     def load(
@@ -65,27 +79,30 @@ class HFEngine:
         device: str = "cpu",
         pool_tokens: int = DEFAULT_POOL_TOKENS,
         threads: int | None = None,
+        kernels: Kernels = "auto",
     ) -> HFEngine:
         """Read a model folder.
 
         Args:
             path: a folder as `from_pretrained` reads it.
             dtype: of weights and activations.
-            numerics: `exact` (a row's bits do not depend on what is computed beside it; CPU),
-                `fast`, or `oracle` (slow, for tests).
-            device: where torch computes.
+            numerics: `exact` (a row's bits do not depend on what is computed beside it), `fast`, or
+                `oracle` (slow, for tests).
+            device: where torch computes: `cpu`, `cuda`, or one of several such as `cuda:1`.
             pool_tokens: positions in the KV pool, rounded down to pages of 64.
             threads: torch's number of threads, for the whole process; None leaves it.
+            kernels: of attention; `auto` is Triton's on a GPU. Its interpreter runs them on CPU,
+                slowly, for tests.
 
         Raises:
             ModelError: the folder is missing, no causal LM, or one that cannot be served.
         """
         folder = Path(path)
         checkpoints.check_model_dir(folder)
-        options = LoadOptions(dtype, numerics, device, threads)
+        options = LoadOptions(dtype, numerics, device, threads, kernels)
         model = load_model(folder, options)
         info = describe(folder, model, options)
-        runner = choose_runner(model, options.on_cpu, options.min_rows)
+        runner = choose_runner(model, options.row_layers())
         shapes = layer_shapes(runner, num_layers(model), torch.device(device))
         return cls(runner, shapes, info, options, pool_tokens)
 
@@ -171,11 +188,12 @@ class HFEngine:
             for row in segment.wanted
         ]
         if not tokens:
-            return [_Rows(torch.empty(0, self._info.vocab_size)) for _ in segments]
-        kernel = self._kernel([layout for layout in layouts if layout.num_rows])
-        logits = self._run(tokens, positions, wanted, kernel)
-        parts = torch.split(logits, [len(segment.wanted) for segment in segments])
-        return [_Rows(part) for part in parts]
+            nothing = PassOutput(torch.empty(0, self._info.vocab_size), [])
+            return [_Rows(nothing, slice(0)) for _ in segments]
+        there = [layout for layout in layouts if layout.num_rows]
+        output = self._run(PassInput(tokens, positions, wanted, there))
+        begins = list(accumulate((len(segment.wanted) for segment in segments), initial=0))
+        return [_Rows(output, slice(*ends)) for ends in pairwise(begins)]
 
     def _kernel(self, layouts: Sequence[SegmentLayout]) -> LayerAttention:
         if self._options.numerics == "exact":
@@ -184,27 +202,29 @@ class HFEngine:
             return OracleAttention(layouts)
         return FastAttention(layouts, self._options.kv_dtype, self._device)
 
-    def _run(
-        self,
-        tokens: list[int],
-        positions: list[int],
-        wanted: list[int],
-        kernel: LayerAttention,
-    ) -> Tensor:  # [wanted, vocab]
-        tree = KernelPass(kernel, self._tensors, len(tokens))
+    def _run(self, given: PassInput) -> PassOutput:
+        self._tensors.settle()
+        with torch.inference_mode():
+            if self._steps is not None:
+                return self._steps.run(given)
+            return PassOutput(self._run_layouts(given), [])
+
+    def _run_layouts(self, given: PassInput) -> Tensor:  # [wanted, vocab]
+        tokens, positions = list(given.tokens), list(given.positions)
+        tree = KernelPass(self._kernel(given.layouts), self._tensors, len(tokens))
         if len(tokens) < self._options.min_rows:
             tokens, positions = tokens * 2, positions * 2
         packed = torch.tensor((tokens, positions), device=self._device)
-        rows = torch.tensor(wanted, dtype=torch.long, device=self._device)
-        with torch.inference_mode():
-            return self._runner(packed[0], packed[1], rows, tree)
+        rows = torch.tensor(given.wanted, dtype=torch.long, device=self._device)
+        return self._runner(packed[0], packed[1], rows, tree)
 
 
 class _Rows:
     """Logits of a segment; a row becomes float32 numpy when it is asked for."""
 
-    def __init__(self, logits: Tensor) -> None:
-        self._logits = logits
+    def __init__(self, output: PassOutput, rows: slice) -> None:
+        self._logits = output.logits[rows]
+        self._likeliest = output.likeliest[rows]
 
     def __len__(self) -> int:
         return self._logits.shape[0]
@@ -212,6 +232,11 @@ class _Rows:
     def __getitem__(self, row: int, /) -> NDArray[np.float32]:
         values: NDArray[np.float32] = self._logits[row].float().cpu().numpy()
         return values
+
+    def argmax(self, row: int, /) -> int | None:
+        """The row's argmax, ties to the lowest id, where the device has found it; else None."""
+        known = self._likeliest and self._likeliest[row] >= 0
+        return self._likeliest[row] if known else None
 
 
 def _paged(sequence: KVSequence) -> PagedSequence:

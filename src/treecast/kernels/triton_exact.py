@@ -13,7 +13,15 @@ from torch import Tensor
 
 from treecast.kernels.jit import exact
 from treecast.kernels.plan import PLAIN, ScoreRule, SegmentLayout
-from treecast.kernels.tables import ITEM_COLUMNS, PAGE, ROW_COLUMNS, Tiling, build_tables
+from treecast.kernels.tables import (
+    ITEM_COLUMNS,
+    PAGE,
+    ROW_COLUMNS,
+    PassTables,
+    Tiling,
+    build_tables,
+    count_items,
+)
 from treecast.kernels.triton_fast import Launch, Planner, block_dim, next_power_of_2, write_new
 
 EXACT_LANES = 64
@@ -32,12 +40,18 @@ def exact_tiling(group: int) -> tuple[Tiling, int]:
     return Tiling(lanes // group, CHUNK_PAGES, aligned=True), lanes
 
 
-def plan_exact_launch(
-    segments: Sequence[SegmentLayout], device: torch.device, group: int
-) -> Launch:
-    """Lay a pass out for exact attention."""
+def exact_tables(
+    segments: Sequence[SegmentLayout], group: int, num_rows: int | None = None
+) -> tuple[PassTables, int]:
+    """Lay a pass out; returns its tables, and the lanes of a program.
+
+    With `num_rows` there is room for so many rows, and for items up to a power of two.
+    """
     tiling, lanes = exact_tiling(group)
-    return Launch.of(build_tables(segments, tiling, paths=True), lanes, device)
+    room = None
+    if num_rows is not None:
+        room = next_power_of_2(max(1, count_items(segments, tiling)))
+    return build_tables(segments, tiling, room, num_rows, paths=True), lanes
 
 
 class TritonExactAttention:
@@ -51,7 +65,7 @@ class TritonExactAttention:
     @classmethod
     def over(cls, segments: Sequence[SegmentLayout], device: torch.device) -> TritonExactAttention:
         """Attention of these segments."""
-        return cls(lambda group, _: plan_exact_launch(segments, device, group))
+        return cls(lambda group, _: Launch.of(*exact_tables(segments, group), device))
 
     def __call__(
         self,

@@ -70,14 +70,23 @@ def num_programs(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-def plan_launch(
-    segments: Sequence[SegmentLayout], device: torch.device, group: int, kv_heads: int
-) -> Launch:
-    """Cut a pass so that its programs fill the device, and copy its tables there."""
-    lanes = lanes_for(max(segment.num_rows for segment in segments), group)
-    tile_rows = lanes // group
-    pages = split_pages(segments, tile_rows, -(-num_programs(device) // kv_heads))
-    return Launch.of(build_tables(segments, Tiling(tile_rows, pages)), lanes, device)
+def fast_tables(
+    segments: Sequence[SegmentLayout], group: int, most_items: int, num_rows: int | None = None
+) -> tuple[PassTables, int]:
+    """Cut a pass into about `most_items` items; returns its tables, and the lanes of a program.
+
+    Args:
+        segments: as in `tables.build_tables`.
+        group: query heads that share a KV head.
+        most_items: items that fill the device once.
+        num_rows: room for so many rows, and then for as many items as such passes can have: sizes
+            depend on it alone. None for no more room than is needed.
+    """
+    most_rows = max(segment.num_rows for segment in segments) if num_rows is None else num_rows
+    lanes = lanes_for(most_rows, group)
+    tiling = Tiling(lanes // group, split_pages(segments, lanes // group, most_items))
+    room = None if num_rows is None else most_items + num_rows
+    return build_tables(segments, tiling, room, num_rows), lanes
 
 
 class TritonFastAttention:
@@ -92,7 +101,12 @@ class TritonFastAttention:
     @classmethod
     def over(cls, segments: Sequence[SegmentLayout], device: torch.device) -> TritonFastAttention:
         """Attention of these segments."""
-        return cls(lambda group, kv_heads: plan_launch(segments, device, group, kv_heads))
+
+        def plan(group: int, kv_heads: int) -> Launch:
+            most_items = -(-num_programs(device) // kv_heads)
+            return Launch.of(*fast_tables(segments, group, most_items), device)
+
+        return cls(plan)
 
     def __call__(
         self,
