@@ -61,6 +61,9 @@ class SpeculatorSettings(ServiceSettings):
     engine: Literal["hf", "toy"] = Field("hf", description="hf: a real model; toy: for tests")
     model: str = Field("default", description="draft model's folder; 'default' is the one shipped")
     dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="weights and activations")
+    device: str = Field(
+        "cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="cpu, cuda, or one of several: cuda:1"
+    )
     numerics: Literal["exact", "fast", "oracle"] = Field(
         "fast", description="of the draft's passes; trees need no exact bits"
     )

@@ -38,6 +38,7 @@ def load_engine(settings: VerifierSettings) -> tuple[Path | None, Engine]:
         folder,
         dtype=settings.dtype,
         numerics=settings.numerics,
+        device=settings.device,
         pool_tokens=settings.pool_tokens,
         threads=settings.torch_threads,
     )

@@ -17,6 +17,9 @@ class VerifierSettings(ServiceSettings):
     engine: Literal["hf", "toy"] = Field("hf", description="hf: a real model; toy: for tests")
     model: str = Field("default", description="model folder; 'default' is SmolLM2-135M-Instruct")
     dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="weights and activations")
+    device: str = Field(
+        "cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="cpu, cuda, or one of several: cuda:1"
+    )
     numerics: Literal["exact", "fast", "oracle"] = Field(
         "exact", description="exact: bits do not depend on tree or batch; fast: free to reorder"
     )

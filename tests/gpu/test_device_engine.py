@@ -59,7 +59,7 @@ def load(folder: Path, numerics: Any, device: torch.device, **options: Any) -> H
 
 
 def logits_of(engine: HFEngine, count: int = 5) -> list[NDArray[np.float32]]:
-    """A prompt of `count` tokens, a tree below it beside another sequence, a commit, and a step from there."""
+    """A prompt, a tree below it beside another sequence, a commit, and a step from there."""
     rng = np.random.default_rng(5)
 
     def tokens(count: int) -> list[int]:
@@ -115,7 +115,17 @@ def test_the_device_says_which_token_is_likeliest(folder: Path, device: torch.de
     engine = load(folder, "fast", device)
     sequence = engine.allocate(64)
     (rows,) = engine.forward([Segment(sequence, [5, 6, 7, 8], [-1, 0, 0, 2], [0, 2, 3])])
-    assert [rows.argmax(i) for i in range(3)] == [int(rows[i].argmax()) for i in range(3)]
+    assert [rows.likeliest(i) for i in range(3)] == [int(rows[i].argmax()) for i in range(3)]
+
+
+def test_the_likeliest_is_the_lowest_of_a_tie_and_none_where_the_model_broke(
+    device: torch.device,
+) -> None:
+    logits = torch.zeros(4, 5000, device=device)
+    logits[1, [70, 4000]] = 3
+    logits[2, 9] = torch.nan
+    logits[3, 9] = torch.inf
+    assert steps.likeliest(logits).tolist() == [0, 70, -1, -1]
 
 
 def test_rows_stay_when_their_buffers_are_used_again(folder: Path, device: torch.device) -> None:

@@ -233,7 +233,7 @@ class _Rows:
         values: NDArray[np.float32] = self._logits[row].float().cpu().numpy()
         return values
 
-    def argmax(self, row: int, /) -> int | None:
+    def likeliest(self, row: int, /) -> int | None:
         """The row's argmax, ties to the lowest id, where the device has found it; else None."""
         known = self._likeliest and self._likeliest[row] >= 0
         return self._likeliest[row] if known else None

@@ -142,12 +142,12 @@ class DeviceSteps:
             if len(self._steps) < self._most_graphs:
                 self._steps[key] = step
         step.load(given, tables)
-        logits, likeliest = step.run(captured=key in self._steps)
+        logits, best = step.run(captured=key in self._steps)
         count = len(given.wanted)
         if not count:
             return PassOutput(logits[:0], [])
         # Copied, as the next pass of this bucket writes where this one did.
-        return PassOutput(logits[:count].clone(), likeliest[:count].tolist())
+        return PassOutput(logits[:count].clone(), best[:count].tolist())
 
     def compute(self, packed: Tensor, launch: Launch) -> tuple[Tensor, Tensor]:
         """Logits of the wanted rows, and their argmax or -1; no host synchronisation."""
@@ -155,8 +155,7 @@ class DeviceSteps:
         tokens, positions, wanted = packed
         tree = KernelPass(kernel, self._tensors, launch.num_rows)
         logits = self._runner(tokens, positions, wanted, tree)
-        peak, likeliest = logits.float().max(-1)
-        return logits, torch.where(peak.isfinite(), likeliest, -1)
+        return logits, likeliest(logits)
 
     @property
     def device(self) -> torch.device:
@@ -234,6 +233,12 @@ class _Staged:
         self.on_device.copy_(self._host, non_blocking=True)
         if self._sent is not None:
             self._sent.record()
+
+
+def likeliest(logits: Tensor) -> Tensor:
+    """[rows] each row's argmax, ties to the lowest id; -1 where the largest is not finite."""
+    peak, token = logits.float().max(-1)
+    return torch.where(peak.isfinite(), token, -1)
 
 
 def _bucket(num_rows: int) -> int:
