@@ -34,6 +34,7 @@ class MeshSettings:
     engine: Literal["hf", "toy"] = "hf"
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     numerics: Literal["exact", "fast", "oracle"] = "exact"
+    device: str = "cpu"
     num_verifiers: int = 1
     speculators: tuple[str, ...] = ("ssm", "ngram")
     planner: Literal["goodput", "full"] = "goodput"
@@ -65,6 +66,7 @@ def verifier_flags(settings: MeshSettings, redis_url: str, speculators: Sequence
         "model": settings.model,
         "dtype": settings.dtype,
         "numerics": settings.numerics,
+        "device": settings.device,
         "planner": settings.planner,
         "torch_threads": settings.torch_threads,
         "speculators": ",".join(speculators) or None,
@@ -93,6 +95,7 @@ def speculator_flags(settings: MeshSettings, redis_url: str, drafter: str) -> Fl
             "engine": settings.engine,
             "model": settings.draft,
             "dtype": settings.dtype,
+            "device": settings.device,
             # The others leave room for what relays the last step's tokens while it drafts: a draft
             # that has all cores waits for that at every barrier (5.1 ms for 3.9 on two cores).
             "torch_threads": max(1, settings.torch_threads // 2),

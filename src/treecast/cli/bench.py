@@ -64,6 +64,7 @@ def bench(
     speculators: Speculators = "ssm,ngram",
     numerics: Numerics = "exact",
     dtype: Dtype = "bfloat16",
+    device: options.Device = "cpu",
     planner: options.Planner = "goodput",
     threads: options.Threads = 2,
     out: Annotated[
@@ -116,6 +117,7 @@ def bench(
         draft=draft,
         speculators=parse_speculators(speculators),
         numerics=numerics,
+        device=device,
         dtype=dtype,
         torch_threads=threads,
         planner=planner,
