@@ -3,6 +3,8 @@ VENV    := .venv
 PY      := $(VENV)/bin/python
 STAMP   := $(VENV)/.installed
 PYTHON  ?= python3
+# Of `make gpu`: one whose torch sees the device, which that of .venv does not.
+GPU_PYTHON ?= python3
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo up bench chaos test check lint chart format dashboards protos release-protos gpu clean
@@ -60,8 +62,12 @@ protos: setup  ## Generate treecast.v1 anew from protos/
 release-protos: setup  ## Make today's wire the one that `lint` compares with
 	$(PY) protos/compatibility.py release
 
-gpu: setup  ## With an accelerator at hand: the tests that need one
-	$(PY) -m pytest -m gpu tests/gpu
+gpu:  ## On a machine with a CUDA device: check kernels and engine there, then time them
+	$(if $(wildcard src/treecast/v1),,$(GPU_PYTHON) protos/build_hook.py)
+	PYTHONPATH=src $(GPU_PYTHON) -m pytest -c tests/gpu/bare.ini --rootdir . \
+	  --confcutdir tests/gpu -m gpu tests/gpu
+	PYTHONPATH=src $(GPU_PYTHON) -m treecast.bench.gpu \
+	  $(if $(MODEL),--model $(MODEL)) $(if $(DRAFT),--draft $(DRAFT))
 
 clean:  ## Remove what was built
 	rm -rf $(VENV) dist build src/treecast/v1 .mypy_cache .ruff_cache .pytest_cache

@@ -32,7 +32,8 @@ class TransformersPeer:
             [
                 *(sys.executable, "-m", "treecast.bench.transformers_peer"),
                 *("--model", settings.model, "--draft", settings.draft),
-                *("--dtype", settings.dtype, "--threads", threads),
+                *("--dtype", settings.dtype, "--device", settings.device),
+                *("--threads", threads),
             ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

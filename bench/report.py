@@ -45,6 +45,7 @@ class Report:
             "draft": Path(mesh.draft).name,
             "dtype": mesh.dtype,
             "numerics": mesh.numerics,
+            "device": mesh.device,
             "planner": mesh.planner,
             "threads": mesh.torch_threads,
             "speculators": list(mesh.speculators),

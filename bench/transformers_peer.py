@@ -22,10 +22,11 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--draft", required=True)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), required=True)
+    parser.add_argument("--device", required=True)
     parser.add_argument("--threads", type=int, required=True)
     flags = parser.parse_args()
     torch.set_num_threads(flags.threads)
-    peer = Peer(flags.model, flags.draft, getattr(torch, flags.dtype))
+    peer = Peer(flags.model, flags.draft, getattr(torch, flags.dtype), flags.device)
     _say({"event": "ready", "transformers": __version__, "torch": torch.__version__})
     for line in sys.stdin:
         request = json.loads(line)
@@ -35,12 +36,17 @@ def main() -> None:
 class Peer:
     """The target and the draft, and the times at which the target's passes ended."""
 
-    def __init__(self, model: str, draft: str, dtype: torch.dtype) -> None:
+    def __init__(self, model: str, draft: str, dtype: torch.dtype, device: str) -> None:
         self.tokenizer: Any = AutoTokenizer.from_pretrained(model)
-        self.target: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).eval()
-        self.draft: Any = AutoModelForCausalLM.from_pretrained(draft, dtype=dtype).eval()
+        self._device = device
+        self.target: Any = self._load(model, dtype)
+        self.draft: Any = self._load(draft, dtype)
         self._step_ends: list[float] = []
         self.target.register_forward_hook(lambda *_: self._step_ends.append(time.perf_counter()))
+
+    def _load(self, folder: str, dtype: torch.dtype) -> Any:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        return loaded.eval().to(self._device)
 
     def encode(self, text: str) -> dict[str, object]:
         """Token ids of a chat with one user turn; of the bare text, without a chat template."""
@@ -54,7 +60,7 @@ class Peer:
 
     def answer(self, request: dict[str, Any]) -> dict[str, object]:
         """Generate greedily; with the draft as assistant, by transformers' own defaults."""
-        prompt = torch.tensor([request["prompt_ids"]])
+        prompt = torch.tensor([request["prompt_ids"]], device=self._device)
         assistant = {"assistant_model": self.draft} if request["mode"] == "assisted" else {}
         self._step_ends.clear()
         begun = time.perf_counter()

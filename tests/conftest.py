@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import redis
@@ -14,6 +16,8 @@ from treecast.dashboards.debian import Binaries, PrometheusMissing, find_prometh
 from treecast.engine.openmp import spin_briefly
 
 spin_briefly()
+if not Path("/dev/nvidiactl").exists():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
 
 
 class LocalRedis:

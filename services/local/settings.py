@@ -39,6 +39,7 @@ class MeshSettings:
     engine: Literal["hf", "toy"] = "hf"
     dtype: DType = "auto"
     numerics: Literal["exact", "fast", "oracle"] = "exact"
+    device: str = "cpu"
     num_verifiers: int = 1
     speculators: tuple[str, ...] = ("ssm", "ngram")
     planner: Literal["goodput", "full"] = "goodput"
@@ -73,6 +74,7 @@ def verifier_flags(settings: MeshSettings, speculators: Sequence[str]) -> Flags:
         "model": settings.model,
         "dtype": settings.dtype,
         "numerics": settings.numerics,
+        "device": settings.device,
         "planner": settings.planner,
         "torch_threads": settings.torch_threads,
         "speculators": ",".join(speculators) or None,
@@ -106,6 +108,7 @@ def speculator_flags(settings: MeshSettings, drafter: str) -> Flags:
             "engine": settings.engine,
             "model": settings.draft,
             "dtype": settings.dtype,
+            "device": settings.device,
             # The others leave room for what relays the last step's tokens while it drafts: a draft
             # that has all cores waits for that at every barrier (5.1 ms for 3.9 on two cores).
             "torch_threads": max(1, settings.torch_threads // 2),

@@ -72,6 +72,7 @@ def _load(settings: SpeculatorSettings, model: str) -> Engine:
         folder,
         dtype=settings.dtype,
         numerics=settings.numerics,
+        device=settings.device,
         pool_tokens=settings.pool_tokens,
         threads=settings.torch_threads,
     )

@@ -65,6 +65,9 @@ class SpeculatorSettings(ServiceSettings):
         description="weights and activations; auto: bfloat16 where the processor multiplies it, "
         "else float32",
     )
+    device: str = Field(
+        "cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="cpu, cuda, or one of several: cuda:1"
+    )
     numerics: Literal["exact", "fast", "oracle"] = Field(
         "fast", description="of the draft's passes; trees need no exact bits"
     )

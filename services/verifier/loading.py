@@ -57,6 +57,7 @@ def _load(settings: VerifierSettings, folder: Path, place: Place | None) -> Engi
         folder,
         dtype=settings.dtype,
         numerics=settings.numerics,
+        device=settings.device,
         pool_tokens=settings.pool_tokens,
         threads=settings.torch_threads,
     )

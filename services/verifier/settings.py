@@ -22,6 +22,9 @@ class VerifierSettings(ServiceSettings):
         description="weights and activations; auto: bfloat16 where the processor multiplies it, "
         "else float32",
     )
+    device: str = Field(
+        "cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="cpu, cuda, or one of several: cuda:1"
+    )
     numerics: Literal["exact", "fast", "oracle"] = Field(
         "exact", description="exact: bits do not depend on tree or batch; fast: free to reorder"
     )

@@ -10,6 +10,7 @@ import transformers
 
 from treecast.engine import bridge
 from treecast.engine.cut_head import cut_head
+from treecast.engine.linears import packed_layers
 from treecast.engine.llama import LlamaRunner, is_llama_like
 from treecast.engine.runner import ModuleRunner, choose_runner, relative_error
 
@@ -36,6 +37,7 @@ LATE_SCALING = {
 """Queries grow with the position, from the 64th on."""
 TEXT = torch.arange(24) * 5 % 128
 PLACES = torch.arange(24)
+PACKED = packed_layers(2)
 
 
 def tiny(family: str, **options: Any) -> Any:
@@ -65,25 +67,25 @@ def tiny(family: str, **options: Any) -> Any:
 )
 def test_logits_are_those_of_the_modules(family: str, options: dict[str, Any]) -> None:
     model = tiny(family, **options)
-    assert is_llama_like(model)
-    assert relative_error(LlamaRunner(model, 2), ModuleRunner(model), TEXT, PLACES) < 1e-5
+    assert is_llama_like(model, PACKED)
+    assert relative_error(LlamaRunner(model, PACKED), ModuleRunner(model), TEXT, PLACES) < 1e-5
 
 
 def test_the_comparison_sees_one_wrong_norm() -> None:
     model = tiny("Llama")
-    fused = LlamaRunner(model, 2)
+    fused = LlamaRunner(model, PACKED)
     model.model.layers[1].input_layernorm.variance_epsilon = 0.1
     assert relative_error(fused, ModuleRunner(model), TEXT, PLACES) > 1e-3
 
 
 def test_another_activation_is_left_to_its_modules() -> None:
-    assert not is_llama_like(tiny("Llama", hidden_act="gelu"))
+    assert not is_llama_like(tiny("Llama", hidden_act="gelu"), PACKED)
 
 
 @pytest.mark.parametrize("family", ["Qwen3", "Phi3", "Gemma", "Olmo2"])
 def test_other_blocks_are_left_to_their_modules(family: str) -> None:
     options = {"pad_token_id": 0} if family == "Phi3" else {}
-    assert isinstance(choose_runner(tiny(family, **options), True, 2), ModuleRunner)
+    assert isinstance(choose_runner(tiny(family, **options), PACKED), ModuleRunner)
 
 
 @pytest.mark.parametrize(
@@ -97,23 +99,23 @@ def test_a_model_that_only_looks_like_llama_keeps_its_modules(
     family: str, options: dict[str, Any]
 ) -> None:
     model = tiny(family, **options)
-    assert is_llama_like(model)
-    assert isinstance(choose_runner(model, True, 2), ModuleRunner)
+    assert is_llama_like(model, PACKED)
+    assert isinstance(choose_runner(model, PACKED), ModuleRunner)
 
 
 def test_a_model_without_weights_in_its_norms_keeps_its_modules() -> None:
-    assert isinstance(choose_runner(tiny("Olmo"), True, 2), ModuleRunner)
+    assert isinstance(choose_runner(tiny("Olmo"), PACKED), ModuleRunner)
 
 
 def test_a_llama_is_run_fused() -> None:
-    assert isinstance(choose_runner(tiny("Llama"), True, 2), LlamaRunner)
+    assert isinstance(choose_runner(tiny("Llama"), PACKED), LlamaRunner)
 
 
 def test_a_llama_is_run_fused_when_its_head_is_cut() -> None:
     model = tiny("Llama")
     model.config.head_token_ids = list(range(0, 128, 3))
     cut_head(model)
-    assert isinstance(choose_runner(model, True, 2), LlamaRunner)
+    assert isinstance(choose_runner(model, PACKED), LlamaRunner)
 
 
 def test_a_head_cut_elsewhere_is_seen() -> None:
@@ -121,5 +123,5 @@ def test_a_head_cut_elsewhere_is_seen() -> None:
     model.config.head_token_ids, other.config.head_token_ids = [1, 2, 3], [1, 2, 4]
     cut_head(model)
     cut_head(other)
-    error = relative_error(LlamaRunner(model, 2), ModuleRunner(other), TEXT, PLACES)
+    error = relative_error(LlamaRunner(model, PACKED), ModuleRunner(other), TEXT, PLACES)
     assert not error < 1e-3

@@ -64,6 +64,7 @@ def bench(
     speculators: Speculators = "ssm,ngram",
     numerics: Numerics = "exact",
     dtype: Dtype = "auto",
+    device: options.Device = "cpu",
     planner: options.Planner = "goodput",
     threads: options.Threads = 2,
     out: Annotated[
@@ -117,7 +118,8 @@ def bench(
         draft=draft,
         speculators=parse_speculators(speculators),
         numerics=numerics,
-        dtype=resolve_dtype(dtype),
+        device=device,
+        dtype=resolve_dtype(dtype, device),
         torch_threads=threads,
         planner=planner,
     )

@@ -127,6 +127,12 @@ Planner = Annotated[
         "which saves most passes of the LLM."
     ),
 ]
+Device = Annotated[
+    str,
+    typer.Option(
+        "--device", metavar="NAME", help="Where models compute: cpu, cuda, or one such as cuda:1."
+    ),
+]
 Threads = Annotated[int, typer.Option("--threads", min=1, help="Threads of each forward pass.")]
 
 

@@ -57,6 +57,7 @@ def up(
     verifiers: Annotated[int, typer.Option(min=1, help="Verifiers to start.")] = 1,
     speculators: Speculators = "ssm,ngram",
     numerics: Numerics = "exact",
+    device: options.Device = "cpu",
     dtype: Dtype = "auto",
     planner: options.Planner = "goodput",
     policy: Annotated[
@@ -148,6 +149,7 @@ def up(
         engine=engine,
         dtype=dtype,
         numerics=numerics,
+        device=device,
         num_verifiers=verifiers,
         speculators=parse_speculators(speculators),
         torch_threads=threads,

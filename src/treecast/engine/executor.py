@@ -14,6 +14,8 @@ from treecast.engine.kv_pool import PAGE_TOKENS
 from treecast.engine.kv_tensors import KVTensors, LayerShape
 from treecast.engine.loading import LoadOptions, num_layers
 from treecast.engine.runner import Runner, choose_runner, layer_shapes
+from treecast.engine.steps import DeviceSteps, PassInput, PassOutput, paged_attention
+from treecast.errors import ModelError
 from treecast.kernels.exact import NORM_COLUMNS, ExactAttention
 from treecast.kernels.fast import FastAttention
 from treecast.kernels.oracle import OracleAttention
@@ -59,7 +61,7 @@ class Executor(Protocol):
     def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         """See `kv_pool.Storage.copy`."""
 
-    def run(self, packed: PackedPass) -> Tensor:  # [wanted, vocab]
+    def run(self, packed: PackedPass) -> PassOutput:
         """Compute a pass; its keys and values are in the pool then. Blocks."""
 
     def read(self, places: Sequence[int]) -> list[Tensor]:
@@ -78,12 +80,22 @@ class LocalExecutor:
     def __init__(
         self, runner: Runner, shapes: Sequence[LayerShape], options: LoadOptions, num_pages: int
     ) -> None:
-        if options.numerics == "exact":
+        if options.numerics == "exact" and not options.uses_triton:
             shapes = [replace(s, value_dim=s.value_dim + NORM_COLUMNS) for s in shapes]
         self._device = torch.device(options.device)
         self._tensors = KVTensors(shapes, num_pages * PAGE_TOKENS, options.kv_dtype, self._device)
         self._runner = runner
         self._options = options
+        self._steps = self._device_steps(shapes) if options.uses_triton else None
+
+    def _device_steps(self, shapes: Sequence[LayerShape]) -> DeviceSteps:
+        heads = {(shape.group, shape.kv_heads) for shape in shapes}
+        if len(heads) > 1:
+            raise ModelError(
+                f"the model's layers have {len(heads)} shapes of heads; kernels on a device take 1"
+            )
+        attention = paged_attention(self._options.numerics == "exact", self._device)
+        return DeviceSteps(self._runner, self._tensors, attention, heads.pop(), self._device)
 
     @classmethod
     def of(cls, model: torch.nn.Module, options: LoadOptions, num_pages: int) -> LocalExecutor:
@@ -92,7 +104,7 @@ class LocalExecutor:
         Raises:
             ModelError: some layer does not reach our attention.
         """
-        runner = choose_runner(model, options.on_cpu, options.min_rows)
+        runner = choose_runner(model, options.row_layers())
         shapes = layer_shapes(runner, range(num_layers(model)), torch.device(options.device))
         return cls(runner, shapes, options, num_pages)
 
@@ -102,16 +114,26 @@ class LocalExecutor:
     def read(self, places: Sequence[int]) -> list[Tensor]:
         return self._tensors.read(places)
 
-    def run(self, packed: PackedPass) -> Tensor:  # [wanted, vocab]
-        kernel = self._kernel(_layouts(packed.segments))
+    def run(self, packed: PackedPass) -> PassOutput:
+        self._tensors.settle()
+        layouts = _layouts(packed.segments)
+        with torch.inference_mode():
+            if self._steps is None:
+                return PassOutput(self._run_here(packed, layouts), [])
+            given = PassInput(packed.tokens, packed.positions, packed.wanted, layouts)
+            return self._steps.run(given)
+
+    def _run_here(
+        self, packed: PackedPass, layouts: Sequence[SegmentLayout]
+    ) -> Tensor:  # [wanted, vocab]
+        kernel = self._kernel(layouts)
         tokens, positions = packed.tokens, packed.positions
         tree = KernelPass(kernel, self._tensors, len(tokens))
         if len(tokens) < self._options.min_rows:
             tokens, positions = tokens * 2, positions * 2
         rows = torch.tensor((tokens, positions), device=self._device)
         wanted = torch.tensor(packed.wanted, dtype=torch.long, device=self._device)
-        with torch.inference_mode():
-            return self._runner(rows[0], rows[1], wanted, tree)
+        return self._runner(rows[0], rows[1], wanted, tree)
 
     def check(self) -> None:
         """There is nobody to lose."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +16,14 @@ from treecast.engine.base import KVSequence, LogitRows, ModelInfo, PoolUsage, Se
 from treecast.engine.executor import Executor, LocalExecutor, PackedPass, PackedSegment
 from treecast.engine.kv_pool import PAGE_TOKENS, KVPool, PagedSequence, num_pages
 from treecast.engine.loading import (
+    Kernels,
     LoadOptions,
     Numerics,
     describe,
     load_model,
     resolve_dtype,
 )
+from treecast.engine.steps import PassOutput
 from treecast.errors import InvalidRequest, ModelError
 from treecast.settings import DType
 
@@ -46,24 +49,29 @@ class HFEngine:
         device: str = "cpu",
         pool_tokens: int = DEFAULT_POOL_TOKENS,
         threads: int | None = None,
+        kernels: Kernels = "auto",
     ) -> HFEngine:
         """Read a model folder.
 
         Args:
             path: a folder as `from_pretrained` reads it.
             dtype: of weights and activations; see `loading.resolve_dtype` for "auto".
-            numerics: `exact` (a row's bits do not depend on what is computed beside it; CPU),
-                `fast`, or `oracle` (slow, for tests).
-            device: where torch computes.
+            numerics: `exact` (a row's bits do not depend on what is computed beside it), `fast`, or
+                `oracle` (slow, for tests).
+            device: where torch computes: `cpu`, `cuda`, or one of several such as `cuda:1`.
             pool_tokens: positions in the KV pool, rounded down to pages of 64.
             threads: torch's number of threads, for the whole process; None leaves it.
+            kernels: of attention; `auto` is Triton's on a GPU. Its interpreter runs them on CPU,
+                slowly, for tests.
 
         Raises:
             ModelError: the folder is missing, no causal LM, or one that cannot be served.
         """
         folder = Path(path)
         checkpoints.check_model_dir(folder)
-        options = LoadOptions(resolve_dtype(dtype, device), numerics, device, threads)
+        options = LoadOptions(
+            resolve_dtype(dtype, device), numerics, device, threads, kernels=kernels
+        )
         model = load_model(folder, options)
         info = describe(folder, model, options)
         pages = pages_of(pool_tokens)
@@ -146,17 +154,19 @@ class HFEngine:
     ) -> list[LogitRows]:
         packed = _pack(segments, sequences)
         if not packed.tokens:
-            return [_Rows(torch.empty(0, self._info.vocab_size)) for _ in segments]
-        logits = self._executor.run(packed)
-        parts = torch.split(logits, [len(segment.wanted) for segment in segments])
-        return [_Rows(part) for part in parts]
+            nothing = PassOutput(torch.empty(0, self._info.vocab_size), [])
+            return [_Rows(nothing, slice(0)) for _ in segments]
+        output = self._executor.run(packed)
+        begins = accumulate((len(segment.wanted) for segment in segments), initial=0)
+        return [_Rows(output, slice(*ends)) for ends in pairwise(begins)]
 
 
 class _Rows:
     """Logits of a segment; a row becomes float32 numpy when it is asked for."""
 
-    def __init__(self, logits: Tensor) -> None:
-        self._logits = logits
+    def __init__(self, output: PassOutput, rows: slice) -> None:
+        self._logits = output.logits[rows]
+        self._likeliest = output.likeliest[rows]
 
     def __len__(self) -> int:
         return self._logits.shape[0]
@@ -164,6 +174,11 @@ class _Rows:
     def __getitem__(self, row: int, /) -> NDArray[np.float32]:
         values: NDArray[np.float32] = self._logits[row].float().cpu().numpy()
         return values
+
+    def likeliest(self, row: int, /) -> int | None:
+        """The row's argmax, ties to the lowest id, where the device has found it; else None."""
+        known = self._likeliest and self._likeliest[row] >= 0
+        return self._likeliest[row] if known else None
 
 
 def _paged(sequence: KVSequence) -> PagedSequence:

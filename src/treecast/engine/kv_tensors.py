@@ -12,11 +12,12 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class LayerShape:
-    """What one layer keeps of a position."""
+    """What one layer keeps of a position; `group` query heads share a KV head."""
 
     kv_heads: int
     key_dim: int
     value_dim: int
+    group: int = 1
 
 
 class KVTensors:
@@ -33,6 +34,8 @@ class KVTensors:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
+        self._moves: dict[int, int] = {}
+        """Source of each target of the copies to be made; sources as they are now."""
         planes: dict[int, int] = {}
         starts: list[tuple[int, int]] = []
         for shape in shapes:
@@ -59,14 +62,26 @@ class KVTensors:
 
     def read(self, places: Sequence[int]) -> list[Tensor]:
         """[planes, places, dim] contents, one tensor per dim: for comparisons."""
+        self.settle()
         return [plane[:, list(places)] for plane in self._planes.values()]
 
     def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
-        """Copy places in all layers; all are read before any is written."""
+        """Copy places in all layers; all are read before any is written.
+
+        Done when next settled, so that the commits of a step are one copy.
+        """
+        found = [self._moves.get(source, source) for source in sources]
+        self._moves.update(zip(targets, found, strict=True))
+
+    def settle(self) -> None:
+        """Carry out the copies asked for; before the pool is read or written."""
+        if not self._moves:
+            return
         for plane in self._planes.values():
-            source = torch.tensor(sources, device=plane.device)
-            target = torch.tensor(targets, device=plane.device)
+            source = torch.tensor(list(self._moves.values()), device=plane.device)
+            target = torch.tensor(list(self._moves), device=plane.device)
             plane.index_copy_(1, target, plane.index_select(1, source))
+        self._moves.clear()
 
 
 def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -1,8 +1,8 @@
-"""Linear layers with weights packed for oneDNN, on CPU.
+"""What a model's row-wise layers are computed with: packed for CPU, plain or fixed for a GPU.
 
-Packed, they are quicker than `nn.Linear` in bfloat16 and in float32, and a row's bits do not
-depend on how many rows are beside it, as long as there are at least two (a lone row takes another
-code path where the inner dimension is large). `nn.Linear` in float32 has no such rule.
+Packed for oneDNN, they are quicker than `nn.Linear` in bfloat16 and in float32, and a row's bits do
+not depend on how many rows are beside it, as long as there are at least two (a lone row takes
+another code path where the inner dimension is large). `nn.Linear` in float32 has no such rule.
 
 A processor without bfloat16 products (x86 with AVX2 alone, say) would multiply such matrices by a
 scalar loop: 16 rows of a 1536 x 576 layer took 7.0 ms against 0.5 in float32. There the weights are
@@ -11,9 +11,12 @@ packed in float32: the products are exact, the sum is rounded to bfloat16 at the
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -70,17 +73,71 @@ def multiplies_bfloat16() -> bool:
     return bool(torch._C._has_mkldnn) and bool(_OPS._is_mkldnn_bf16_supported())
 
 
-def pack_linears(model: nn.Module, min_rows: int) -> int:
+class FixedLinear(nn.Module):
+    """y = x W^T + b by a kernel whose tiles never depend on the number of rows."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        """Share a layer's weights."""
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self._weight = linear.weight.detach()
+        self._bias = None if linear.bias is None else linear.bias.detach()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in_features] to [..., out_features]."""
+        from treecast.kernels.triton_rows import fixed_linear
+
+        y = fixed_linear(x.reshape(-1, self.in_features), self._weight, self._bias)
+        return y.view(*x.shape[:-1], self.out_features)
+
+
+@dataclass(frozen=True, slots=True)
+class RowLayers:
+    """How row-wise layers are computed.
+
+    Attributes:
+        linear: makes the stand-in of a layer; the layer is left as it is.
+        rms_norm: of rows, a weight and epsilon.
+        fits: whether layers of a type of weights can be replaced.
+    """
+
+    linear: Callable[[nn.Linear], nn.Module]
+    rms_norm: Callable[[Tensor, Tensor, float], Tensor]
+    fits: Callable[[torch.dtype], bool]
+
+
+def packed_layers(min_rows: int) -> RowLayers:
+    """For CPU; `min_rows` as in `PackedLinear`."""
+    return RowLayers(lambda linear: PackedLinear(linear, min_rows), _rms_norm, can_pack)
+
+
+def plain_layers() -> RowLayers:
+    """The device's own library, free to reorder sums."""
+    return RowLayers(lambda linear: linear, _rms_norm, lambda dtype: True)
+
+
+def fixed_layers() -> RowLayers:
+    """Triton kernels under which a row's bits do not depend on how many rows there are."""
+    from treecast.kernels.triton_rows import fixed_rms_norm
+
+    return RowLayers(FixedLinear, fixed_rms_norm, lambda dtype: True)
+
+
+def replace_linears(model: nn.Module, layers: RowLayers) -> int:
     """Replace every `nn.Linear` of a model, in place; returns how many were replaced."""
     found = [
         (parent, name, child)
         for parent in model.modules()
         for name, child in parent.named_children()
-        if type(child) is nn.Linear and can_pack(child.weight.dtype)
+        if type(child) is nn.Linear and layers.fits(child.weight.dtype)
     ]
     for parent, name, child in found:
-        setattr(parent, name, PackedLinear(child, min_rows))
+        setattr(parent, name, layers.linear(child))
     return len(found)
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return F.rms_norm(x, weight.shape, weight, eps)
 
 
 # Operators of torch that have no typed Python front.

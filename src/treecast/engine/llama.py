@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from treecast.engine.bridge import TreePass
-from treecast.engine.linears import PackedLinear, can_pack, pack_linears
+from treecast.engine.linears import RowLayers, replace_linears
 from treecast.engine.sharding.layers import RowLinear
 
 _MODEL = {"model", "lm_head"}
@@ -24,8 +24,8 @@ _ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 _MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 
 
-def is_llama_like(model: Any) -> bool:
-    """Whether a causal LM is made of the modules that `LlamaRunner` replaces, all packable."""
+def is_llama_like(model: Any, layers: RowLayers) -> bool:
+    """Whether a causal LM is made of the modules that `LlamaRunner` replaces, all of them fit."""
     if _children(model) != _MODEL or _children(model.model) != _DECODER:
         return False
     if not _is_rms_norm(model.model.norm):
@@ -33,7 +33,7 @@ def is_llama_like(model: Any) -> bool:
     linears = [m for layer in model.model.layers for m in layer.modules() if _is_linear(m)]
     return (
         all(_is_llama_layer(layer) for layer in model.model.layers)
-        and all(can_pack(linear.weight.dtype) for linear in linears)
+        and all(layers.fits(linear.weight.dtype) for linear in linears)
         and _turns_whole_heads(model.model)
     )
 
@@ -64,7 +64,9 @@ def _is_rms_norm(norm: Any) -> bool:
 
 
 def _turns_whole_heads(decoder: Any) -> bool:
-    cos, _ = decoder.rotary_emb(torch.empty(0), torch.zeros((1, 1), dtype=torch.long))
+    where = decoder.embed_tokens.weight.device
+    place = torch.zeros((1, 1), dtype=torch.long, device=where)
+    cos, _ = decoder.rotary_emb(torch.empty(0, device=where), place)
     return bool(cos.shape[-1] == decoder.layers[0].self_attn.head_dim)
 
 
@@ -87,25 +89,25 @@ def _writes(module: Any) -> bool:
 
 
 class LlamaRunner:
-    """A Llama-like model on CPU; see `engine.runner.Runner`.
+    """A Llama-like model; see `engine.runner.Runner`.
 
     Keys are kept with the two halves of each rotated pair side by side, in float32 until the pool
     rounds them. Queries are turned alike, so scores are those of the modules.
     """
 
-    def __init__(self, model: Any, min_rows: int) -> None:
+    def __init__(self, model: Any, layers: RowLayers) -> None:
         """Take over the weights of a model for which `is_llama_like` holds.
 
         Args:
-            model: may be dropped; of a head that is more than a linear layer, those are packed.
-            min_rows: as in `PackedLinear`.
+            model: may be dropped; of a head that is more than a linear layer, those are replaced.
+            layers: what linear layers and norms are computed with.
         """
         decoder = model.model
         self._embedding = decoder.embed_tokens
         self._rotary = decoder.rotary_emb
-        self._layers = [_Layer(layer, i, min_rows) for i, layer in enumerate(decoder.layers)]
-        self._norm = _Norm(decoder.norm)
-        self._head = _pack(model.lm_head, min_rows)
+        self._layers = [_Layer(layer, i, layers) for i, layer in enumerate(decoder.layers)]
+        self._norm = _Norm(decoder.norm, layers)
+        self._head = _stand_in(model.lm_head, layers)
 
     def __call__(self, tokens: Tensor, positions: Tensor, wanted: Tensor, tree: TreePass) -> Tensor:
         hidden = self._embedding(tokens)
@@ -117,33 +119,34 @@ class LlamaRunner:
 
     def _rotation(self, positions: Tensor) -> Tensor:
         """[rows, 1, head dim / 2] complex64: what each pair of a position is multiplied by."""
-        exact = torch.empty(0, dtype=torch.float32)
+        exact = torch.empty(0, dtype=torch.float32, device=positions.device)
         cos, sin = self._rotary(exact, positions[None])
         half = cos.shape[-1] // 2
         return torch.complex(cos[0, :, None, :half], sin[0, :, None, :half])
 
 
 class _Layer:
-    def __init__(self, layer: Any, index: int, min_rows: int) -> None:
+    def __init__(self, layer: Any, index: int, layers: RowLayers) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         dim = attention.head_dim
         self._index, self._head_dim, self._scaling = index, dim, attention.scaling
         self._heads = attention.q_proj.out_features // dim
         self._kv_heads = attention.k_proj.out_features // dim
-        pairs = torch.arange(dim).view(2, -1).T.flatten()
+        where = attention.q_proj.weight.device
+        pairs = torch.arange(dim, device=where).view(2, -1).T.flatten()
         self._qkv = _fuse(
             [
                 _reorder_heads(attention.q_proj, pairs),
                 _reorder_heads(attention.k_proj, pairs),
                 attention.v_proj,
             ],
-            min_rows,
+            layers,
         )
-        self._out = _pack(attention.o_proj, min_rows)
-        self._gate_up = _fuse([mlp.gate_proj, mlp.up_proj], min_rows)
-        self._down = _pack(mlp.down_proj, min_rows)
-        self._attention_norm = _Norm(layer.input_layernorm)
-        self._mlp_norm = _Norm(layer.post_attention_layernorm)
+        self._out = _stand_in(attention.o_proj, layers)
+        self._gate_up = _fuse([mlp.gate_proj, mlp.up_proj], layers)
+        self._down = _stand_in(mlp.down_proj, layers)
+        self._attention_norm = _Norm(layer.input_layernorm, layers)
+        self._mlp_norm = _Norm(layer.post_attention_layernorm, layers)
 
     def __call__(self, hidden: Tensor, rotation: Tensor, tree: TreePass) -> Tensor:
         hidden = hidden + self._out(self._attend(hidden, rotation, tree))
@@ -163,19 +166,21 @@ class _Layer:
 
 
 class _Norm:
-    def __init__(self, norm: Any) -> None:
+    def __init__(self, norm: Any, layers: RowLayers) -> None:
+        self._rms_norm = layers.rms_norm
         self._weight: Tensor = norm.weight.detach()
         self._eps: float = norm.variance_epsilon
 
     def __call__(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self._weight.shape, self._weight, self._eps)
+        return self._rms_norm(x, self._weight, self._eps)
 
 
-def _pack(module: Any, min_rows: int) -> Callable[[Tensor], Tensor]:
-    """A linear layer packed; of anything else, the linears within."""
+def _stand_in(module: Any, layers: RowLayers) -> Callable[[Tensor], Tensor]:
+    """A linear layer's stand-in; of anything else, with those of the linears within."""
     if _is_linear(module):
-        return PackedLinear(module, min_rows).forward
-    pack_linears(module, min_rows)
+        module = layers.linear(module)
+    else:
+        replace_linears(module, layers)
     forward: Callable[[Tensor], Tensor] = module.forward
     return forward
 
@@ -183,17 +188,18 @@ def _pack(module: Any, min_rows: int) -> Callable[[Tensor], Tensor]:
 def _reorder_heads(linear: nn.Linear, order: Tensor) -> nn.Linear:
     """The layer with each head's outputs in another order."""
     heads = linear.out_features // len(order)
-    rows = (torch.arange(heads)[:, None] * len(order) + order).flatten()
+    first = torch.arange(heads, device=order.device)[:, None] * len(order)
+    rows = (first + order).flatten()
     bias = None if linear.bias is None else linear.bias.detach()[rows]
     return _linear(linear.weight.detach()[rows], bias)
 
 
-def _fuse(linears: Sequence[nn.Linear], min_rows: int) -> PackedLinear:
+def _fuse(linears: Sequence[nn.Linear], layers: RowLayers) -> nn.Module:
     """One layer whose outputs are those of all, in order."""
     weight = torch.cat([linear.weight.detach() for linear in linears])
     biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
     assert len(biases) in (0, len(linears)), "of q, k and v either all have a bias or none"
-    return PackedLinear(_linear(weight, torch.cat(biases) if biases else None), min_rows)
+    return layers.linear(_linear(weight, torch.cat(biases) if biases else None))
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:

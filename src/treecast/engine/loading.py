@@ -18,7 +18,13 @@ from treecast import checkpoints
 from treecast.engine import bridge
 from treecast.engine.base import ModelInfo
 from treecast.engine.cut_head import cut_head
-from treecast.engine.linears import product_dtype
+from treecast.engine.linears import (
+    RowLayers,
+    fixed_layers,
+    packed_layers,
+    plain_layers,
+    product_dtype,
+)
 from treecast.engine.sharding.shape import ALONE, GroupShape
 from treecast.errors import ModelError
 from treecast.settings import DType
@@ -27,6 +33,7 @@ Numerics = Literal["exact", "fast", "oracle"]
 
 DTYPES: dict[str, torch.dtype] = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 NUMERICS = ("exact", "fast", "oracle")
+Kernels = Literal["auto", "torch", "triton"]
 
 _COMPUTATION = 2
 """Raised whenever our own kernels or runners come to give other bits."""
@@ -46,6 +53,7 @@ class LoadOptions:
     device: str
     threads: int | None
     group: GroupShape = ALONE
+    kernels: Kernels = "auto"
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -53,8 +61,7 @@ class LoadOptions:
         if self.numerics not in NUMERICS:
             known = ", ".join(NUMERICS)
             raise ModelError(f"numerics {self.numerics!r} are unknown; known are {known}")
-        if self.numerics == "exact" and not self.on_cpu:
-            raise ModelError(f"exact numerics need device cpu, not {self.device}; use fast there")
+        check_device(self.device)
         if self.threads is not None and self.threads < 1:
             raise ModelError(f"threads is {self.threads}; it must be 1 or more")
 
@@ -63,14 +70,29 @@ class LoadOptions:
         return torch.device(self.device).type == "cpu"
 
     @property
+    def uses_triton(self) -> bool:
+        """Whether attention is Triton's; on CPU, where it is asked for, by its interpreter."""
+        if self.numerics == "oracle":
+            return False
+        return not self.on_cpu if self.kernels == "auto" else self.kernels == "triton"
+
+    @property
     def min_rows(self) -> int:
         """Rows that a linear layer computes at least; a lone row may take another code path."""
-        return 2 if self.numerics == "exact" else 1
+        return 2 if self.numerics == "exact" and not self.uses_triton else 1
+
+    def row_layers(self) -> RowLayers:
+        """What linear layers and norms are computed with."""
+        if self.uses_triton and self.numerics == "exact":
+            return fixed_layers()
+        return packed_layers(self.min_rows) if self.on_cpu else plain_layers()
 
     @property
     def kv_dtype(self) -> torch.dtype:
         """float32 wherever rounding keys once more would blur what is compared, or cost time."""
         own = DTYPES[self.dtype]
+        if self.uses_triton:
+            return own
         if self.numerics != "fast":
             return torch.float32
         return product_dtype(own) if self.on_cpu else own
@@ -82,6 +104,21 @@ def resolve_dtype(dtype: str, device: str = "cpu") -> DType:
         return cast(DType, dtype)
     native = torch.device(device).type != "cpu" or product_dtype(torch.bfloat16) == torch.bfloat16
     return "bfloat16" if native else "float32"
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that this machine, or this build of torch, does not have.
+
+    Raises:
+        ModelError: what is missing.
+    """
+    if torch.device(device).type != "cuda" or torch.cuda.is_available():
+        return
+    if torch.version.cuda is None:
+        raise ModelError(
+            f"device {device} needs a CUDA build of torch; this is {torch.__version__}"
+        )
+    raise ModelError(f"device {device} is not available: torch {torch.__version__} finds no GPU")
 
 
 def load_model(path: Path, options: LoadOptions) -> nn.Module:
@@ -158,6 +195,7 @@ def fingerprint(revision: str, options: LoadOptions) -> str:
         "dtype": options.dtype,
         "numerics": options.numerics,
         "kv": str(options.kv_dtype),
+        "kernels": _triton_version() if options.uses_triton else "torch",
         "device": options.device,
         "processor": _processor() if options.on_cpu else torch.cuda.get_device_name(options.device),
         "threads": torch.get_num_threads() if options.on_cpu else 0,
@@ -166,6 +204,12 @@ def fingerprint(revision: str, options: LoadOptions) -> str:
         "transformers": transformers.__version__,
     }
     return hashlib.sha256(repr(sorted(parts.items())).encode()).hexdigest()[:16]
+
+
+def _triton_version() -> str:
+    import triton
+
+    return f"triton {triton.__version__}"
 
 
 def _processor() -> str:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from treecast.engine.bridge import TreePass
 from treecast.engine.kv_tensors import LayerShape
-from treecast.engine.linears import pack_linears
+from treecast.engine.linears import RowLayers, replace_linears
 from treecast.engine.llama import LlamaRunner, is_llama_like
 from treecast.errors import ModelError
 
@@ -52,23 +52,19 @@ class ModuleRunner:
         return logits if self._picks_rows else logits[wanted]
 
 
-def choose_runner(model: Any, on_cpu: bool, min_rows: int) -> Runner:
+def choose_runner(model: Any, layers: RowLayers) -> Runner:
     """The quickest runner that computes what a model's own modules do.
 
-    On CPU the model is changed (its linears are packed) or no longer needed.
-
-    Args:
-        min_rows: as in `linears.PackedLinear`.
+    The model is changed (its linears are replaced) or no longer needed.
     """
     modules = ModuleRunner(model)
-    if on_cpu and is_llama_like(model):
-        fused = LlamaRunner(model, min_rows)
+    if is_llama_like(model, layers):
+        fused = LlamaRunner(model, layers)
         error = relative_error(fused, modules, *_some_text(model))
         if error < _TOLERANCE[next(model.parameters()).dtype]:
             return fused
         _log.info("model.only_looks_like_llama", model=type(model).__name__, error=error)
-    if on_cpu:
-        pack_linears(model, min_rows)
+    replace_linears(model, layers)
     return modules
 
 
@@ -78,7 +74,7 @@ def _some_text(model: Any) -> tuple[Tensor, Tensor]:
     Ordinary tokens: at the special ones, first in a vocabulary, rounding shows more.
     """
     config = model.config.get_text_config()
-    rows = torch.arange(_NUM_CHECKED)
+    rows = torch.arange(_NUM_CHECKED, device=next(model.parameters()).device)
     skipped: int = max(0, config.max_position_embeddings - _NUM_CHECKED)
     positions = torch.where(rows < _NUM_CHECKED // 2, rows, rows + skipped)
     return (1000 + 37 * rows) % config.vocab_size, positions
@@ -90,7 +86,7 @@ def relative_error(runner: Runner, oracle: Runner, tokens: Tensor, positions: Te
     The median over each half's rows, and of the halves the worse: rounding alone may move single
     rows far. Tokens at -inf under both, outside a cut head, are left out.
     """
-    rows = torch.arange(len(tokens))
+    rows = torch.arange(len(tokens), device=tokens.device)
     with torch.inference_mode():
         found, expected = (
             one(tokens, positions, rows, _CausalPass()).float() for one in (runner, oracle)
@@ -152,5 +148,6 @@ class _ShapePass:
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float
     ) -> Tensor:
-        self.shapes[layer] = LayerShape(key.shape[1], key.shape[-1], value.shape[-1])
+        heads, kv_heads = query.shape[1], key.shape[1]
+        self.shapes[layer] = LayerShape(kv_heads, key.shape[-1], value.shape[-1], heads // kv_heads)
         return value.new_zeros((1, query.shape[2], query.shape[1], value.shape[-1]))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from treecast.kernels.plan import SegmentLayout
+from treecast.kernels.plan import PLAIN, ScoreRule, SegmentLayout
 
 
 class OracleAttention:
@@ -25,6 +25,7 @@ class OracleAttention:
         value_pool: Tensor,
         scaling: float,
         out: Tensor,
+        rule: ScoreRule = PLAIN,
     ) -> None:
         group = query.shape[0] // key.shape[0]
         for segment in self._segments:
@@ -36,8 +37,12 @@ class OracleAttention:
             value_pool[:, new] = value[:, rows].to(value_pool.dtype)
             for i, row in enumerate(rows):
                 path = segment.path_slots(len(segment.parents) - segment.num_rows + i)
+                if rule.window is not None:
+                    path = path[-rule.window :]
                 places = [segment.places[slot] for slot in path]
                 keys = key_pool[:, places].float().repeat_interleave(group, 0)
                 values = value_pool[:, places].float().repeat_interleave(group, 0)
                 scores = torch.einsum("hd,hkd->hk", query[:, row].float() * scaling, keys)
+                if rule.softcap is not None:
+                    scores = torch.tanh(scores / rule.softcap) * rule.softcap
                 out[row] = torch.einsum("hk,hkd->hd", scores.softmax(-1), values).to(out.dtype)

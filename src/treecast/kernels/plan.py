@@ -63,6 +63,22 @@ class SegmentLayout:
         return [*range(self.length), *reversed(rows)]
 
 
+@dataclass(frozen=True, slots=True)
+class ScoreRule:
+    """What some models do to attention besides the softmax.
+
+    Attributes:
+        softcap: scores become softcap * tanh(score / softcap).
+        window: a row sees the last `window` positions, its own among them.
+    """
+
+    softcap: float | None = None
+    window: int | None = None
+
+
+PLAIN = ScoreRule()
+
+
 class LayerAttention(Protocol):
     """Attention of a packed pass, over one layer at a time."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +28,9 @@ class AcceptanceRule(Protocol):
             InvalidTree: what is missing, by name.
         """
 
+    def takes_likeliest(self, picker: Picker) -> bool:
+        """Whether the next token is the logits' argmax (ties to the lowest id) for any tree."""
+
     def next_token(
         self,
         tree: TokenTree,
@@ -45,6 +48,14 @@ class Rows(Protocol):
     """Logits of the root and of a tree's nodes; only rows that the walk visits are asked for."""
 
     def __getitem__(self, row: int, /) -> NDArray[np.float32]: ...
+
+
+@runtime_checkable
+class RankedRows(Protocol):
+    """Rows whose argmax may be known where they lie, so that the row itself can stay there."""
+
+    def likeliest(self, row: int, /) -> int | None:
+        """The argmax, ties to the lowest id; None where the row must be looked at."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,11 +87,13 @@ def walk(
     Mutates `picker`'s context and calls `check_stop` with each token in turn; not to be retried.
     """
     done = Walk([], [], [], None)
+    ranked = rows if isinstance(rows, RankedRows) and law.takes_likeliest(picker) else None
     node: int | None = ROOT
     while node is not None:
-        logits = rows[node + 1]
-        token = law.next_token(tree, node, logits, picker)
-        _emit(token, logits, picker, done)
+        token = None if ranked is None else ranked.likeliest(node + 1)
+        if token is None:
+            token = law.next_token(tree, node, rows[node + 1], picker)
+        _emit(token, rows, node + 1, picker, done)
         if stop := check_stop(token):
             return Walk(done.tokens, done.accepted, done.logprobs, stop)
         node = tree.child(node, token)
@@ -89,11 +102,11 @@ def walk(
     return done
 
 
-def _emit(token: int, logits: NDArray[np.float32], picker: Picker, done: Walk) -> None:
+def _emit(token: int, rows: Rows, row: int, picker: Picker, done: Walk) -> None:
     picker.accept(token)
     done.tokens.append(token)
     if picker.sampling.logprobs is not None:
-        done.logprobs.append(token_logprobs(logits, token, picker.sampling.logprobs))
+        done.logprobs.append(token_logprobs(rows[row], token, picker.sampling.logprobs))
 
 
 def acceptance_rule(law: Law) -> AcceptanceRule:

@@ -51,6 +51,10 @@ class MSS:
                     "distribution"
                 )
 
+    def takes_likeliest(self, picker: Picker) -> bool:
+        """It looks at the whole distribution."""
+        return False
+
     def next_token(
         self, tree: TokenTree, node: int, logits: NDArray[np.float32], picker: Picker
     ) -> int:

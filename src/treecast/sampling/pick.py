@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from treecast.errors import TreecastError
 from treecast.sampling.noise import GUMBEL_MAX, gumbel_of
 from treecast.sampling.params import SamplingParams
-from treecast.sampling.transforms import Candidates, Context, process, warp
+from treecast.sampling.transforms import Candidates, Context, changes_logits, process, warp
 
 _FEW = 256
 _NEAR = 3.0
@@ -88,6 +88,11 @@ class Picker:
     sampling: SamplingParams
     noise_key: int
     context: Context
+
+    @property
+    def takes_likeliest(self) -> bool:
+        """Whether a pick is the argmax of the logits as they are, ties to the lowest id."""
+        return np.float32(self.sampling.temperature) == 0 and not changes_logits(self.sampling)
 
     def pick(self, logits: NDArray[np.float32]) -> int:
         """The token that follows the text so far; changes nothing."""

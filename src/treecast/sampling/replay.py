@@ -28,6 +28,10 @@ class Replay:
         if tree.groups:
             raise InvalidTree(f"tree has {len(tree.groups)} groups of draws; law replay takes none")
 
+    def takes_likeliest(self, picker: Picker) -> bool:
+        """As the picker does."""
+        return picker.takes_likeliest
+
     def next_token(
         self, tree: TokenTree, node: int, logits: NDArray[np.float32], picker: Picker
     ) -> int:

@@ -60,18 +60,23 @@ class Candidates:
         return Candidates(self.ids[places], self.scores[places])
 
 
+def changes_logits(sampling: SamplingParams) -> bool:
+    """Whether bias or penalties are asked for."""
+    return bool(
+        sampling.logit_bias
+        or sampling.repetition_penalty != 1
+        or sampling.presence_penalty != 0
+        or sampling.frequency_penalty != 0
+    )
+
+
 def process(
     logits: NDArray[np.float32],  # [vocab]
     context: Context,
     sampling: SamplingParams,
 ) -> NDArray[np.float32]:
     """Apply bias and penalties; returns `logits` itself when there are none, else a copy."""
-    penalized = (
-        sampling.repetition_penalty != 1
-        or sampling.presence_penalty != 0
-        or sampling.frequency_penalty != 0
-    )
-    if not penalized and not sampling.logit_bias:
+    if not changes_logits(sampling):
         return logits
     scores = logits.copy()
     _add_bias(scores, sampling)

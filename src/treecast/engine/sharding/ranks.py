@@ -14,7 +14,7 @@ from treecast import checkpoints
 from treecast.engine.base import ModelInfo
 from treecast.engine.executor import LocalExecutor, PackedPass
 from treecast.engine.hf import HFEngine, pages_of
-from treecast.engine.linears import pack_linears
+from treecast.engine.linears import replace_linears
 from treecast.engine.loading import LoadOptions, describe, load_model, num_layers
 from treecast.engine.runner import layer_shapes
 from treecast.engine.sharding.layers import make_plain
@@ -23,6 +23,7 @@ from treecast.engine.sharding.orders import Compute, Copy, Meet, Stop
 from treecast.engine.sharding.shape import Place, check_divides
 from treecast.engine.sharding.stages import StageRunner, own_layers
 from treecast.engine.sharding.world import World
+from treecast.engine.steps import PassOutput
 from treecast.errors import EngineLost
 
 
@@ -85,8 +86,7 @@ def _executor_of(model: nn.Module, member: Member, world: World) -> LocalExecuto
     if options.group.pp == 1:
         return LocalExecutor.of(model, options, pages)
     runner = StageRunner(model, world)
-    if options.on_cpu:
-        pack_linears(model, options.min_rows)
+    replace_linears(model, options.row_layers())
     layers = own_layers(num_layers(model), world)
     shapes = layer_shapes(runner, layers, torch.device(options.device))
     return LocalExecutor(runner, shapes, options, pages)
@@ -113,13 +113,13 @@ class Leader:
         """Of rank 0's part alone."""
         return self._local.read(places)
 
-    def run(self, packed: PackedPass) -> Tensor:  # [wanted, vocab]
+    def run(self, packed: PackedPass) -> PassOutput:
         with self._all_ranks():
             self._line.send(Compute(tuple(self._copies), packed))
             self._copies.clear()
-            logits = self._local.run(packed)
-            self._line.computed(logits)
-            return logits
+            output = self._local.run(packed)
+            self._line.computed(output.logits)
+            return output
 
     def check(self) -> None:
         with self._all_ranks():
@@ -153,7 +153,7 @@ def obey(executor: LocalExecutor, world: World) -> None:
             case Compute(copies, packed):
                 for copy in copies:
                     executor.copy(copy.sources, copy.targets)
-                line.computed(executor.run(packed))
+                line.computed(executor.run(packed).logits)
 
 
 @contextmanager
