@@ -10,7 +10,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from typer.core import TyperGroup
+from typer.main import get_command
 
+from treecast.cli.app import app
 from treecast.errors import SettingsError
 from treecast.services.router.metrics import RouterMetrics
 from treecast.services.speculator.metrics import SpeculatorMetrics
@@ -19,7 +22,7 @@ from treecast.settings import ServiceSettings, unknown_variables
 
 from .conftest import Edit, rendered
 from .helm import ROOT, Manifest, Values, render
-from .manifests import SETTINGS, environment, expand, name_of, service_flags, services
+from .manifests import SETTINGS, environment, expand, name_of, pods, service_flags, services
 
 KNOWN = {"POD_IP": "10.0.0.7", "REDIS_PASSWORD": "abc", "TREECAST_REDIS_URL": "rediss://r:6380/0"}
 
@@ -150,6 +153,21 @@ def test_flags_are_read_when_composed_on_one_host() -> None:
         assert read(role, composed[role]["command"], variables)
         assert composed[role]["read_only"]
         assert composed[role]["cap_drop"] == ["ALL"]
+
+
+def test_commands_parse_when_containers_run_the_command_line() -> None:
+    """The pod of `helm test`, and the init container that unpacks the default model."""
+    root = get_command(app)
+    assert isinstance(root, TyperGroup)
+    seen = set()
+    for pod in pods(rendered("laptop")):
+        for container in pod.containers:
+            program, *words = container.get("command", [""])
+            if program == "treecast":
+                command = root.commands[words[0]]
+                command.make_context(words[0], words[1:])  # exits if it knows a word of them not
+                seen.add(words[0])
+    assert seen == {"generate", "models"}
 
 
 def metric_names() -> set[str]:
