@@ -14,7 +14,6 @@ from pathlib import Path
 from treecast.checkpoints import default_cache_dir
 from treecast.services.local import MeshSettings
 from treecast.services.local.logs import new_log_dir
-from treecast.services.local.valkey import free_port
 
 from .audit import Holding, take_stock
 from .campaign import NO_FAULT, run_faults
@@ -23,6 +22,7 @@ from .fuzz import Fuzzer
 from .load import Load, Work, toy_works, undisturbed
 from .logs import error_events
 from .mesh import ChaosMesh, ChaosSettings
+from .ports import quiet_port
 from .real import real_works
 from .table import PAUSE_BOUND_S, ROW_HEAD, Row, stock_table
 
@@ -91,7 +91,7 @@ def _verdict(rows: Sequence[Row], after: Mapping[str, Holding], errors: Counter[
 def _settings(options: argparse.Namespace) -> ChaosSettings:
     log_dir: Path = new_log_dir(default_cache_dir() / "logs")
     mesh = MeshSettings(engine=options.engine, num_verifiers=2, torch_threads=1, log_dir=log_dir)
-    return ChaosSettings(mesh, log_dir, hostile_speculator=f"127.0.0.1:{free_port()}")
+    return ChaosSettings(mesh, log_dir, hostile_speculator=f"127.0.0.1:{quiet_port()}")
 
 
 def _works(options: argparse.Namespace) -> list[Work]:

@@ -24,8 +24,9 @@ from treecast.services.local.settings import (
     speculator_names,
     verifier_flags,
 )
-from treecast.services.local.valkey import free_port, start_valkey
+from treecast.services.local.valkey import start_valkey
 
+from .ports import quiet_port
 from .proxy import LinkProxy
 
 READY_S = 120.0
@@ -155,7 +156,7 @@ class ChaosMesh:
     async def _launch_router(self, number: int, verifiers: Sequence[str]) -> None:
         flags = {
             **router_flags(self.settings.mesh, verifiers),
-            "listen": f"127.0.0.1:{free_port()}",
+            "listen": f"127.0.0.1:{quiet_port()}",
             "drain_s": DRAIN_S,
             **self.settings.further_router_flags,
         }
@@ -176,7 +177,7 @@ class ChaosMesh:
         await self._launch(name, "verifier", flags)
 
     async def _place(self, name: str) -> Place:
-        place = Place(free_port(), free_port())
+        place = Place(quiet_port(), quiet_port())
         proxy = LinkProxy(place.known_port, place.port)
         self.links[name] = await self._stack.enter_async_context(proxy)
         return place
