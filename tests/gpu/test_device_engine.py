@@ -20,7 +20,7 @@ from treecast.errors import ModelError
 
 from .bed import random_tree
 
-VOCAB, CONTEXT = 96, 512
+VOCAB, CONTEXT = 96, 160
 
 
 @pytest.fixture(scope="module")

@@ -83,6 +83,7 @@ class TritonExactAttention:
         if (group, kv_heads) not in self._launches:
             self._launches[group, kv_heads] = self._plan(group, kv_heads)
         launch = self._launches[group, kv_heads]
+        assert query.stride(-1) == 1, "a head's numbers lie side by side"
         write_new(launch.table, launch.rows_at, launch.num_rows, key, value, key_pool, value_pool)
         shape = (max(1, launch.num_items), kv_heads, launch.lanes)
         sums = out.new_empty((*shape, value_dim), dtype=torch.float32)

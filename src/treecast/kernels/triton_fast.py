@@ -124,6 +124,7 @@ class TritonFastAttention:
         if (group, kv_heads) not in self._launches:
             self._launches[group, kv_heads] = self._plan(group, kv_heads)
         launch = self._launches[group, kv_heads]
+        assert query.stride(-1) == 1, "a head's numbers lie side by side"
         write_new(launch.table, launch.rows_at, launch.num_rows, key, value, key_pool, value_pool)
         partial, logsums = self._buffers_of(launch, kv_heads, value_dim)
         block_key, block_value = block_dim(query.shape[-1]), block_dim(value_dim)
