@@ -49,7 +49,8 @@ class Cast:
         """Who proposed a node, whatever the round's numbering."""
         keys = [(draft.speculator, name) for draft in one.drafts for name in draft.proposers]
         bits = one.tree.proposers[node]
-        return [self._proposers[key] for k, key in enumerate(keys) if bits >> k & 1]
+        found = [self._proposers[key] for k, key in enumerate(keys) if bits >> k & 1]
+        return sorted(found, key=lambda proposer: proposer.number)
 
     def of_draft(self, draft: RoundDraft) -> list[Proposer]:
         return [self._proposers[draft.speculator, name] for name in draft.proposers]
