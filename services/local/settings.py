@@ -90,12 +90,12 @@ def router_flags(settings: MeshSettings, redis_url: str, verifiers: Sequence[str
 
 def speculator_flags(settings: MeshSettings, redis_url: str, drafter: str) -> Flags:
     flags: dict[str, object] = {"drafters": drafter, "redis_url": redis_url, "drain_s": 0}
+    flags["device"] = settings.device
     if drafter == "ssm":
         flags |= {
             "engine": settings.engine,
             "model": settings.draft,
             "dtype": settings.dtype,
-            "device": settings.device,
             # The others leave room for what relays the last step's tokens while it drafts: a draft
             # that has all cores waits for that at every barrier (5.1 ms for 3.9 on two cores).
             "torch_threads": max(1, settings.torch_threads // 2),
