@@ -100,6 +100,7 @@ def router_flags(settings: MeshSettings, verifiers: Sequence[str]) -> Flags:
 def speculator_flags(settings: MeshSettings, drafter: str) -> Flags:
     flags: dict[str, object] = {
         "drafters": drafter,
+        "device": settings.device,
         "otlp_endpoint": settings.otlp_endpoint,
         "drain_s": 0,
     }
@@ -108,7 +109,6 @@ def speculator_flags(settings: MeshSettings, drafter: str) -> Flags:
             "engine": settings.engine,
             "model": settings.draft,
             "dtype": settings.dtype,
-            "device": settings.device,
             # The others leave room for what relays the last step's tokens while it drafts: a draft
             # that has all cores waits for that at every barrier (5.1 ms for 3.9 on two cores).
             "torch_threads": max(1, settings.torch_threads // 2),
