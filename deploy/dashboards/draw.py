@@ -29,7 +29,7 @@ _COLOURS = (
 )  # fmt: skip
 _HEAT = LinearSegmentedColormap.from_list("heat", ("#dbe9fb", "#3274d9", "#0b1f4b"))
 _MAX_LEGEND = 10
-_CHARACTER_PX = 5.8
+_CHARACTER_PX = 5.2
 
 
 def draw(dashboard: Dashboard, recording: Recording, path: Path) -> None:
@@ -103,7 +103,7 @@ def _draw_lines(axes: Axes, panel: Panel, recording: Recording) -> None:
     for place, (name, times, values) in enumerate(_lines(panel, recording)):
         colour = _COLOURS[place % len(_COLOURS)]
         if panel.stack:
-            below = below if below.size == values.size else np.zeros(values.size)
+            below = below if place else np.zeros(values.size)
             values = below + np.nan_to_num(values)
             axes.fill_between(times, below, values, color=colour, alpha=0.45, linewidth=0)
             below = values
@@ -116,11 +116,17 @@ def _draw_lines(axes: Axes, panel: Panel, recording: Recording) -> None:
 
 def _lines(panel: Panel, recording: Recording) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
     """Names, times and values; a query's series by name."""
-    for query in panel.queries:
-        found = recording.answers[query.expr]
-        for series in sorted(found, key=lambda one: _natural(legend(query, one))):
-            if any(math.isfinite(value) for value in series.values):
-                yield legend(query, series), *_points(series, recording)
+    named = [
+        (legend(query, series), series)
+        for query in panel.queries
+        for series in sorted(
+            recording.answers[query.expr], key=lambda one: _natural(legend(query, one))
+        )
+        if any(math.isfinite(value) for value in series.values)
+    ]
+    times, values = _points([series for _, series in named], recording)
+    for (name, _), row in zip(named, values, strict=True):
+        yield name, times, row
 
 
 def _locator(unit: Unit, top: float) -> Locator:
@@ -133,7 +139,7 @@ def _draw_legend(axes: Axes) -> None:
     handles, names = axes.get_legend_handles_labels()
     if len(names) > _MAX_LEGEND:
         handles, names = handles[:_MAX_LEGEND], [*names[: _MAX_LEGEND - 1], "and more"]
-    longest_px = _CHARACTER_PX * (6 + max(map(len, names), default=0))
+    longest_px = _CHARACTER_PX * (5 + max(map(len, names), default=0))
     axes.legend(
         handles,
         names,
@@ -152,11 +158,9 @@ def _draw_legend(axes: Axes) -> None:
 def _draw_heatmap(axes: Axes, panel: Heatmap, recording: Recording) -> None:
     """Rows are buckets, equally high, without the empty ones at both ends."""
     found = sorted(recording.answers[panel.query.expr], key=_bound)
-    columns = [_points(series, recording) for series in found]
-    times = max((times for times, _ in columns), key=len)
-    whole = [values if values.size == times.size else np.zeros(times.size) for _, values in columns]
-    counts = np.diff(np.vstack([np.zeros(times.size), *whole]), axis=0)
-    used = np.flatnonzero(np.nan_to_num(counts).max(axis=1) > 0)
+    times, values = _points(found, recording)
+    counts = np.diff(np.nan_to_num(values), axis=0, prepend=0)
+    used = np.flatnonzero(counts.max(axis=1) > 0)
     rows = slice(used[0], used[-1] + 1) if used.size else slice(0, len(found))
     shown = np.ma.masked_less_equal(counts[rows], 0)
     edges = np.append(times, 2 * times[-1] - times[-2])
@@ -175,8 +179,14 @@ def _bound(series: Series) -> float:
     return float(series.labels["le"])
 
 
-def _points(series: Series, recording: Recording) -> tuple[np.ndarray, np.ndarray]:
-    return np.array(series.times) - recording.start_s, np.array(series.values)
+def _points(found: Sequence[Series], recording: Recording) -> tuple[np.ndarray, np.ndarray]:
+    """Seconds from the start, [points], and values, [series, points], NaN for none."""
+    times = sorted({time for series in found for time in series.times})
+    place = {time: column for column, time in enumerate(times)}
+    values = np.full((len(found), len(times)), np.nan)
+    for row, series in zip(values, found, strict=True):
+        row[[place[time] for time in series.times]] = series.values
+    return np.array(times) - recording.start_s, values
 
 
 def legend(query: Query, series: Series) -> str:
