@@ -7,7 +7,6 @@ from typing import Any, Protocol
 
 import structlog
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from treecast.engine.bridge import TreePass
@@ -15,6 +14,9 @@ from treecast.engine.kv_tensors import LayerShape
 from treecast.engine.linears import pack_linears
 from treecast.engine.llama import LlamaRunner, is_llama_like
 from treecast.errors import ModelError
+from treecast.kernels.fast import FastAttention
+from treecast.kernels.plan import SegmentLayout
+from treecast.kernels.scores import PLAIN, ScoreRule
 
 _NUM_CHECKED = 16
 _TOLERANCE = {torch.bfloat16: 0.1, torch.float32: 1e-3}
@@ -61,7 +63,7 @@ def choose_runner(model: Any, on_cpu: bool, min_rows: int) -> Runner:
     """
     modules = ModuleRunner(model)
     if on_cpu and is_llama_like(model):
-        fused = LlamaRunner(model, min_rows)
+        fused = LlamaRunner(model, min_rows, _record(modules).rules)
         error = relative_error(fused, modules, *_some_text(model))
         if error < _TOLERANCE[next(model.parameters()).dtype]:
             return fused
@@ -103,17 +105,21 @@ class _CausalPass:
     """Attention of one plain text, without a pool."""
 
     def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float,
+        rule: ScoreRule = PLAIN,
     ) -> Tensor:
-        attended = F.scaled_dot_product_attention(
-            query.to(value.dtype),
-            key.to(value.dtype),
-            value,
-            is_causal=True,
-            scale=scaling,
-            enable_gqa=True,
-        )
-        return attended.transpose(1, 2).contiguous()
+        rows = query.shape[2]
+        text = SegmentLayout(0, rows, 0, range(-1, rows - 1), 0, range(rows))
+        kernel = FastAttention([text], value.dtype, value.device)
+        out = value.new_empty((1, rows, query.shape[1], value.shape[-1]))
+        pool = torch.empty_like(key[0], dtype=value.dtype), torch.empty_like(value[0])
+        kernel(query[0], key[0], value[0], *pool, scaling, out[0], rule)
+        return out
 
 
 def layer_shapes(runner: Runner, num_layers: int, device: torch.device) -> list[LayerShape]:
@@ -122,10 +128,7 @@ def layer_shapes(runner: Runner, num_layers: int, device: torch.device) -> list[
     Raises:
         ModelError: some layer has no attention of ours, so its state would be lost.
     """
-    recorder = _ShapePass()
-    rows = torch.arange(2, device=device)
-    with torch.inference_mode():
-        runner(torch.zeros_like(rows), rows, rows, recorder)
+    recorder = _record(runner, device)
     missing = [layer for layer in range(num_layers) if layer not in recorder.shapes]
     if missing:
         raise ModelError(
@@ -135,14 +138,30 @@ def layer_shapes(runner: Runner, num_layers: int, device: torch.device) -> list[
     return [recorder.shapes[layer] for layer in range(num_layers)]
 
 
-class _ShapePass:
-    """A pass that only learns what each layer keeps of a position."""
+def _record(runner: Runner, device: torch.device | None = None) -> _RecordingPass:
+    recorder = _RecordingPass()
+    rows = torch.arange(2, device=device)
+    with torch.inference_mode():
+        runner(torch.zeros_like(rows), rows, rows, recorder)
+    return recorder
+
+
+class _RecordingPass:
+    """A pass that only learns what each layer keeps of a position, and its rule for scores."""
 
     def __init__(self) -> None:
         self.shapes: dict[int, LayerShape] = {}
+        self.rules: dict[int, ScoreRule] = {}
 
     def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float,
+        rule: ScoreRule = PLAIN,
     ) -> Tensor:
         self.shapes[layer] = LayerShape(key.shape[1], key.shape[-1], value.shape[-1])
+        self.rules[layer] = rule
         return value.new_zeros((1, query.shape[2], query.shape[1], value.shape[-1]))

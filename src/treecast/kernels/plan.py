@@ -10,6 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from treecast.kernels.scores import PLAIN, ScoreRule
+
 
 @dataclass(frozen=True, slots=True)
 class SegmentLayout:
@@ -54,6 +56,14 @@ class SegmentLayout:
             seen[row, row] = True
         return seen[count - self.num_rows :]
 
+    def positions(self) -> NDArray[np.int64]:
+        """[slots] position of every slot."""
+        depths: list[int] = []
+        for parent in self.parents:
+            depths.append(0 if parent < 0 else depths[parent] + 1)
+        behind = self.length + np.array(depths, dtype=np.int64)
+        return np.concatenate((np.arange(self.length), behind))
+
     def path_slots(self, row: int) -> list[int]:
         """Slots that uncommitted row `row` sees, by position."""
         rows: list[int] = []
@@ -75,4 +85,5 @@ class LayerAttention(Protocol):
         value_pool: Tensor,  # [KV heads, places, value dim], written to
         scaling: float,
         out: Tensor,  # [rows, query heads, value dim], written to
+        rule: ScoreRule = PLAIN,
     ) -> None: ...
