@@ -104,7 +104,7 @@ REFUSED: Mapping[str, str] = {
     "mamba": "recurrent state",
     "rwkv": "recurrent state",
     "recurrent_gemma": "recurrent state",
-    "bart": "encoder-decoder",
+    "bart": "causal",
     "bert": "causal",
 }
 """Families that cannot be served, and a word of the reason."""

@@ -12,6 +12,7 @@ import grpc
 
 from treecast.engine.base import Engine
 from treecast.engine.openmp import load_on_thread
+from treecast.sampling.grammar import Grammars
 from treecast.sampling.params import Law
 from treecast.v1 import speculator_pb2 as pb
 from treecast.v1 import speculator_pb2_grpc
@@ -22,7 +23,7 @@ from treecast.wire.pair import SPECULATE, Acceptor
 from treecast.wire.server import Server
 
 from .grower import Grower
-from .loading import load_engines, make_drafter, warm_up
+from .loading import load_engines, load_grammars, make_drafter, warm_up
 from .metrics import SpeculatorMetrics
 from .orders import Result
 from .sessions import Sessions
@@ -38,6 +39,7 @@ class Speculator(speculator_pb2_grpc.SpeculatorServiceServicer):
         engines: Sequence[Engine],
         instance_id: str,
         thread: ThreadPoolExecutor,
+        grammars: Grammars | None = None,
     ) -> None:
         self._settings = settings
         self._engines = engines
@@ -53,6 +55,7 @@ class Speculator(speculator_pb2_grpc.SpeculatorServiceServicer):
             settings.max_sessions,
             self.metrics,
             instance_id,
+            grammars,
         )
         self._verifiers = Acceptor(SPECULATE, self._hello, self._heartbeat, self.sessions)
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -134,7 +137,8 @@ async def serve(settings: SpeculatorSettings) -> None:
     """
     instance_id = begin(settings, Role.SPECULATOR)
     thread, engines = load_on_thread(lambda: load_engines(settings))
-    speculator = Speculator(settings, engines, instance_id, thread)
+    grammars = load_grammars(settings, engines)
+    speculator = Speculator(settings, engines, instance_id, thread, grammars)
     server = Server()
     server.add(
         speculator_pb2_grpc.add_SpeculatorServiceServicer_to_server,

@@ -15,6 +15,7 @@ from treecast.engine.base import Engine
 from treecast.engine.curve import measure_curve
 from treecast.engine.openmp import load_on_thread
 from treecast.errors import NotServed, Unavailable
+from treecast.sampling.grammar import Grammars
 from treecast.sampling.params import Law
 from treecast.text.tokenizer import TokenizerFiles
 from treecast.v1 import verifier_pb2 as pb
@@ -67,7 +68,9 @@ class Verifier(verifier_pb2_grpc.VerifierServiceServicer):
             self.metrics,
         )
         self.steps = StepLoop(engine, thread, settings, self.speculation, curve, self.metrics)
-        admission = Admission(engine, self.steps, tokenizer.decoder(), self._check_law)
+        info = engine.info
+        grammars = Grammars.for_model(tokenizer.definition, info.eos_token_ids, info.vocab_size)
+        admission = Admission(engine, self.steps, tokenizer.decoder(), self._check_law, grammars)
         self._routers = Acceptor(SERVE, self._hello, self._heartbeat, admission)
         self._registry = Registry(redis, Role.SPECULATOR, settings.speculators)
         self._speculators = Streams(SPECULATE, self._hello, self._heartbeat, self.speculation)

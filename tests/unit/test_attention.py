@@ -279,7 +279,7 @@ RULES = {
     "a window": ScoreRule(window=50),
     "a window of blocks": ScoreRule(window=128),
     "biases": ScoreRule(bias=_slopes),
-    "sinks": ScoreRule(sinks=torch.tensor([0.5, -1.0, 2.0, 0.0])),
+    "sinks": ScoreRule(sinks=torch.tensor([0.5, -1.0, 6.0, 0.0])),
     "all of them": ScoreRule(0.7, 70, _slopes, torch.tensor([0.5, -1.0, 2.0, 0.0])),
 }
 RULED_SHAPES = ("a lone row", "siblings at the end of a block", "a bush")

@@ -142,7 +142,7 @@ def _scores_only(
         def attn(self: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Any:
             index = self.layer_idx if layer is None else layer
             attended = route.attend(index, query, key, value, scale, ruled)
-            return attended.unflatten(2, (query.shape[1], -1)).transpose(1, 2), None
+            return attended.view(*attended.shape[:2], query.shape[1], -1).transpose(1, 2), None
 
         module._attn = MethodType(attn, module)
 

@@ -83,9 +83,10 @@ class DenseKV:
         rule: ScoreRule,
     ) -> Tensor:
         """Attention by a rule that the library's lacks; padding is on the left, so places tell."""
-        grouped = query.unflatten(1, (keys.shape[1], -1))
+        num_texts, _, num_new, dim = query.shape
+        grouped = query.reshape(num_texts, keys.shape[1], -1, num_new, dim)
         scores = (grouped @ keys[:, :, None].transpose(3, 4)).float() * scaling
-        num_new, end = scores.shape[-2:]
+        end = keys.shape[2]
         offsets = torch.arange(end) - torch.arange(end - num_new, end)[:, None]
         if rule.window is not None:
             mask = mask & (offsets > -rule.window)
