@@ -86,7 +86,7 @@ def measure(
     """Generate, compare and validate; the last `unmasked` seeds again without a mask. Blocks."""
     models, tally = _Models(), Tally()
     for seed in range(generations):
-        progress(f"{seed + 1} of {generations}")
+        progress(f"{seed} of {generations}: {tally.valid} valid, {tally.identical} identical")
         prompt = models.tokenizer.encode(_PROMPT.format(_SUBJECTS[seed % len(_SUBJECTS)])).ids
         sampling = SamplingParams(
             temperature=1.0 if seed % 4 else 0.0, max_tokens=max_tokens, json_schema=SCHEMA
@@ -135,8 +135,10 @@ def main() -> None:
     parser.add_argument("--generations", type=int, default=200)
     parser.add_argument("--unmasked", type=int, default=20, help="control without the mask")
     asked = parser.parse_args()
-    with Console(stderr=True).status("loading") as shown:
-        tally = measure(asked.generations, asked.unmasked, shown.update)
+    console = Console(stderr=True)
+    with console.status("loading") as shown:
+        show = shown.update if console.is_terminal else console.print
+        tally = measure(asked.generations, asked.unmasked, show)
     print(json.dumps(asdict(tally)))
 
 
