@@ -209,6 +209,13 @@ def test_a_constraint_is_refused_where_nothing_can_keep_it() -> None:
     assert matcher_for(None, SamplingParams()) is None
 
 
+def test_there_are_no_grammars_where_the_tokenizer_does_not_fit_the_model() -> None:
+    definition = byte_tokenizer().to_str().encode()
+    assert Grammars.for_model(definition, [EOS], 97) is None
+    assert Grammars.for_model(b"", [EOS], VOCAB) is None
+    assert Grammars.for_model(definition, [], VOCAB) is None
+
+
 @pytest.mark.parametrize("kind", ["json_schema", "regex", "grammar"])
 def test_a_constraint_crosses_the_wire(kind: str) -> None:
     sampling = SamplingParams(**{kind: '{"type": "object"}'})  # type: ignore[arg-type]

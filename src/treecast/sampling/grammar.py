@@ -11,10 +11,13 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
+import structlog
 from numpy.typing import NDArray
 
 from treecast.errors import InvalidRequest, TreecastError
 from treecast.sampling.params import SamplingParams
+
+_log = structlog.get_logger()
 
 _MAX_REASON_CHARACTERS = 400
 _JSON_DEFAULTS = {"whitespace_pattern": r"[ \n\t]{0,16}"}
@@ -84,10 +87,14 @@ class Grammars:
     def for_model(
         cls, definition: bytes, eos_token_ids: Collection[int], vocab_size: int
     ) -> Grammars | None:
-        """The same; None without the library, or for a model without tokenizer or end of output."""
+        """The same; None where it cannot be: no library, no tokenizer, no end of output."""
         if not definition or not eos_token_ids or importlib.util.find_spec("llguidance") is None:
             return None
-        return cls(definition, eos_token_ids, vocab_size)
+        try:
+            return cls(definition, eos_token_ids, vocab_size)
+        except ValueError as error:  # a kind of tokenizer that the library does not read
+            _log.warning("grammars.unavailable", why=str(error)[:_MAX_REASON_CHARACTERS])
+            return None
 
     def matcher(self, sampling: SamplingParams) -> Matcher:
         """A matcher at the beginning of a constrained request's output.
