@@ -18,6 +18,7 @@ from treecast.drafting.suffix import SuffixDrafter
 from treecast.engine.base import Engine, ModelInfo
 from treecast.engine.curve import measure_curve
 from treecast.errors import InvalidRequest, ModelError, SettingsError
+from treecast.sampling.grammar import Grammars
 from treecast.sampling.params import SamplingParams
 
 from .metrics import SpeculatorMetrics
@@ -43,6 +44,23 @@ def load_engines(settings: SpeculatorSettings) -> list[Engine]:
     return engines
 
 
+def load_grammars(settings: SpeculatorSettings, engines: Sequence[Engine]) -> Grammars | None:
+    """What masks drafts of constrained requests; None where no draft model has a tokenizer."""
+    models = [spec.model for spec in settings.specs if spec.kind == "ssm"]
+    if settings.engine == "toy" or not engines or not engines[0].info.tokenizer_hash:
+        return None
+    info = engines[0].info
+    definition = (_folder(settings, models[0]) / "tokenizer.json").read_bytes()
+    return Grammars.for_model(definition, info.eos_token_ids, info.vocab_size)
+
+
+def _folder(settings: SpeculatorSettings, model: str) -> Path:
+    from treecast.checkpoints import ensure_default_draft
+
+    model = model or settings.model
+    return ensure_default_draft() if model == "default" else Path(model)
+
+
 def check_tokenizers(names: Sequence[str], models: Sequence[ModelInfo]) -> None:
     """Draft models of one pod speak of the same tokens: it says one hello for all of them.
 
@@ -62,11 +80,9 @@ def _load(settings: SpeculatorSettings, model: str) -> Engine:
         from treecast.engine.toy import ToyEngine
 
         return ToyEngine(pool_tokens=settings.pool_tokens, step_s=settings.toy_step_s)
-    from treecast.checkpoints import ensure_default_draft
     from treecast.engine.hf import HFEngine
 
-    model = model or settings.model
-    folder = ensure_default_draft() if model == "default" else Path(model)
+    folder = _folder(settings, model)
     log.info("model.loading", folder=str(folder), dtype=settings.dtype)
     engine = HFEngine.load(
         folder,

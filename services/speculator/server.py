@@ -12,6 +12,7 @@ import grpc
 
 from treecast.engine.base import Engine
 from treecast.engine.openmp import load_on_thread
+from treecast.sampling.grammar import Grammars
 from treecast.sampling.params import Law
 from treecast.telemetry.process import ProcessCollector
 from treecast.telemetry.traces import open_tracing
@@ -25,7 +26,7 @@ from treecast.wire.server import Server
 from treecast.wire.tls import tls_of
 
 from .grower import Grower
-from .loading import load_engines, make_drafter, warm_up
+from .loading import load_engines, load_grammars, make_drafter, warm_up
 from .metrics import SpeculatorMetrics
 from .orders import Result
 from .sessions import Sessions
@@ -41,6 +42,7 @@ class Speculator(speculator_pb2_grpc.SpeculatorServiceServicer):
         engines: Sequence[Engine],
         instance_id: str,
         thread: ThreadPoolExecutor,
+        grammars: Grammars | None = None,
     ) -> None:
         self._settings = settings
         self._engines = engines
@@ -59,6 +61,7 @@ class Speculator(speculator_pb2_grpc.SpeculatorServiceServicer):
             self.metrics,
             instance_id,
             self.tracing,
+            grammars,
         )
         self._verifiers = Acceptor(SPECULATE, self._hello, self._heartbeat, self.sessions)
         self.metrics.registry.register(
@@ -159,7 +162,8 @@ async def serve(settings: SpeculatorSettings) -> None:
     """
     instance_id = begin(settings, Role.SPECULATOR)
     thread, engines = load_on_thread(lambda: load_engines(settings))
-    speculator = Speculator(settings, engines, instance_id, thread)
+    grammars = load_grammars(settings, engines)
+    speculator = Speculator(settings, engines, instance_id, thread, grammars)
     server = server_of(speculator)
     thread.submit(speculator.warm_up).result()
     speculator.start()

@@ -12,6 +12,7 @@ import structlog
 
 from treecast.drafting.base import DraftRequest
 from treecast.errors import Overloaded, TreecastError
+from treecast.sampling.grammar import Grammars, draft_matcher
 from treecast.sampling.noise import derived_key
 from treecast.telemetry.traces import NoTracing, Tracing, is_told
 from treecast.wire.frames import (
@@ -78,6 +79,7 @@ class Sessions:
         capacity: sessions that one stream may attach.
         max_sessions: sessions of all streams together.
         instance_id: our own; no two processes draw alike.
+        grammars: of the drafts' tokenizer, so that nothing masked is proposed; None drafts freely.
     """
 
     submit: Callable[[Sequence[Order]], None]
@@ -86,6 +88,7 @@ class Sessions:
     metrics: SpeculatorMetrics
     instance_id: str
     tracing: Tracing = field(default_factory=NoTracing)
+    grammars: Grammars | None = None
     draining: bool = False
     _streams: dict[VerifierLink, dict[int, Session]] = field(default_factory=dict)
     _routes: dict[int, Route] = field(default_factory=dict)
@@ -146,6 +149,7 @@ class Sessions:
             attach.noise_key,
             attach.speculation,
             derived_key(attach.noise_key, self.instance_id),
+            draft_matcher(self.grammars, attach.sampling),
         )
         self._order(Open(session.number, request, attach.node_budget, attach.tokens_per_s))
 

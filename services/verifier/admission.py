@@ -10,6 +10,7 @@ import structlog
 
 from treecast.engine.base import Engine
 from treecast.errors import InvalidRequest, PromptTooLong, TreecastError
+from treecast.sampling.grammar import Grammars, matcher_for
 from treecast.sampling.laws import acceptance_rule
 from treecast.sampling.params import Law
 from treecast.sampling.pick import Picker
@@ -49,12 +50,14 @@ class Admission:
         decode: Decode | None,
         check_law: Callable[[Law], None],
         tracing: Tracing,
+        grammars: Grammars | None = None,
     ) -> None:
         self._engine = engine
         self._steps = steps
         self._decode = decode
         self._check_law = check_law
         self._tracing = tracing
+        self._grammars = grammars
         self._handles = itertools.count(1)
         self._requests: dict[RouterLink, dict[int, Request]] = {}
 
@@ -119,6 +122,7 @@ class Admission:
         self._check_law(start.speculation.law)
         sampling.check_vocabulary(info.vocab_size)
         prompt = fit_prompt(start, info.context_tokens, info.vocab_size)
+        grammar = matcher_for(self._grammars, sampling)
         deadline = None
         if start.deadline_ms is not None:
             deadline = time.monotonic() + start.deadline_ms / 1000
@@ -129,7 +133,7 @@ class Admission:
             tokens=[*prompt, *start.committed],
             prompt_len=len(prompt),
             law=acceptance_rule(start.speculation.law),
-            picker=Picker(sampling, start.noise_key, Context(prompt, start.committed)),
+            picker=Picker(sampling, start.noise_key, Context(prompt, start.committed, grammar)),
             stops=StopRules(info.eos_token_ids, sampling, self._decode),
             deadline=deadline,
         )

@@ -16,6 +16,7 @@ from treecast.engine.curve import measure_curve
 from treecast.engine.openmp import load_on_thread
 from treecast.engine.sharding.shape import Place
 from treecast.errors import NotServed, Unavailable
+from treecast.sampling.grammar import Grammars
 from treecast.sampling.params import Law
 from treecast.telemetry.process import ProcessCollector
 from treecast.telemetry.traces import open_tracing
@@ -80,8 +81,10 @@ class Verifier(verifier_pb2_grpc.VerifierServiceServicer):
         self.steps = StepLoop(
             engine, thread, settings, self.speculation, curve, self.metrics, self._tracing
         )
+        info = engine.info
+        grammars = Grammars.for_model(tokenizer.definition, info.eos_token_ids, info.vocab_size)
         admission = Admission(
-            engine, self.steps, tokenizer.decoder(), self._check_law, self._tracing
+            engine, self.steps, tokenizer.decoder(), self._check_law, self._tracing, grammars
         )
         self._routers = Acceptor(SERVE, self._hello, self._heartbeat, admission)
         self._registry = Registry(redis, Role.SPECULATOR, settings.speculators)

@@ -67,7 +67,7 @@ def unpack_gguf(gguf: Path, out: Path, report: ProgressFn) -> None:
     """
     import torch
     import transformers
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     report(f"unpacking {gguf.name}")
     # Releases that can compute on packed blocks have to be told to unpack them.
@@ -79,10 +79,10 @@ def unpack_gguf(gguf: Path, out: Path, report: ProgressFn) -> None:
     settings = source.config.to_dict()
     for key in ("quantization_config", "_name_or_path", "_model_name_or_path", "architectures"):
         settings.pop(key, None)
-    model: Any = LlamaForCausalLM(LlamaConfig(**settings)).to(torch.bfloat16)
+    model: Any = type(source)(type(source.config)(**settings)).to(torch.bfloat16)
     model.load_state_dict(source.state_dict())
     report("writing bfloat16 safetensors")
     model.save_pretrained(out)
     tokenizer: Any = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    tokenizer.model_max_length = DEFAULT_CONTEXT
+    tokenizer.model_max_length = min(DEFAULT_CONTEXT, model.config.max_position_embeddings)
     tokenizer.save_pretrained(out)

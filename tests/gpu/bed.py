@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from treecast.kernels.oracle import OracleAttention
-from treecast.kernels.plan import PLAIN, LayerAttention, ScoreRule, SegmentLayout
+from treecast.kernels.plan import LayerAttention, SegmentLayout
+from treecast.kernels.scores import PLAIN, ScoreRule
 from treecast.kernels.tables import PAGE
 
 

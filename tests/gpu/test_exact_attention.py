@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from treecast.kernels.plan import PLAIN, ScoreRule
+from treecast.kernels.scores import PLAIN, ScoreRule
 from treecast.kernels.triton_exact import TritonExactAttention
 from treecast.kernels.triton_fast import TritonFastAttention
 

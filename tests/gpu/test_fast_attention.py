@@ -7,7 +7,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from treecast.kernels.plan import PLAIN, ScoreRule, SegmentLayout
+from treecast.kernels.plan import SegmentLayout
+from treecast.kernels.scores import PLAIN, ScoreRule
 from treecast.kernels.triton_fast import TritonFastAttention
 
 from .bed import TOLERANCE, Heads, Pass, Text, chain, layouts_of, random_tree, relative_error

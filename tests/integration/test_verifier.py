@@ -654,6 +654,12 @@ BAD = [
         "token id in logit_bias is 300; allowed: below the vocabulary size 97",
     ),
     (
+        {"prompt": [1], "sampling": SamplingParams(regex="a+")},
+        InvalidRequest,
+        "regex cannot be kept here: it needs the package llguidance, and a model with a tokenizer "
+        "and an end-of-sequence token",
+    ),
+    (
         {"prompt": [1], "speculation": SpeculationParams.of(Law.MSS)},
         NotServed,
         "law mss is not served; this verifier has replay",

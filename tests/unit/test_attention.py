@@ -17,6 +17,7 @@ from treecast.kernels.fast import FastAttention
 from treecast.kernels.grouping import BLOCK, MAX_TAIL, group_rows, leading_blocks
 from treecast.kernels.oracle import OracleAttention
 from treecast.kernels.plan import LayerAttention, SegmentLayout
+from treecast.kernels.scores import PLAIN, ScoreRule
 
 HEADS, KV_HEADS, DIM = 4, 2, 32
 PLACES = 5120
@@ -89,14 +90,14 @@ def kernel_of(numerics: str, layouts: Sequence[SegmentLayout]) -> LayerAttention
 
 
 def attend(
-    numerics: str, layout: SegmentLayout, text: Text, rows: Text
+    numerics: str, layout: SegmentLayout, text: Text, rows: Text, rule: ScoreRule = PLAIN
 ) -> Tensor:  # [rows, query heads, dim]
     """One layer's attention: `text` fills the slots that are there, `rows` are the new ones."""
     columns = NORM_COLUMNS if numerics == "exact" else 0
     keys, values = text.pool(layout.places[: layout.first_new_slot], columns)
     out = torch.full((layout.num_rows, HEADS, DIM), torch.nan)
     kernel = kernel_of(numerics, [layout])
-    kernel(rows.query, rows.key, rows.value, keys, values, SCALING, out)
+    kernel(rows.query, rows.key, rows.value, keys, values, SCALING, out, rule)
     return out
 
 
@@ -182,12 +183,14 @@ def test_rows_join_a_tree_that_is_there(numerics: str) -> None:
 # --- bits -------------------------------------------------------------------------------------
 
 
-def alone(text: Text, position: int) -> Tensor:
+def alone(text: Text, position: int, rule: ScoreRule = PLAIN) -> Tensor:
     """[1, query heads, dim] a position computed with nothing beside it."""
-    return attend("exact", layout_of(position, [-1]), text, text.rows([position]))
+    return attend("exact", layout_of(position, [-1]), text, text.rows([position]), rule)
 
 
-def differing_positions(text: Text, layout: SegmentLayout, path: Sequence[int]) -> list[int]:
+def differing_positions(
+    text: Text, layout: SegmentLayout, path: Sequence[int], rule: ScoreRule = PLAIN
+) -> list[int]:
     """The text's next positions, put at rows `path` of a tree: those whose bits are not theirs."""
     begin = layout.length
     rows = Text.random(len(layout.parents), seed=2)
@@ -198,11 +201,11 @@ def differing_positions(text: Text, layout: SegmentLayout, path: Sequence[int]) 
             (rows.value, text.value),
         ):
             part[:, row] = whole[:, begin + i]
-    found = attend("exact", layout, text, rows)
+    found = attend("exact", layout, text, rows, rule)
     return [
         begin + i
         for i, row in enumerate(path)
-        if not torch.equal(found[row], alone(text, begin + i)[0])
+        if not torch.equal(found[row], alone(text, begin + i, rule)[0])
     ]
 
 
@@ -261,6 +264,64 @@ def test_bits_differ_when_a_key_of_the_path_is_another() -> None:
     text = Text.random(180 + len(path))
     assert differing_positions(text, layout_of(180, parents), path) == []
     assert differing_positions(text, layout_of(180, parents), [*path[:-2], path[-1], path[-2]])
+
+
+# --- rules for scores -------------------------------------------------------------------------
+
+
+def _slopes(positions: Tensor) -> Tensor:
+    return torch.tensor([0.5, 0.25, 0.125, 0.3])[:, None] * positions
+
+
+RULES = {
+    "a cap": ScoreRule(softcap=0.7),
+    "a window of one": ScoreRule(window=1),
+    "a window": ScoreRule(window=50),
+    "a window of blocks": ScoreRule(window=128),
+    "biases": ScoreRule(bias=_slopes),
+    "sinks": ScoreRule(sinks=torch.tensor([0.5, -1.0, 6.0, 0.0])),
+    "all of them": ScoreRule(0.7, 70, _slopes, torch.tensor([0.5, -1.0, 2.0, 0.0])),
+}
+RULED_SHAPES = ("a lone row", "siblings at the end of a block", "a bush")
+
+
+@pytest.mark.parametrize("numerics", ["exact", "fast"])
+@pytest.mark.parametrize("rule", RULES)
+def test_ruled_attention_is_what_the_definition_says(numerics: str, rule: str) -> None:
+    for shape in RULED_SHAPES:
+        length, parents = SHAPES[shape]
+        layout, text = layout_of(length, parents), Text.random(length)
+        rows = Text.random(len(parents), seed=1)
+        expected = attend("oracle", layout, text, rows, RULES[rule])
+        for laid in (layout, scattered(layout)):
+            found = attend(numerics, laid, text, rows, RULES[rule])
+            torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_rules_change_what_comes_out(rule: str) -> None:
+    """The negative control of the comparison above."""
+    length, parents = SHAPES["a bush"]
+    layout, text = layout_of(length, parents), Text.random(length)
+    rows = Text.random(len(parents), seed=1)
+    plain, ruled = (attend("oracle", layout, text, rows, r) for r in (PLAIN, RULES[rule]))
+    assert (plain - ruled).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_bits_of_a_path_do_not_depend_on_the_tree_under_a_rule(rule: str) -> None:
+    length, parents = SHAPES["two chains" if rule == "all of them" else "a bush"]
+    deepest = max(range(len(parents)), key=lambda row: len(path_to(row, parents)))
+    path = path_to(deepest, parents)
+    text = Text.random(length + len(path))
+    assert differing_positions(text, layout_of(length, parents), path, RULES[rule]) == []
+
+
+def test_blocks_before_the_window_are_left_out() -> None:
+    (group,) = group_rows(layout_of(1000, [-1, 0]))
+    narrow = group.within(100)
+    assert (narrow.slots[0], narrow.positions[0]) == (896, 896)
+    assert narrow.visible.sum(1).tolist() == [100, 100]
 
 
 # --- groups -----------------------------------------------------------------------------------

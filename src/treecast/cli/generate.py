@@ -48,6 +48,19 @@ def generate(
     law: options.LawName = "replay",
     proposal: options.ProposalName = None,
     growth: options.Growth = "",
+    json_schema: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True, dir_okay=False, metavar="FILE", help="The output is JSON of this schema."
+        ),
+    ] = None,
+    regex: Annotated[str, typer.Option(help="The whole output matches it.")] = "",
+    grammar: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True, dir_okay=False, metavar="FILE", help="The output follows it (Lark)."
+        ),
+    ] = None,
     session: options.Session = None,
     priority: Annotated[int, typer.Option(help="-10..10; higher goes first.")] = 0,
     timeout: options.Timeout = None,
@@ -71,6 +84,8 @@ def generate(
 
         treecast generate "Tell a story." --max-nodes 0   # plain decoding
 
+        treecast generate "Describe a cat as JSON." --json-schema cat.schema.json
+
     With --json, each chunk is a line {"event": "chunk", "sample_index", "text", "token_ids",
     "logprobs"}, and the last line is {"event": "result", ...} with usage, seed and timing.
     """
@@ -89,6 +104,9 @@ def generate(
         stop=tuple(stop or ()),
         ignore_eos=ignore_eos,
         logprobs=logprobs,
+        json_schema=json_schema.read_text() if json_schema else "",
+        regex=regex,
+        grammar=grammar.read_text() if grammar else "",
     )
     asked = read_prompt(prompt, file, raw, token_ids, system)
     with Client(router, api_key=api_key) as client:

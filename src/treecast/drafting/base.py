@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+from treecast.sampling.grammar import Matcher
 from treecast.sampling.params import SamplingParams, SpeculationParams
 from treecast.tree import TokenTree
 
@@ -18,6 +19,7 @@ class DraftRequest:
         tokens: all committed text, prompt first.
         prompt_len: how many of them are the prompt.
         noise_key: the target's own noise key, for coupled proposals.
+        grammar: at the output's beginning, where one is to be kept; drafters copy it.
         draft_key: of the drafter's own draws; no two drafters of a session share one.
     """
 
@@ -27,6 +29,7 @@ class DraftRequest:
     noise_key: int
     speculation: SpeculationParams = SpeculationParams()  # noqa: RUF009  frozen
     draft_key: int = 0
+    grammar: Matcher | None = None
 
 
 class Drafter(Protocol):

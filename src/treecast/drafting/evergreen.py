@@ -113,22 +113,24 @@ class Evergreen:
             return
         if count > 1:
             engine.commit(self.sequence, range(count - 1), keep=[count - 1])
-        self._expand(logits, [0], [0])
+        self._expand(logits, [()], [0])
 
-    def take_nodes(self, nodes: Segment, logits: LogitRows, depths: Sequence[int]) -> None:
-        """Take in nodes that were computed below others."""
+    def take_nodes(self, nodes: Segment, logits: LogitRows, paths: Sequence[Sequence[int]]) -> None:
+        """Take in nodes that were computed below others; `paths` are their tokens from the root."""
         branches: list[int] = []
         children = zip(nodes.tokens, nodes.parents, strict=True)
         for row, (token, parent) in enumerate(children, start=len(self.expansions)):
             self.expansions[parent].computed[token] = row
             branches.append(crc32(token.to_bytes(4, "little"), self.expansions[parent].branch))
-        self._expand(logits, depths, branches)
+        self._expand(logits, paths, branches)
 
-    def _expand(self, logits: LogitRows, depths: Sequence[int], branches: Sequence[int]) -> None:
+    def _expand(
+        self, logits: LogitRows, paths: Sequence[Sequence[int]], branches: Sequence[int]
+    ) -> None:
         num_children = max(self.growth.num_children, self.ahead.num_children)
-        for row, (depth, branch) in enumerate(zip(depths, branches, strict=True)):
-            place = DraftPosition(len(self.tokens) + depth, branch)
-            found = propose(logits[row], self.context, place, self.request, num_children)
+        for row, (path, branch) in enumerate(zip(paths, branches, strict=True)):
+            place = DraftPosition(len(self.tokens) + len(path), branch)
+            found = propose(logits[row], self.context, place, self.request, num_children, path)
             self.expansions.append(
                 Expansion(found.tokens, found.confidence, draws=found.draws, branch=branch)
             )

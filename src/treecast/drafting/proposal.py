@@ -56,12 +56,18 @@ def propose(
     place: DraftPosition,
     request: DraftRequest,
     num_children: int,
+    path: Sequence[int] = (),
 ) -> Children:
     """Children by the request's proposal; no more than `num_children` draws.
 
     Only the committed text counts for penalties. The path's own tokens are left out: they would
-    cost a copy per node and hardly move what the target accepts.
+    cost a copy per node and hardly move what the target accepts. A grammar follows the path.
     """
+    masked = context.masked(logits, path)
+    if masked.max() > -np.inf:
+        logits = masked
+    elif request.speculation.law is not Law.MSS:  # which needs draws, if only from the unmasked
+        return Children([], [])
     sampling, proposal = request.sampling, request.speculation.proposal
     match proposal:
         case Proposal.COUPLED:

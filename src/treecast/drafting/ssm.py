@@ -90,7 +90,9 @@ class SSMDrafter:
             sequence=self._engine.allocate(longest + self._max_rows),
             tokens=list(request.tokens),
             context=Context(
-                request.tokens[: request.prompt_len], request.tokens[request.prompt_len :]
+                request.tokens[: request.prompt_len],
+                request.tokens[request.prompt_len :],
+                request.grammar and request.grammar.copy(),
             ),
             request=request,
             growth=growth,
@@ -279,5 +281,5 @@ class SSMDrafter:
         for (handle, frontier), segment, logits in zip(
             frontiers.items(), segments, rows, strict=True
         ):
-            depths = [selections[handle].tree.depths[node] for node in frontier]
-            self._sessions[handle].take_nodes(segment, logits, depths)
+            paths = [selections[handle].tree.sequence(node) for node in frontier]
+            self._sessions[handle].take_nodes(segment, logits, paths)

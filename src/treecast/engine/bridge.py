@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from treecast.engine.kv_tensors import KVTensors
 from treecast.errors import ModelError
 from treecast.kernels.plan import LayerAttention
+from treecast.kernels.scores import PLAIN, ScoreRule
 
 IMPLEMENTATION = "treecast"
 """Name of our attention in transformers' registry."""
@@ -24,6 +25,7 @@ class TreePass(Protocol):
         key: Tensor,  # [1, KV heads, rows, head dim]
         value: Tensor,  # [1, KV heads, rows, value dim]
         scaling: float,
+        rule: ScoreRule = PLAIN,
     ) -> Tensor:  # [1, rows, query heads, value dim]
         ...
 
@@ -38,17 +40,23 @@ class KernelPass:
         self._num_rows = num_rows
 
     def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float,
+        rule: ScoreRule = PLAIN,
     ) -> Tensor:
         rows, heads = query.shape[2], query.shape[1]
         out = value.new_empty((1, rows, heads, value.shape[-1]))
         out[0, self._num_rows :] = 0
         keys, values = self._tensors.layer(layer)
-        self._kernel(query[0], key[0], value[0], keys, values, scaling, out[0])
+        self._kernel(query[0], key[0], value[0], keys, values, scaling, out[0], rule)
         return out
 
 
-_UNSUPPORTED = ("softcap", "s_aux", "position_bias", "alibi", "head_mask")
+_UNSUPPORTED = ("position_bias", "alibi", "head_mask", "indices", "block_indices")
 
 
 def attend(
@@ -60,6 +68,9 @@ def attend(
     scaling: float | None = None,
     *,
     tree: TreePass | None = None,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    s_aux: Tensor | None = None,  # [query heads], attention sinks
     **features: Any,  # whatever else a model's modelling code passes on
 ) -> tuple[Tensor, None]:
     """Attention as transformers calls it.
@@ -67,14 +78,21 @@ def attend(
     Raises:
         ModelError: the model wants something that this attention does not do.
     """
+    name = type(module).__name__
     if tree is None:
-        raise ModelError(f"{type(module).__name__} does not hand unknown arguments to attention")
+        raise ModelError(f"{name} does not hand unknown arguments to attention")
+    if not getattr(module, "is_causal", True) or features.get("is_causal") is False:
+        raise ModelError(f"{name} looks at later positions; a served model must be causal")
     for feature in _UNSUPPORTED:
         if features.get(feature) is not None:
-            raise ModelError(f"{type(module).__name__} uses {feature}, which is not supported")
+            raise ModelError(f"{name} uses {feature}, which is not supported")
     layer: Any = module.layer_idx
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return tree.attend(layer, query, key, value, scale), None
+    if softcap is None and sliding_window is None and s_aux is None:
+        return tree.attend(layer, query, key, value, scale), None
+    sinks = None if s_aux is None else s_aux.detach().float()
+    rule = ScoreRule(softcap=softcap, window=sliding_window, sinks=sinks)
+    return tree.attend(layer, query, key, value, scale, rule), None
 
 
 def register() -> None:

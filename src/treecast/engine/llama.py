@@ -6,7 +6,7 @@ by the modules that a model has, not by its name, and taken only if it then comp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from treecast.engine.bridge import TreePass
 from treecast.engine.linears import RowLayers, replace_linears
 from treecast.engine.sharding.layers import RowLinear
+from treecast.kernels.scores import PLAIN, ScoreRule
+
+NO_RULES: Mapping[int, ScoreRule] = {}
 
 _MODEL = {"model", "lm_head"}
 _DECODER = {"embed_tokens", "layers", "norm", "rotary_emb"}
@@ -95,17 +98,22 @@ class LlamaRunner:
     rounds them. Queries are turned alike, so scores are those of the modules.
     """
 
-    def __init__(self, model: Any, layers: RowLayers) -> None:
+    def __init__(
+        self, model: Any, layers: RowLayers, rules: Mapping[int, ScoreRule] = NO_RULES
+    ) -> None:
         """Take over the weights of a model for which `is_llama_like` holds.
 
         Args:
             model: may be dropped; of a head that is more than a linear layer, those are replaced.
             layers: what linear layers and norms are computed with.
+            rules: what layers do to their scores, as its modules told; plain where none is named.
         """
         decoder = model.model
         self._embedding = decoder.embed_tokens
         self._rotary = decoder.rotary_emb
-        self._layers = [_Layer(layer, i, layers) for i, layer in enumerate(decoder.layers)]
+        self._layers = [
+            _Layer(layer, i, layers, rules.get(i, PLAIN)) for i, layer in enumerate(decoder.layers)
+        ]
         self._norm = _Norm(decoder.norm, layers)
         self._head = _stand_in(model.lm_head, layers)
 
@@ -126,10 +134,11 @@ class LlamaRunner:
 
 
 class _Layer:
-    def __init__(self, layer: Any, index: int, layers: RowLayers) -> None:
+    def __init__(self, layer: Any, index: int, layers: RowLayers, rule: ScoreRule) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         dim = attention.head_dim
         self._index, self._head_dim, self._scaling = index, dim, attention.scaling
+        self._rule = rule
         self._heads = attention.q_proj.out_features // dim
         self._kv_heads = attention.k_proj.out_features // dim
         where = attention.q_proj.weight.device
@@ -162,7 +171,8 @@ class _Layer:
         turned = torch.view_as_real(pairs * rotation).flatten(2).transpose(0, 1)[None]
         query, key = turned[:, : self._heads], turned[:, self._heads :]
         value = qkv[:, turning:].transpose(0, 1)[None]
-        return tree.attend(self._index, query, key, value, self._scaling).view(rows, -1)
+        attended = tree.attend(self._index, query, key, value, self._scaling, self._rule)
+        return attended.view(rows, -1)
 
 
 class _Norm:

@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
-import structlog
 import torch
 from torch import nn
 
 from treecast import checkpoints
-from treecast.engine import bridge
+from treecast.engine import adapters, bridge
 from treecast.engine.base import ModelInfo
 from treecast.engine.cut_head import cut_head
 from treecast.engine.linears import (
@@ -35,10 +34,11 @@ DTYPES: dict[str, torch.dtype] = {"bfloat16": torch.bfloat16, "float32": torch.f
 NUMERICS = ("exact", "fast", "oracle")
 Kernels = Literal["auto", "torch", "triton"]
 
-_COMPUTATION = 2
+_COMPUTATION = 3
 """Raised whenever our own kernels or runners come to give other bits."""
 
-_log = structlog.get_logger()
+_BLOOM_CONTEXT = 2048
+"""Its biases have no end, and its config tells none; so it was trained."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,16 +135,18 @@ def load_model(path: Path, options: LoadOptions) -> nn.Module:
         torch.set_num_threads(options.threads)
     bridge.register()
     try:
+        config = transformers.AutoConfig.from_pretrained(path)
+        refuse_unservable(config)
         with _share(options.group) as share:
             model: Any = transformers.AutoModelForCausalLM.from_pretrained(
                 path,
                 dtype=DTYPES[options.dtype],
-                attn_implementation=bridge.IMPLEMENTATION,
+                attn_implementation=adapters.implementation(config.model_type),
                 **share,
             )
     except (OSError, ValueError) as error:
         raise ModelError(f"model folder {path} cannot be loaded: {error}") from error
-    _refuse_unsupported(model.config.get_text_config())
+    adapters.adapt(model)
     cut_head(model)
     loaded: nn.Module = model.eval().to(options.device)
     return loaded
@@ -226,34 +228,38 @@ def _processor() -> str:
     return f"{platform.machine()} {facts.get('vendor_id', '')} {capability} {' '.join(vector)}"
 
 
-def _refuse_unsupported(config: Any) -> None:
-    softcap = getattr(config, "attn_logit_softcapping", None)
-    if softcap is not None:
+def refuse_unservable(config: Any) -> None:
+    """Refuse, before any weight is read, a model whose state is no positions in a KV pool.
+
+    Raises:
+        ModelError: the reason.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    kind = f"model type {config.model_type}"
+    if config.is_encoder_decoder:
+        raise ModelError(f"{kind} is an encoder-decoder; only causal language models are served")
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ModelError(f"{kind} has no causal language model in transformers")
+    if getattr(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], "_is_stateful", False):
         raise ModelError(
-            f"model type {config.model_type} caps attention logits at {softcap}, "
-            "which is not supported"
+            f"{kind} keeps a recurrent state, which branches of a tree cannot share; "
+            "only attention over keys and values is served"
         )
+    kinds = getattr(config.get_text_config(), "layer_types", None) or ()
+    unknown = sorted(set(kinds) - {"full_attention", "sliding_attention"})
+    if unknown:
+        raise ModelError(f"{kind} has layers of type {unknown[0]}; full and sliding are served")
 
 
 def _context_tokens(config: Any) -> int:
-    """The model's context; of a model with a sliding window, the part where it hides nothing."""
-    context = getattr(config, "max_position_embeddings", None)
-    if context is None:
-        raise ModelError(f"model type {config.model_type} has no max_position_embeddings")
-    window = _sliding_window(config)
-    if window is not None and window < context:
-        _log.warning("context.cut", context_tokens=context, sliding_window=window)
-        return window
-    return int(context)
-
-
-def _sliding_window(config: Any) -> int | None:
-    window = getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None)
-    slides = getattr(config, "use_sliding_window", True)
-    if kinds is not None:
-        slides = any(kind != "full_attention" for kind in kinds)
-    return int(window) if window is not None and slides else None
+    """Positions that the model was made for."""
+    for name in ("max_position_embeddings", "max_seq_len", "seq_length"):
+        if (context := getattr(config, name, None)) is not None:
+            return int(context)
+    if config.model_type == "bloom":
+        return _BLOOM_CONTEXT
+    raise ModelError(f"model type {config.model_type} has no max_position_embeddings")
 
 
 def _eos_token_ids(model: Any) -> frozenset[int]:

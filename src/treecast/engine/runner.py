@@ -8,7 +8,6 @@ from typing import Any, Protocol
 
 import structlog
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from treecast.engine.bridge import TreePass
@@ -16,6 +15,9 @@ from treecast.engine.kv_tensors import LayerShape
 from treecast.engine.linears import RowLayers, replace_linears
 from treecast.engine.llama import LlamaRunner, is_llama_like
 from treecast.errors import ModelError
+from treecast.kernels.fast import FastAttention
+from treecast.kernels.plan import SegmentLayout
+from treecast.kernels.scores import PLAIN, ScoreRule
 
 _NUM_CHECKED = 16
 _TOLERANCE = {torch.bfloat16: 0.1, torch.float32: 1e-3}
@@ -59,7 +61,8 @@ def choose_runner(model: Any, layers: RowLayers) -> Runner:
     """
     modules = ModuleRunner(model)
     if is_llama_like(model, layers):
-        fused = LlamaRunner(model, layers)
+        device = next(model.parameters()).device
+        fused = LlamaRunner(model, layers, _record(modules, device).rules)
         error = relative_error(fused, modules, *_some_text(model))
         if error < _TOLERANCE[next(model.parameters()).dtype]:
             return fused
@@ -100,17 +103,21 @@ class _CausalPass:
     """Attention of one plain text, without a pool."""
 
     def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float,
+        rule: ScoreRule = PLAIN,
     ) -> Tensor:
-        attended = F.scaled_dot_product_attention(
-            query.to(value.dtype),
-            key.to(value.dtype),
-            value,
-            is_causal=True,
-            scale=scaling,
-            enable_gqa=True,
-        )
-        return attended.transpose(1, 2).contiguous()
+        rows = query.shape[2]
+        text = SegmentLayout(0, rows, 0, range(-1, rows - 1), 0, range(rows))
+        kernel = FastAttention([text], value.dtype, value.device)
+        out = value.new_empty((1, rows, query.shape[1], value.shape[-1]))
+        pool = torch.empty_like(key[0], dtype=value.dtype), torch.empty_like(value[0])
+        kernel(query[0], key[0], value[0], *pool, scaling, out[0], rule)
+        return out
 
 
 def layer_shapes(runner: Runner, layers: range, device: torch.device) -> list[LayerShape]:
@@ -125,10 +132,7 @@ def layer_shapes(runner: Runner, layers: range, device: torch.device) -> list[La
     Raises:
         ModelError: some layer has no attention of ours, so its state would be lost.
     """
-    recorder = _ShapePass()
-    rows = torch.arange(2, device=device)
-    with torch.inference_mode():
-        runner(torch.zeros_like(rows), rows, rows, recorder)
+    recorder = _record(runner, device)
     missing = [layer for layer in layers if layer not in recorder.shapes]
     if missing:
         raise ModelError(
@@ -139,15 +143,31 @@ def layer_shapes(runner: Runner, layers: range, device: torch.device) -> list[La
     return [recorder.shapes.get(layer, nothing) for layer in range(layers.stop)]
 
 
-class _ShapePass:
-    """A pass that only learns what each layer keeps of a position."""
+def _record(runner: Runner, device: torch.device | None = None) -> _RecordingPass:
+    recorder = _RecordingPass()
+    rows = torch.arange(2, device=device)
+    with torch.inference_mode():
+        runner(torch.zeros_like(rows), rows, rows, recorder)
+    return recorder
+
+
+class _RecordingPass:
+    """A pass that only learns what each layer keeps of a position, and its rule for scores."""
 
     def __init__(self) -> None:
         self.shapes: dict[int, LayerShape] = {}
+        self.rules: dict[int, ScoreRule] = {}
 
     def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float,
+        rule: ScoreRule = PLAIN,
     ) -> Tensor:
         heads, kv_heads = query.shape[1], key.shape[1]
         self.shapes[layer] = LayerShape(kv_heads, key.shape[-1], value.shape[-1], heads // kv_heads)
+        self.rules[layer] = rule
         return value.new_zeros((1, query.shape[2], query.shape[1], value.shape[-1]))

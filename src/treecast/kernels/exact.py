@@ -19,6 +19,7 @@ from torch import Tensor
 
 from treecast.kernels.grouping import BLOCK, KeyGroup, group_rows
 from treecast.kernels.plan import SegmentLayout
+from treecast.kernels.scores import PLAIN, ScoreRule, cap
 
 ROW_TILE = 16
 
@@ -44,16 +45,19 @@ class ExactAttention:
         value_pool: Tensor,
         scaling: float,
         out: Tensor,
+        rule: ScoreRule = PLAIN,
     ) -> None:
         for segment in self._segments:
             segment.write(key, value, key_pool, value_pool)
-            for group in segment.groups:
-                group.attend(query, key_pool, value_pool, scaling, out)
+            for group in segment.groups(rule.window):
+                group.attend(query, key_pool, value_pool, scaling, out, rule)
 
 
 class _ExactSegment:
     def __init__(self, layout: SegmentLayout) -> None:
-        self.groups = [_ExactGroup(layout, group) for group in group_rows(layout)]
+        self._layout = layout
+        self._key_groups = group_rows(layout)
+        self._groups: dict[int | None, list[_ExactGroup]] = {}
         self._rows = slice(layout.first_row, layout.first_row + layout.num_rows)
         self._new: slice | Tensor
         if layout.first_place is not None:
@@ -61,6 +65,15 @@ class _ExactSegment:
             self._new = slice(first, first + layout.num_rows)
         else:
             self._new = torch.tensor(layout.places[layout.first_new_slot :])
+
+    def groups(self, window: int | None) -> list[_ExactGroup]:
+        """The segment's groups for the layers with this window."""
+        if window not in self._groups:
+            narrowed = (
+                group if window is None else group.within(window) for group in self._key_groups
+            )
+            self._groups[window] = [_ExactGroup(self._layout, group) for group in narrowed]
+        return self._groups[window]
 
     def write(self, key: Tensor, value: Tensor, key_pool: Tensor, value_pool: Tensor) -> None:
         value_dim = value.shape[-1]
@@ -80,22 +93,36 @@ class _ExactGroup:
         self._tail = _padded(tail)
         self._num_keys = self._num_blocks * BLOCK + self._tail
         self._keys = self._find_keys(layout, group)
-        self._first_masked = layout.length
-        self._mask = self._make_mask(group.visible)
+        self._first_masked, self._mask = self._make_mask(group.visible)
         self._masks: dict[int, Tensor] = {}
         self._queries: dict[tuple[int, ...], Tensor] = {}
         self._tail_blocks = self._make_tail_blocks(group.positions)
+        positions = np.zeros(self._num_keys, dtype=np.int64)
+        positions[: len(group.positions)] = group.positions
+        self._positions = torch.from_numpy(positions)
 
     def attend(
-        self, query: Tensor, key_pool: Tensor, value_pool: Tensor, scaling: float, out: Tensor
+        self,
+        query: Tensor,
+        key_pool: Tensor,
+        value_pool: Tensor,
+        scaling: float,
+        out: Tensor,
+        rule: ScoreRule,
     ) -> None:
         heads, kv_heads, value_dim = query.shape[0], key_pool.shape[0], out.shape[-1]
         group = heads // kv_heads
         padded = self._pad(query[:, self._rows], kv_heads).mul_(scaling)
-        weights = self._weights(padded, key_pool[:, self._keys], group)
-        parts = self._weighted_sums(weights, value_pool[:, self._keys])
-        sums = add_in_order(parts)[:, : group * self._num_rows]
-        attended = sums[..., :value_dim] / sums[..., value_dim : value_dim + 1]
+        scores = self._scores(padded, key_pool[:, self._keys], group, rule)
+        highest = scores.amax(-1, keepdim=True)
+        parts = self._weighted_sums(scores.sub_(highest).exp_(), value_pool[:, self._keys])
+        used = group * self._num_rows
+        sums = add_in_order(parts)[:, :used]
+        norm = sums[..., value_dim : value_dim + 1]
+        if rule.sinks is not None:
+            sinks = rule.sinks.view(kv_heads, group, 1).repeat_interleave(self._num_rows, 1)
+            norm = norm + (sinks - highest[:, :used]).exp()
+        attended = sums[..., :value_dim] / norm
         out[self._rows] = attended.view(heads, self._num_rows, -1).transpose(0, 1).to(out.dtype)
 
     def _pad(self, query: Tensor, kv_heads: int) -> Tensor:
@@ -110,13 +137,19 @@ class _ExactGroup:
         buffer[:, :used].view(grouped).copy_(query.view(grouped))
         return buffer
 
-    def _weights(self, query: Tensor, keys: Tensor, group: int) -> Tensor:
-        """[KV heads, padded rows, keys] exp(score - maximum), 0 where a row does not see a key."""
+    def _scores(self, query: Tensor, keys: Tensor, group: int, rule: ScoreRule) -> Tensor:
+        """[KV heads, padded rows, keys] scores, minus infinity where a row does not see a key."""
         scores = torch.bmm(query, keys.transpose(1, 2))
+        if rule.softcap is not None:
+            cap(scores, rule.softcap)
+        if rule.bias is not None:
+            used = scores[:, : group * self._num_rows]
+            by_head = used.view(-1, group, self._num_rows, self._num_keys)
+            by_head += rule.bias(self._positions).view(-1, group, 1, self._num_keys)
         mask = self._mask_of(group, query.shape[1])
         if mask is not None:
             scores[:, :, self._first_masked :] += mask
-        return scores.sub_(scores.amax(-1, keepdim=True)).exp_()
+        return scores
 
     def _weighted_sums(self, weights: Tensor, values: Tensor) -> Iterable[Tensor]:
         """[KV heads, padded rows, value dim + norm columns] of each logical block, in order."""
@@ -138,18 +171,26 @@ class _ExactGroup:
     def _find_keys(self, layout: SegmentLayout, group: KeyGroup) -> slice | Tensor:
         """Places of the keys, filled up to whole tiles with keys that nobody sees."""
         first = layout.first_place
-        if first is not None and group.slots == range(layout.num_slots):
+        if first is not None and isinstance(group.slots, range):
+            first += group.slots.start
             return slice(first, first + self._num_keys)
         places = [layout.places[slot] for slot in group.slots]
         return torch.tensor(places + places[:1] * (self._num_keys - len(places)))
 
-    def _make_mask(self, visible: np.ndarray) -> Tensor | None:
-        """[rows, keys from the first masked on] 0 for a visible key, else minus infinity."""
-        masked = visible[:, self._first_masked :]
-        shape = (len(visible), self._num_keys - self._first_masked)
-        mask = np.full(shape, -np.inf, dtype=np.float32)
-        mask[:, : masked.shape[1]][masked] = 0
-        return torch.from_numpy(mask) if mask.any() else None
+    def _make_mask(self, visible: np.ndarray) -> tuple[int, Tensor | None]:
+        """The first key that some row does not see, and [rows, keys from there on] masks.
+
+        0 for a visible key, else minus infinity.
+        """
+        hidden = np.ones((len(visible), self._num_keys), dtype=np.bool_)
+        hidden[:, : visible.shape[1]] = ~visible
+        columns = hidden.any(0)
+        if not columns.any():
+            return self._num_keys, None
+        first = int(columns.argmax())
+        mask = np.zeros((len(visible), self._num_keys - first), dtype=np.float32)
+        mask[hidden[:, first:]] = -np.inf
+        return first, torch.from_numpy(mask)
 
     def _mask_of(self, group: int, padded_rows: int) -> Tensor | None:
         if self._mask is None:

@@ -7,9 +7,11 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from treecast.kernels.plan import SegmentLayout
+from treecast.kernels.scores import PLAIN, ScoreRule, weights_of
 
 
 class FastAttention:
@@ -32,9 +34,10 @@ class FastAttention:
         value_pool: Tensor,
         scaling: float,
         out: Tensor,
+        rule: ScoreRule = PLAIN,
     ) -> None:
         for segment in self._segments:
-            segment.attend(query, key, value, key_pool, value_pool, scaling, out)
+            segment.attend(query, key, value, key_pool, value_pool, scaling, out, rule)
 
 
 class _FastSegment:
@@ -50,8 +53,9 @@ class _FastSegment:
         else:
             self._keys = torch.tensor(layout.places, device=device)
             self._new = self._keys[layout.first_new_slot :]
-        self._mask = _mask(layout, dtype, device)
-        self._masks: dict[int, Tensor] = {}
+        self._layout = layout
+        self._dtype, self._device = dtype, device
+        self._masks: dict[tuple[int, int | None], Tensor | None] = {}
 
     def attend(
         self,
@@ -62,35 +66,56 @@ class _FastSegment:
         value_pool: Tensor,
         scaling: float,
         out: Tensor,
+        rule: ScoreRule,
     ) -> None:
         key_pool[:, self._new] = key[:, self._rows].to(key_pool.dtype)
         value_pool[:, self._new] = value[:, self._rows].to(value_pool.dtype)
         num_heads, kv_heads = query.shape[0], key.shape[0]
         packed = query[:, self._rows].reshape(1, kv_heads, -1, query.shape[-1])
-        attended = F.scaled_dot_product_attention(
-            packed.to(key_pool.dtype),
-            key_pool[:, self._keys][None],
-            value_pool[:, self._keys][None],
-            attn_mask=self._mask_of(num_heads // kv_heads),
-            scale=scaling,
-        )
+        packed = packed.to(key_pool.dtype)
+        keys, values = key_pool[:, self._keys], value_pool[:, self._keys]
+        if rule.softcap is None and rule.bias is None and rule.sinks is None:
+            mask = self._mask_of(num_heads // kv_heads, rule.window)
+            attended = F.scaled_dot_product_attention(
+                packed, keys[None], values[None], attn_mask=mask, scale=scaling
+            )
+        else:
+            attended = self._weights(packed[0], keys, scaling, rule).to(values.dtype) @ values
         rows = attended.view(num_heads, self._num_rows, -1)
         out[self._rows] = rows.transpose(0, 1).to(out.dtype)
 
-    def _mask_of(self, group: int) -> Tensor | None:
-        """[group * rows, slots], the rows' mask repeated for each query head of a group."""
-        if self._mask is None:
-            return None
-        if group not in self._masks:
-            self._masks[group] = self._mask.repeat(group, 1)
-        return self._masks[group]
+    def _weights(self, packed: Tensor, keys: Tensor, scaling: float, rule: ScoreRule) -> Tensor:
+        """[KV heads, group * rows, slots] by a rule that the library's attention lacks."""
+        scores = (packed @ keys.transpose(1, 2)).float().mul_(scaling)
+        by_head = scores.view(len(keys), -1, self._num_rows, keys.shape[1])
+        visible, positions = (
+            torch.from_numpy(part).to(self._device)
+            for part in (_visible(self._layout, rule.window), self._layout.positions())
+        )
+        return weights_of(by_head, visible, positions, rule).view_as(scores)
+
+    def _mask_of(self, group: int, window: int | None) -> Tensor | None:
+        """[group * rows, slots], the rows' mask repeated for each query head of a group.
+
+        0 where a row sees a slot, else minus infinity; None if all see all.
+        """
+        if (group, window) not in self._masks:
+            visible = _visible(self._layout, window)
+            mask = np.where(visible, np.float32(0), np.float32(-np.inf))
+            packed = torch.from_numpy(mask).to(self._device, self._dtype).repeat(group, 1)
+            self._masks[group, window] = None if visible.all() else packed
+        return self._masks[group, window]
 
 
-def _mask(layout: SegmentLayout, dtype: torch.dtype, device: torch.device) -> Tensor | None:
-    """[rows, slots] 0 where a row sees a slot, else minus infinity; None if all see all."""
-    visible = layout.visible()
-    if visible.all():
-        return None
-    mask = np.zeros((layout.num_rows, layout.num_slots), dtype=np.float32)
-    mask[:, layout.length :][~visible] = -np.inf
-    return torch.from_numpy(mask).to(device, dtype)
+def _visible(layout: SegmentLayout, window: int | None) -> NDArray[np.bool_]:
+    """[rows, slots]: which slots each row sees."""
+    visible = np.ones((layout.num_rows, layout.num_slots), dtype=np.bool_)
+    visible[:, layout.length :] = layout.visible()
+    return visible if window is None else visible & (_offsets(layout) > -window)
+
+
+def _offsets(layout: SegmentLayout) -> NDArray[np.int64]:
+    """[rows, slots] position of the slot minus that of the row."""
+    positions = layout.positions()
+    offsets: NDArray[np.int64] = positions - positions[layout.first_new_slot :, None]
+    return offsets

@@ -36,7 +36,25 @@ class KeyGroup:
     @property
     def num_blocks(self) -> int:
         """Logical blocks that lie in the list whole, in place and alone."""
-        return leading_blocks(self.positions)
+        return leading_blocks(self.positions - self.positions[0])
+
+    def offsets(self) -> NDArray[np.int64]:
+        """[rows, keys] position of the key minus that of the row, the last that the row sees."""
+        own = np.where(self.visible, self.positions, -1).max(1)
+        offsets: NDArray[np.int64] = self.positions - own[:, None]
+        return offsets
+
+    def within(self, window: int) -> KeyGroup:
+        """The same rows, seeing the last `window` positions; blocks that none sees are left out.
+
+        Those would add exact zeros, so no bit depends on whether they are there.
+        """
+        visible = self.visible & (self.offsets() > -window)
+        first = int(self.positions[visible.any(0)].min())
+        unseen = min(first // BLOCK, self.num_blocks) * BLOCK
+        return KeyGroup(
+            self.rows, self.slots[unseen:], self.positions[unseen:], visible[:, unseen:]
+        )
 
 
 def leading_blocks(positions: NDArray[np.int64]) -> int:
@@ -51,7 +69,7 @@ def leading_blocks(positions: NDArray[np.int64]) -> int:
 
 def group_rows(layout: SegmentLayout) -> list[KeyGroup]:
     """Split a segment so that at most `MAX_TAIL` keys of a group lie behind its leading blocks."""
-    positions = np.concatenate((np.arange(layout.length), layout.length + _depths(layout)))
+    positions = layout.positions()
     if _num_tail(positions) > MAX_TAIL:
         return _Splitter(layout, positions).groups()
     visible = np.ones((layout.num_rows, layout.num_slots), dtype=np.bool_)
@@ -103,10 +121,3 @@ class _Splitter:
 
 def _num_tail(positions: NDArray[np.int64]) -> int:
     return len(positions) - leading_blocks(positions) * BLOCK
-
-
-def _depths(layout: SegmentLayout) -> NDArray[np.int64]:
-    depths: list[int] = []
-    for parent in layout.parents:
-        depths.append(0 if parent < 0 else depths[parent] + 1)
-    return np.array(depths, dtype=np.int64)

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from treecast.kernels.plan import PLAIN, ScoreRule, SegmentLayout
+from treecast.kernels.plan import SegmentLayout
+from treecast.kernels.scores import PLAIN, ScoreRule
 
 
 class OracleAttention:
@@ -37,12 +38,20 @@ class OracleAttention:
             value_pool[:, new] = value[:, rows].to(value_pool.dtype)
             for i, row in enumerate(rows):
                 path = segment.path_slots(len(segment.parents) - segment.num_rows + i)
-                if rule.window is not None:
-                    path = path[-rule.window :]
-                places = [segment.places[slot] for slot in path]
+                places = [segment.places[slot] for slot in path[-(rule.window or len(path)) :]]
                 keys = key_pool[:, places].float().repeat_interleave(group, 0)
                 values = value_pool[:, places].float().repeat_interleave(group, 0)
                 scores = torch.einsum("hd,hkd->hk", query[:, row].float() * scaling, keys)
-                if rule.softcap is not None:
-                    scores = torch.tanh(scores / rule.softcap) * rule.softcap
-                out[row] = torch.einsum("hk,hkd->hd", scores.softmax(-1), values).to(out.dtype)
+                weights = _softmax(scores, rule, len(path))
+                out[row] = torch.einsum("hk,hkd->hd", weights, values).to(out.dtype)
+
+
+def _softmax(scores: Tensor, rule: ScoreRule, path_length: int) -> Tensor:
+    """[heads, keys] scores of one row's last keys to weights."""
+    if rule.softcap is not None:
+        scores = rule.softcap * (scores / rule.softcap).tanh()
+    if rule.bias is not None:
+        scores = scores + rule.bias(torch.arange(path_length)[-scores.shape[1] :])
+    if rule.sinks is None:
+        return scores.softmax(-1)
+    return torch.cat((scores, rule.sinks[:, None]), 1).softmax(-1)[:, :-1]

@@ -10,6 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from treecast.kernels.scores import PLAIN, ScoreRule
+
 
 @dataclass(frozen=True, slots=True)
 class SegmentLayout:
@@ -54,6 +56,14 @@ class SegmentLayout:
             seen[row, row] = True
         return seen[count - self.num_rows :]
 
+    def positions(self) -> NDArray[np.int64]:
+        """[slots] position of every slot."""
+        depths: list[int] = []
+        for parent in self.parents:
+            depths.append(0 if parent < 0 else depths[parent] + 1)
+        behind = self.length + np.array(depths, dtype=np.int64)
+        return np.concatenate((np.arange(self.length), behind))
+
     def path_slots(self, row: int) -> list[int]:
         """Slots that uncommitted row `row` sees, by position."""
         rows: list[int] = []
@@ -61,22 +71,6 @@ class SegmentLayout:
             rows.append(self.length + row)
             row = self.parents[row]
         return [*range(self.length), *reversed(rows)]
-
-
-@dataclass(frozen=True, slots=True)
-class ScoreRule:
-    """What some models do to attention besides the softmax.
-
-    Attributes:
-        softcap: scores become softcap * tanh(score / softcap).
-        window: a row sees the last `window` positions, its own among them.
-    """
-
-    softcap: float | None = None
-    window: int | None = None
-
-
-PLAIN = ScoreRule()
 
 
 class LayerAttention(Protocol):
@@ -91,4 +85,5 @@ class LayerAttention(Protocol):
         value_pool: Tensor,  # [KV heads, places, value dim], written to
         scaling: float,
         out: Tensor,  # [rows, query heads, value dim], written to
+        rule: ScoreRule = PLAIN,
     ) -> None: ...

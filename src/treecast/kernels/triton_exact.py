@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from treecast.kernels.jit import exact
-from treecast.kernels.plan import PLAIN, ScoreRule, SegmentLayout
+from treecast.kernels.plan import SegmentLayout
+from treecast.kernels.scores import PLAIN, ScoreRule, check_on_device
 from treecast.kernels.tables import (
     ITEM_COLUMNS,
     PAGE,
@@ -78,6 +79,7 @@ class TritonExactAttention:
         out: Tensor,
         rule: ScoreRule = PLAIN,
     ) -> None:
+        check_on_device(rule)
         kv_heads, value_dim = key.shape[0], value.shape[-1]
         group = query.shape[0] // kv_heads
         if (group, kv_heads) not in self._launches:

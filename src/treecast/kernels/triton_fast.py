@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from treecast.kernels.jit import blocks, tree
-from treecast.kernels.plan import PLAIN, ScoreRule, SegmentLayout
+from treecast.kernels.plan import SegmentLayout
+from treecast.kernels.scores import PLAIN, ScoreRule, check_on_device
 from treecast.kernels.tables import (
     ITEM_COLUMNS,
     PAGE,
@@ -119,6 +120,7 @@ class TritonFastAttention:
         out: Tensor,
         rule: ScoreRule = PLAIN,
     ) -> None:
+        check_on_device(rule)
         heads, kv_heads, value_dim = query.shape[0], key.shape[0], value.shape[-1]
         group = heads // kv_heads
         if (group, kv_heads) not in self._launches:

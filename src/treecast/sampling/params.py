@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
 from enum import Enum
+from typing import Any
 
 from treecast.draws import DRAWN
 from treecast.draws import Proposal as Proposal
@@ -24,6 +26,9 @@ _MAX_STOPS = 16
 _MAX_STOP_CHARACTERS = 256
 _MAX_STOP_TOKENS = 64
 MAX_GROWTH_CHARACTERS = 256
+MAX_CONSTRAINT_CHARACTERS = 65536
+CONSTRAINTS = ("json_schema", "regex", "grammar")
+"""Fields of `SamplingParams` of which one may say what the output must be."""
 
 
 class Law(Enum):
@@ -93,6 +98,8 @@ class SamplingParams:
         stop: strings that end the output and are cut from it.
         stop_token_ids: tokens that end the output beside the model's own.
         ignore_eos: go on past the model's end-of-sequence token.
+        json_schema, regex, grammar: what the output must be, one of them at most: a JSON schema (a
+            mapping, or JSON text), a regular expression, or a grammar in llguidance's Lark.
         logprobs: report the chosen token's log-probability and this many likeliest; None: none.
     """
 
@@ -110,6 +117,9 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    json_schema: str | Mapping[str, Any] = ""
+    regex: str = ""
+    grammar: str = ""
 
     def __post_init__(self) -> None:
         _check(not isinstance(self.stop, str), "stop", repr(self.stop), "a sequence of strings")
@@ -124,6 +134,24 @@ class SamplingParams:
         _check(self.max_tokens >= 1, "max_tokens", self.max_tokens, "1 or more")
         _check(self.logprobs in (None, *range(21)), "logprobs", self.logprobs, "0..20")
         self._check_lists()
+        if not isinstance(self.json_schema, str):
+            object.__setattr__(self, "json_schema", json.dumps(self.json_schema))
+        self._check_constraint()
+
+    @property
+    def constraint(self) -> tuple[str, str]:
+        """Kind (a field's name) and text of what the output must be; both empty for none."""
+        given = ((kind, str(getattr(self, kind))) for kind in CONSTRAINTS)
+        return next(((kind, text) for kind, text in given if text), ("", ""))
+
+    def _check_constraint(self) -> None:
+        kinds = [kind for kind in CONSTRAINTS if getattr(self, kind)]
+        _check(len(kinds) <= 1, "constraint", " and ".join(kinds), "one of them")
+        kind, text = self.constraint
+        bound = f"at most {MAX_CONSTRAINT_CHARACTERS}"
+        fits = len(text) <= MAX_CONSTRAINT_CHARACTERS
+        _check(fits, f"number of characters in {kind}", len(text), bound)
+        _check(not (kind and self.ignore_eos), "ignore_eos", True, f"False beside {kind}")
 
     def _check_finite(self) -> None:
         for item in fields(self):

@@ -45,12 +45,12 @@ def scores_of(
     context: Context,
     sampling: SamplingParams,
 ) -> NDArray[np.float32]:
-    """Logits with bias and penalties.
+    """Logits under the grammar, with bias and penalties.
 
     Raises:
         TreecastError: the row holds NaN or infinity, or no finite value: the model broke down.
     """
-    scores = process(logits, context, sampling)
+    scores = process(context.masked(logits), context, sampling)
     if not np.isfinite(scores.max()):
         raise TreecastError(f"the largest logit at position {context.length} is {scores.max()}")
     return scores

@@ -11,32 +11,61 @@ A row's result depends on that row alone.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from treecast.sampling.grammar import Matcher
 from treecast.sampling.params import SamplingParams
 
 
 class Context:
     """The text so far, as far as picking the next token needs it."""
 
-    __slots__ = ("_output", "_seen", "length")
+    __slots__ = ("_grammar", "_output", "_seen", "length")
 
-    def __init__(self, prompt: Iterable[int], output: Iterable[int] = ()) -> None:
+    def __init__(
+        self,
+        prompt: Iterable[int],
+        output: Iterable[int] = (),
+        grammar: Matcher | None = None,
+    ) -> None:
+        """`grammar`, at the output's beginning, is owned from now on.
+
+        Raises:
+            InvalidRequest: an output that the grammar does not allow.
+        """
         prompt, output = list(prompt), list(output)
         self._output = Counter(output)
         self._seen = self._output.keys() | prompt
         self.length = len(prompt) + len(output)
         """Tokens so far: the absolute position of the next one."""
+        self._grammar = grammar
+        for token in output if grammar else ():
+            self._follow(token)
 
     def append(self, token: int) -> None:
         """Add an output token."""
         self._output[token] += 1
         self._seen.add(token)
         self.length += 1
+        self._follow(token)
+
+    def masked(
+        self,
+        logits: NDArray[np.float32],  # [vocab]
+        path: Sequence[int] = (),
+    ) -> NDArray[np.float32]:
+        """Minus infinity for tokens that may not follow the text, and a path behind it."""
+        if self._grammar is None:
+            return logits
+        return np.where(self._grammar.allowed(path), logits, np.float32(-np.inf))
+
+    def _follow(self, token: int) -> None:
+        if self._grammar is not None:
+            self._grammar.accept(token)
 
     def seen(self) -> NDArray[np.int64]:
         """[n] distinct token ids of prompt and output, in no order."""

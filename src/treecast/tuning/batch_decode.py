@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from treecast.kernels.scores import PLAIN, ScoreRule, weights_of
 from treecast.tuning.corpus import TopTokens
 
 _CHUNK_ROWS = 256
@@ -45,12 +46,20 @@ class DenseKV:
         self._values: dict[int, Tensor] = {}
 
     def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float,
+        rule: ScoreRule = PLAIN,
     ) -> Tensor:
         """Take in the new keys and values, [num_texts, heads, new, dim]; see `bridge.TreePass`."""
         keys = self._append(self._keys, layer, key)
         values = self._append(self._values, layer, value)
         mask = self._mask(key.shape[2], keys.shape[2])
+        if rule is not PLAIN:
+            return self._ruled(query, keys, values, mask, scaling, rule)
         if key.shape[2] > 1:
             out = F.scaled_dot_product_attention(
                 query, keys, values, attn_mask=mask, scale=scaling, enable_gqa=True
@@ -63,6 +72,26 @@ class DenseKV:
         probs = scores.masked_fill_(~mask, -torch.inf).softmax(dim=-1)
         joined: Tensor = (probs @ values).reshape(num_texts, 1, heads, -1)
         return joined
+
+    def _ruled(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        mask: Tensor,
+        scaling: float,
+        rule: ScoreRule,
+    ) -> Tensor:
+        """Attention by a rule that the library's lacks; padding is on the left, so places tell."""
+        num_texts, _, num_new, dim = query.shape
+        grouped = query.reshape(num_texts, keys.shape[1], -1, num_new, dim)
+        scores = (grouped @ keys[:, :, None].transpose(3, 4)).float() * scaling
+        end = keys.shape[2]
+        offsets = torch.arange(end) - torch.arange(end - num_new, end)[:, None]
+        if rule.window is not None:
+            mask = mask & (offsets > -rule.window)
+        weights = weights_of(scores, mask[:, :, None], torch.arange(end), rule).to(values.dtype)
+        return (weights @ values[:, :, None]).flatten(1, 2).transpose(1, 2)
 
     def keep(self, texts: Tensor) -> None:
         """Drop all but these texts."""

@@ -58,6 +58,7 @@ def encode_sampling(params: SamplingParams) -> sampling_pb2.SamplingParams:
         stop_token_ids=params.stop_token_ids,
         ignore_eos=params.ignore_eos,
         logprobs=params.logprobs,
+        **dict([params.constraint] if params.constraint[0] else []),
     )
 
 
@@ -80,6 +81,9 @@ def decode_sampling(message: sampling_pb2.SamplingParams) -> SamplingParams:
         stop=tuple(message.stop),
         stop_token_ids=tuple(message.stop_token_ids),
         ignore_eos=message.ignore_eos,
+        json_schema=message.json_schema,
+        regex=message.regex,
+        grammar=message.grammar,
     )
 
 

@@ -1,0 +1,1 @@
+"""Every family of causal LMs that is served, checked against transformers itself."""
