@@ -136,6 +136,9 @@ class _Peer:
 
         kind: Any = transformers.AutoModelForCausalLM
         self._model = kind.from_pretrained(folder, dtype=torch.float32).eval()
+        if getattr(self._model.config, "attn_logit_softcapping", None) is not None:
+            # Older releases' default attention forgets the cap.
+            self._model.set_attn_implementation("eager")
 
     def generate(self, prompt: Sequence[int], max_tokens: int) -> list[int]:
         ids = torch.tensor([list(prompt)])
