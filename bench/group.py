@@ -59,13 +59,15 @@ def _measure(folder: Path, shape: GroupShape, threads: int) -> None:
 
 def _rank(folder: Path, place: Place, store: str, threads: int) -> None:
     from treecast.engine.hf import HFEngine
-    from treecast.engine.loading import LoadOptions
+    from treecast.engine.loading import LoadOptions, resolve_dtype
     from treecast.engine.sharding.ranks import Member, follow, lead
 
     shape = place.shape
     if shape == ALONE:
         return _report(HFEngine.load(folder, threads=threads, pool_tokens=POOL_TOKENS), shape)
-    options = LoadOptions("bfloat16", "exact", "cpu", max(1, threads // shape.size), shape)
+    options = LoadOptions(
+        resolve_dtype("auto"), "exact", "cpu", max(1, threads // shape.size), shape
+    )
     member = Member(place, folder, options, POOL_TOKENS, store, timeout_s=60)
     if place.rank:
         return follow(member)

@@ -4,7 +4,7 @@
 ARG PYTHON=python:3.11.11-slim-bookworm
 
 FROM ${PYTHON} AS build
-ARG EXTRAS=engine,traces
+ARG EXTRAS=engine,traces,grammar
 # Empty: the index that pip knows, whose build of torch for Linux brings CUDA's libraries along.
 ARG TORCH_INDEX=
 WORKDIR /src

@@ -63,6 +63,8 @@ class Admission:
             model.model, model.model_revision, lambda: self._fetch_tokenizer(model)
         )
         prompt = await asyncio.to_thread(encode, ask.prompt, text)
+        if ask.truncate_prompt:  # the verifier cuts what is too long still, with the output
+            prompt = prompt[-model.context_tokens :]
         check_tokens(ask, prompt, model)
         return Checked(model, text, prompt)
 
@@ -143,7 +145,7 @@ def check_tokens(ask: Ask, prompt: tuple[int, ...], model: Hello) -> None:
         InvalidRequest: an unknown token id.
         PromptTooLong: the prompt alone is longer than the context.
     """
-    if len(prompt) > model.context_tokens and not ask.truncate_prompt:
+    if len(prompt) > model.context_tokens:
         raise PromptTooLong(f"prompt has {len(prompt)} tokens; the limit is {model.context_tokens}")
     ask.sampling.check_vocabulary(model.vocab_size)
     for token in (*prompt, *ask.committed):

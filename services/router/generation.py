@@ -63,6 +63,7 @@ class Sample:
 
     Attributes:
         fingerprint: numerics that the text began with.
+        num_moves: how often it was placed anew, verifiers lost and those that handed it over.
     """
 
     index: int
@@ -70,6 +71,7 @@ class Sample:
     fingerprint: str
     same_numerics: bool = True
     num_lost: int = 0
+    num_moves: int = 0
     num_stale: int = 0
     avoid: frozenset[int] = frozenset()
 
@@ -158,7 +160,7 @@ class Generation:
             sample.same_numerics &= seat.verifier.fingerprint == sample.fingerprint
             end = await sample.relay.follow(seat)
             if isinstance(end, Completed):
-                placements = sample.num_lost + 1
+                placements = sample.num_moves + 1
                 await sample.relay.finish(end, placements, sample.same_numerics)
                 if sample.index == 0:
                     job.span.note(_facts(job, end, placements))
@@ -220,14 +222,15 @@ class Generation:
 
     def _bear_loss(self, sample: Sample, seat: Seat, end: Failed | Lost) -> None:
         """A request that brings its verifiers down must not go through all of them."""
-        sample.num_lost += 1
+        lost = isinstance(end, Lost)
+        sample.num_lost += lost
+        sample.num_moves += 1
         if sample.num_lost >= self._max_placements:
             raise Unavailable(
                 f"request lost {sample.num_lost} verifiers; the limit is {self._max_placements}"
             )
         sample.avoid |= {seat.stream}
-        why = "lost" if isinstance(end, Lost) else "handed_over"
-        self._metrics.replacements.labels(why).inc()
+        self._metrics.replacements.labels("lost" if lost else "handed_over").inc()
 
     # --- placement ----------------------------------------------------------------------------
 

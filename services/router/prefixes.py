@@ -33,7 +33,7 @@ class Prefixes:
     async def find(self, tenant: str, prompt: Sequence[int]) -> tuple[str, ...]:
         """Instances that computed beginnings of this prompt, the longest first; safe to retry.
 
-        None if Redis is lost.
+        Nobody if Redis is lost.
         """
         keys = _keys(tenant, prompt)
         if not keys:
@@ -71,9 +71,10 @@ class Prefixes:
 
 def _keys(tenant: str, prompt: Sequence[int]) -> list[str]:
     """One key for each beginning that is looked up, the shortest first; each with its hash tag."""
-    names = prefix_names(tenant, prompt, BLOCK_TOKENS)
-    counts = [count for count in _counts() if count <= len(names)]
-    return [f"treecast:prefix:{{{names[count - 1].hex()}}}" for count in counts]
+    counts = _counts()
+    names = prefix_names(tenant, prompt[: counts[-1] * BLOCK_TOKENS], BLOCK_TOKENS)
+    found = (names[count - 1] for count in counts if count <= len(names))
+    return [f"treecast:prefix:{{{name.hex()}}}" for name in found]
 
 
 def _counts() -> list[int]:

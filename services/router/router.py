@@ -16,7 +16,7 @@ from treecast.wire.guarded_redis import GuardedRedis
 from treecast.wire.lifecycle import Presence, begin
 from treecast.wire.registry import Registry
 from treecast.wire.server import Server
-from treecast.wire.tls import tls_of
+from treecast.wire.tls import Tls, tls_of
 
 from .draining import Draining
 from .fleet import Fleet
@@ -82,7 +82,7 @@ class Router:
         self.presence = Presence(
             settings, Role.ROUTER, instance_id, server, self._redis, self.metrics.registry
         )
-        self.http = open_edge(self.service, settings.http_listen) if settings.http_listen else None
+        self.http = open_edge(self.service, settings, tls) if settings.http_listen else None
         self._first_verifier: asyncio.Task[None] | None = None
 
     @property
@@ -158,19 +158,21 @@ class Router:
         await self.close()
 
 
-def open_edge(service: RouterService, listen: str) -> HttpListener:
+def open_edge(service: RouterService, settings: RouterSettings, tls: Tls | None) -> HttpListener:
     """The HTTP edge, whose packages are imported only where it is wanted.
 
     Raises:
-        SettingsError: they are not installed.
+        SettingsError: they are not installed, or there is no certificate to show.
     """
+    listen = settings.http_listen or ""
     try:
         from .edge import http_edge
     except ImportError as error:
         raise SettingsError(
             f"--http-listen is {listen!r} and {error.name} is not installed; install treecast[http]"
         ) from error
-    return http_edge(service, listen)
+    context = tls.http_context(settings.tls_clients == "certificate") if tls else None
+    return http_edge(service, listen, context)
 
 
 async def serve(settings: RouterSettings) -> None:

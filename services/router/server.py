@@ -290,8 +290,12 @@ class RouterService(router_pb2_grpc.RouterServiceServicer):
 
     def models(self, authorization: str | None) -> list[pb.Model]:
         """What `ListModels` answers; raises Unauthenticated for nobody that we know."""
-        self._keys.caller(authorization)
+        self.check_key(authorization)
         return models_of(self._fleet.open_hellos())
+
+    def check_key(self, authorization: str | None) -> None:
+        """Raises Unauthenticated for nobody that we know; before a call's body is read."""
+        self._keys.caller(authorization)
 
     def text_of(self, model: str, revision: str) -> ModelText:
         """The tokenizer of a model that a request has started with."""

@@ -79,11 +79,16 @@ def _member(settings: VerifierSettings, folder: Path, place: Place) -> Member:
     from treecast.engine.sharding.ranks import Member
 
     threads = place.threads(settings.torch_threads)
+    device = settings.device if settings.device == "cpu" else f"cuda:{place.local_rank}"
     return Member(
         place,
         folder,
         LoadOptions(
-            resolve_dtype(settings.dtype), settings.numerics, "cpu", threads, settings.group
+            resolve_dtype(settings.dtype, device),
+            settings.numerics,
+            device,
+            threads,
+            settings.group,
         ),
         settings.pool_tokens,
         settings.rendezvous,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from treecast.engine.base import KVSequence
@@ -32,6 +32,7 @@ class Request:
         deadline: time.monotonic() at which the output is cut.
         retain: whether its session keeps the KV when it ends; not once the session was closed.
         drafted_by: who offered nodes to the running step; kept only if its rounds are reported.
+        prefix_names: of its text's beginnings; None until they are needed.
         on_end: called once, when the request has ended.
     """
 
@@ -46,6 +47,7 @@ class Request:
     deadline: float | None
     sequence: KVSequence | None = None
     cached_tokens: int = 0
+    prefix_names: Sequence[bytes] | None = None
     cancelled: bool = False
     handed_over: bool = False
     retain: bool = True

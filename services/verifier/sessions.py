@@ -12,6 +12,7 @@ from prometheus_client import Counter
 
 from treecast.engine.base import Engine, KVSequence
 from treecast.errors import Overloaded, StaleLease
+from treecast.prefix import prefix_names
 from treecast.wire.frames import SessionKey
 
 from .prefixes import PrefixIndex
@@ -68,7 +69,7 @@ class SessionStore:
         self._evicted = evicted
         self._idle: OrderedDict[Key, Retained] = OrderedDict()
         self._epochs: OrderedDict[Key, int] = OrderedDict()
-        self._prefixes: PrefixIndex[Request | Retained] = PrefixIndex(engine.usage.page_tokens)
+        self._prefixes: PrefixIndex[Request | Retained] = PrefixIndex()
 
     def __len__(self) -> int:
         return len(self._idle)
@@ -105,15 +106,13 @@ class SessionStore:
         kept = 0 if retained is None else _common(retained.tokens, request.tokens[:-1])
         if source is not None and source.length > kept:
             self._drop(retained)
-            kept = source.length
-            sequence = self._fork(source, capacity)
+            sequence, kept = self._begin_with(source, capacity)
         elif retained is not None:
             sequence = self._take_over(retained, kept, capacity)
         else:
             sequence = self._with_eviction(lambda: self._engine.allocate(capacity))
         request.sequence, request.cached_tokens = sequence, kept
-        if request.start.tenant:
-            self._prefixes.add(request, request.start.tenant, request.tokens)
+        self._prefixes.add(request, self._names_of(request))
         return True
 
     def close(self, request: Request, siblings: Iterable[Request]) -> None:
@@ -131,8 +130,9 @@ class SessionStore:
         self.forget(session)
         tokens = request.tokens[: sequence.length]
         retained = self._idle[session.name] = Retained(sequence, tokens, time.monotonic())
-        if request.start.tenant:
-            self._prefixes.add(retained, request.start.tenant, tokens)
+        if tenant := request.start.tenant:
+            page_tokens = self._engine.usage.page_tokens
+            self._prefixes.add(retained, prefix_names(tenant, tokens, page_tokens))
 
     def discard(self, request: Request) -> None:
         """Free a request's sequence and retain nothing."""
@@ -165,17 +165,37 @@ class SessionStore:
         text = request.tokens[:-1]
         mine = [one for one in siblings if one.belongs_to(request.start.session)]
         found = [Source(one, _common(one.tokens, text)) for one in mine if one is not request]
-        if request.start.tenant:
-            holder, shared = self._prefixes.longest(request.start.tenant, text)
-            found += [Source(holder, shared)] if holder is not None else []
+        page_tokens = self._engine.usage.page_tokens
+        names = self._names_of(request)[: len(text) // page_tokens]
+        holder, num_pages = self._prefixes.longest(names)
+        if holder is not None:
+            found.append(Source(holder, num_pages * page_tokens))
         return max(found, key=lambda source: source.shared, default=None)
 
-    def _fork(self, source: Source, capacity: int) -> KVSequence:
+    def _names_of(self, request: Request) -> Sequence[bytes]:
+        """Of the beginnings that it could share, named once: it may ask at every step."""
+        if request.prefix_names is None:
+            tenant, page_tokens = request.start.tenant, self._engine.usage.page_tokens
+            request.prefix_names = (
+                prefix_names(tenant, request.tokens, page_tokens) if tenant else ()
+            )
+        return request.prefix_names
+
+    def _begin_with(self, source: Source, capacity: int) -> tuple[KVSequence, int]:
+        """A fork of the source, and its length; or an empty sequence for which even an idle source
+        must go, since its own pages are those that lack.
+        """
         sequence = source.holder.sequence
         assert sequence is not None
-        return self._with_eviction(
-            lambda: self._engine.fork(sequence, source.length, capacity), spared=source.holder
-        )
+        try:
+            forked = self._with_eviction(
+                lambda: self._engine.fork(sequence, source.length, capacity), spared=source.holder
+            )
+        except Overloaded:
+            if isinstance(source.holder, Request):
+                raise
+            return self._with_eviction(lambda: self._engine.allocate(capacity)), 0
+        return forked, source.length
 
     def _withdraw(self, request: Request) -> KVSequence | None:
         """Take a request's sequence from it; nobody begins with its pages any more."""

@@ -75,6 +75,16 @@ async def test_the_source_stays_when_pages_are_evicted_for_the_one_that_forks_it
         assert engine.usage.used == 4
 
 
+async def test_an_idle_source_goes_when_its_own_pages_are_those_that_lack() -> None:
+    """Six pages, five of them one idle session's: its tenant's next text needs four."""
+    engine = ToyEngine(vocab_size=VOCAB, pool_tokens=6 * 64)
+    async with verifier_rig(engine, max_nodes=0) as rig:
+        await ask(rig, "long", [token % 7 for token in range(160)])
+        assert engine.usage.used == 5
+        assert await ask(rig, "next", [9] * 90) == 0
+        assert engine.usage.used == 4
+
+
 async def test_all_pages_come_back_when_the_sessions_are_closed() -> None:
     async with verifier_rig() as rig:
         for name in ("one", "two", "three"):

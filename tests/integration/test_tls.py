@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import httpx2
 import pytest
 
 from treecast import AsyncClient
@@ -326,3 +327,43 @@ def test_server_is_refused_without_a_certificate(tmp_path: Path) -> None:
     ca = make_certificates(tmp_path)["client"].ca
     with pytest.raises(SettingsError, match="tls_ca is given without tls_cert"):
         Tls(TlsFiles(ca=ca)).server_credentials()
+
+
+# --- the HTTP edge ------------------------------------------------------------------------------
+
+
+def http_client(mesh: Mesh, files: TlsFiles) -> httpx2.AsyncClient:
+    """A caller that trusts the mesh's authority, and shows a certificate if it has one."""
+    context = ssl.create_default_context(cafile=str(files.ca))
+    if files.cert is not None:
+        context.load_cert_chain(files.cert, files.key)
+    address = mesh.router.presence.further["http"]
+    return httpx2.AsyncClient(base_url=f"https://{address}", verify=context, timeout=30)
+
+
+async def test_http_edge_speaks_tls_when_the_services_do(
+    certificates: dict[str, TlsFiles], tmp_path: Path
+) -> None:
+    files = certificates["client"]
+    async with toy_mesh(certificates, http_listen="127.0.0.1:0") as mesh:
+        async with http_client(mesh, files) as client:
+            assert (await client.get("/v1/models")).json()["data"]
+        async with http_client(mesh, TlsFiles(ca=files.ca)) as stranger:
+            with pytest.raises(httpx2.TransportError):
+                await stranger.get("/v1/models")
+        address = mesh.router.presence.further["http"]
+        async with httpx2.AsyncClient(base_url=f"http://{address}") as in_the_clear:
+            with pytest.raises(httpx2.TransportError):
+                await in_the_clear.get("/v1/models")
+
+
+async def test_http_edge_shows_the_new_certificate_when_it_was_rotated(tmp_path: Path) -> None:
+    authority = Authority.make()
+    roles = ("router", "verifier", "speculator", "client")
+    files = {role: authority.issue(tmp_path, role) for role in roles}
+    async with toy_mesh(files, http_listen="127.0.0.1:0", tls_clients="any") as mesh:
+        address = mesh.router.presence.further["http"]
+        before = await shown_by(address, files["client"])
+        authority.issue(tmp_path, "router")
+        shown = await shown_by(address, files["client"])
+        assert shown == der(files["router"].cert) != before

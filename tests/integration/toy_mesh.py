@@ -58,7 +58,7 @@ class Mesh:
 
     async def until(self, holds: Callable[[], bool]) -> None:
         """Wait for something that the router learns from its verifiers."""
-        assert await self.router.fleet.until(lambda: holds() or None, 10)
+        assert await self.router.fleet.until(lambda: holds() or None, 60)
 
 
 @asynccontextmanager
@@ -115,7 +115,7 @@ async def toy_mesh(
         router_ = await stack.enter_async_context(Router(settings, f"router-{next(NUMBERS)}"))
         mesh = Mesh(router_, workers, speculator, certificates)
         await mesh.until(lambda: len(router_.fleet.candidates()) == num_verifiers)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while not all(worker.verifier.speculation.instances for worker in workers):
                 await asyncio.sleep(0.01)  # nothing tells when a verifier's stream opens
         yield mesh

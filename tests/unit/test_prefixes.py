@@ -37,26 +37,27 @@ def test_no_name_is_shared_when_the_tenants_differ() -> None:
 
 @given(st.lists(st.tuples(st.sampled_from("tu"), texts), max_size=8), texts)
 def test_longest_is_what_a_scan_finds(held: list[tuple[str, list[int]]], text: list[int]) -> None:
-    index: PrefixIndex[int] = PrefixIndex(BLOCK)
+    index: PrefixIndex[int] = PrefixIndex()
     for holder, (tenant, tokens) in enumerate(held):
-        index.add(holder, tenant, tokens)
+        index.add(holder, prefix_names(tenant, tokens, BLOCK))
     index.discard(0)
     best = max((shared_blocks(t, text) for who, t in held[1:] if who == "t"), default=0)
-    holder, shared = index.longest("t", text)
-    assert shared == best * BLOCK
+    holder, shared = index.longest(prefix_names("t", text, BLOCK))
+    assert shared == best
     assert (holder is None) == (best == 0)
     if holder is not None:
         assert shared_blocks(held[holder][1], text) == best
 
 
 def test_nothing_is_left_when_all_are_discarded() -> None:
-    index: PrefixIndex[str] = PrefixIndex(BLOCK)
+    index: PrefixIndex[str] = PrefixIndex()
+    names = prefix_names("t", range(16), BLOCK)
     for holder in ("a", "b", "a"):
-        index.add(holder, "t", range(16))
-    assert index.longest("t", range(9)) == ("a", 8)
+        index.add(holder, names)
+    assert index.longest(names[:2]) == ("a", 2)
     index.discard("a")
     index.discard("a")
-    assert index.longest("t", range(16)) == ("b", 16)
+    assert index.longest(names) == ("b", 4)
     index.discard("b")
-    assert (len(index), index.longest("t", range(16))) == (0, (None, 0))
+    assert (len(index), index.longest(names)) == (0, (None, 0))
     assert not index._holders

@@ -53,6 +53,7 @@ def test_no_row_is_fetched_when_the_pick_is_the_likeliest() -> None:
         SamplingParams(temperature=0, logit_bias={2: 9}),
         SamplingParams(temperature=0, presence_penalty=1),
         SamplingParams(temperature=0, logprobs=0),
+        SamplingParams(temperature=0, regex="a+"),
     ],
 )
 def test_rows_are_fetched_when_the_pick_needs_them(sampling: SamplingParams) -> None:

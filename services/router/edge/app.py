@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 import time
 from collections.abc import Awaitable
 
 import structlog
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
@@ -18,7 +19,7 @@ from treecast.errors import NotServed, TreecastError
 from treecast.services.router.server import Call, RouterService
 from treecast.telemetry.traces import valid_traceparent
 
-from .body import ClientGone, read_body
+from .body import read_body
 from .choices import ChatForm, CompletionForm, Form, Json
 from .errors import error_response, plain_error
 from .listener import HttpListener
@@ -28,13 +29,15 @@ from .schema import Asked, ChatAsked, CompletionAsked, parse
 log = structlog.get_logger()
 
 
-def http_edge(service: RouterService, listen: str) -> HttpListener:
-    """The edge of one router; binds nothing yet.
+def http_edge(
+    service: RouterService, listen: str, tls: ssl.SSLContext | None = None
+) -> HttpListener:
+    """The edge of one router, over TLS if a context is given; binds nothing yet.
 
     Raises:
         SettingsError: the address is malformed.
     """
-    return HttpListener(make_app(service), listen)
+    return HttpListener(make_app(service), listen, tls)
 
 
 def make_app(service: RouterService) -> Starlette:
@@ -113,9 +116,10 @@ class Generating:
         """Answer one request; one whose client leaves is cancelled wherever it is."""
         request = Request(scope, receive)
         try:
+            self._service.check_key(_authorization(request))
             asked = await asyncio.to_thread(parse, self._kind, await read_body(request))
             wanted = asked.to_request()
-        except ClientGone:
+        except ClientDisconnect:
             return
         except TreecastError as error:
             await error_response(error)(scope, receive, send)
@@ -129,7 +133,7 @@ class Generating:
         try:
             await _while_there(receive, self._service.generate(wanted, call))
             await reply.end()
-        except ClientGone:
+        except ClientDisconnect:
             return
         except Exception as error:
             if not isinstance(error, TreecastError):
@@ -152,14 +156,14 @@ async def _while_there(receive: Receive, work: Awaitable[None]) -> None:
     """Wait for `work`, and cancel it when the client leaves.
 
     Raises:
-        ClientGone: it left.
+        ClientDisconnect: it left.
     """
     working = asyncio.ensure_future(work)
     leaving = asyncio.create_task(_disconnect(receive))
     try:
         await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
-            raise ClientGone
+            raise ClientDisconnect
         working.result()
     finally:
         working.cancel()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 
-from starlette.requests import ClientDisconnect as ClientGone
 from starlette.requests import Request
 
 from treecast.errors import InvalidRequest
@@ -14,8 +13,6 @@ from .errors import BodyTooLarge, BodyTooSlow
 
 READ_TIMEOUT_S = 30.0
 
-__all__ = ["ClientGone", "read_body"]
-
 
 async def read_body(request: Request) -> bytes:
     """All of it, no larger than what gRPC takes either.
@@ -23,7 +20,7 @@ async def read_body(request: Request) -> bytes:
     Raises:
         BodyTooLarge, BodyTooSlow: as they say.
         InvalidRequest: it is not JSON by its headers.
-        ClientGone: the client left meanwhile.
+        ClientDisconnect: the client left meanwhile.
     """
     _check_headers(request)
     try:

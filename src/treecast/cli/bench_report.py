@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 SECTIONS = ("success", "width", "laws", "length", "time", "shape", "calibration")
 
-_OF_THE_COMPARISON = ("law", "proposal", "rounds", "contenders", "planner", "out")
+_OF_THE_COMPARISON = ("law", "proposal", "rounds", "contenders", "planner", "device", "out")
 
 
 def write_report(context: typer.Context, out: Path) -> None:

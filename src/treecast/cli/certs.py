@@ -24,7 +24,8 @@ def certs(
     """Make a throwaway authority and a certificate for each role, for testing.
 
     Writes ca.pem, and <role>.pem and <role>.key for router, verifier, speculator and client. Run
-    it again to rotate: services read what is new, and refuse what an older authority signed.
+    it again for a new authority: services read the files at the next connection, and refuse those
+    whose certificate an older one signed. docs/security.md rotates one without that gap.
 
     For example:
 

@@ -49,6 +49,7 @@ def demo(
     threads: options.Threads = 2,
     planner: options.Planner = "full",
     router: options.Router = None,
+    api_key: options.ApiKey = None,
     as_json: options.Json = False,
 ) -> None:
     """Watch a mesh answer a few prompts, then compare with plain decoding.
@@ -76,7 +77,7 @@ def demo(
         torch_threads=threads,
         planner=planner,
     )
-    with termination_as_interrupt(), _client(settings, router) as client:
+    with termination_as_interrupt(), _client(settings, router, api_key) as client:
         comparisons = _answer_all(client, chosen, max_tokens, as_json)
     if as_json:
         write_json(summarize(comparisons))
@@ -87,12 +88,12 @@ def demo(
 
 
 @contextmanager
-def _client(settings: MeshSettings, router: str | None) -> Iterator[Client]:
+def _client(settings: MeshSettings, router: str | None, api_key: str | None) -> Iterator[Client]:
     """To the router given, or else to a mesh that lives as long as the block."""
     from treecast.client import Client
 
     if router is not None:
-        with Client(router) as client:
+        with Client(router, api_key=api_key) as client:
             yield client
         return
     with running_mesh(settings) as mesh, Client(mesh.router_address) as client:

@@ -98,13 +98,17 @@ def _check_families(as_json: bool) -> None:
 
 
 @commands.command("list")
-def list_served(router: options.Router = None, as_json: options.Json = False) -> None:
+def list_served(
+    router: options.Router = None,
+    api_key: options.ApiKey = None,
+    as_json: options.Json = False,
+) -> None:
     """List the models that a router serves now."""
     from rich.table import Table
 
     from treecast.client import Client
 
-    with Client(router) as client:
+    with Client(router, api_key=api_key) as client:
         served = client.models()
     if as_json:
         write_json(served)

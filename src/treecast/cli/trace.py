@@ -46,6 +46,7 @@ def trace(
     session: options.Session = None,
     timeout: options.Timeout = None,
     router: options.Router = None,
+    api_key: options.ApiKey = None,
 ) -> None:
     """Answer one prompt and draw how: each round's tree, who guessed what, and the time it took.
 
@@ -72,7 +73,7 @@ def trace(
     )
     asked = read_prompt(prompt, file, raw, token_ids, system)
     _check_writable(out)
-    with Client(router) as client:
+    with Client(router, api_key=api_key) as client:
         begun = time.monotonic()
         stream = client.generate(
             asked,

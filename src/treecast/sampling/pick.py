@@ -92,7 +92,10 @@ class Picker:
     @property
     def takes_likeliest(self) -> bool:
         """Whether a pick is the argmax of the logits as they are, ties to the lowest id."""
-        return np.float32(self.sampling.temperature) == 0 and not changes_logits(self.sampling)
+        sampling = self.sampling
+        kind, _ = sampling.constraint
+        greedy = np.float32(sampling.temperature) == 0
+        return greedy and not kind and not changes_logits(sampling)
 
     def pick(self, logits: NDArray[np.float32]) -> int:
         """The token that follows the text so far; changes nothing."""

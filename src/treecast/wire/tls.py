@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ssl
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -147,6 +148,39 @@ class Tls:
         first = _configuration(served, asks)
         # The stubs do not know that None leaves all as it is.
         return grpc.dynamic_ssl_server_credentials(first, fetch, asks)  # type: ignore[arg-type]
+
+    def http_context(self, require_clients: bool = True) -> ssl.SSLContext:
+        """For an HTTP server: every handshake gets the files as they are then.
+
+        Args:
+            require_clients: as for `server_credentials`; any role's certificate will do.
+        Raises:
+            SettingsError: there is no certificate to show.
+        """
+        if self.files.cert is None:
+            raise SettingsError("tls_ca is given without tls_cert; a server needs its certificate")
+        asks = require_clients and self.mutual
+        served, context = self.refreshed(), self._server_context(asks)
+
+        def renew(connection: ssl.SSLObject, name: str | None, first: ssl.SSLContext) -> None:
+            nonlocal served, context
+            newest = self.refreshed()
+            if newest is not served:
+                with suppress(OSError):  # replaced again this very moment: the next one has it
+                    served, context = newest, self._server_context(asks)
+            connection.context = context
+
+        context.sni_callback = renew  # called without a name too
+        return context
+
+    def _server_context(self, asks: bool) -> ssl.SSLContext:
+        assert self.files.cert is not None
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(self.files.cert, self.files.key)
+        if asks:
+            context.verify_mode = ssl.CERT_REQUIRED
+            context.load_verify_locations(self.files.ca)
+        return context
 
     def channel_credentials(self) -> grpc.ChannelCredentials:
         """For a channel that is opened now."""
