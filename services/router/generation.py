@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import structlog
 
-from treecast.errors import StaleLease, TreecastError, Unavailable
+from treecast.errors import HandedOver, StaleLease, TreecastError, Unavailable
 from treecast.sampling.noise import noise_key
 from treecast.telemetry.traces import UNTRACED, Attributes, Span, Tracing
 from treecast.text.detok import DetokStream
@@ -222,15 +222,15 @@ class Generation:
 
     def _bear_loss(self, sample: Sample, seat: Seat, end: Failed | Lost) -> None:
         """A request that brings its verifiers down must not go through all of them."""
-        lost = isinstance(end, Lost)
-        sample.num_lost += lost
+        handed_over = isinstance(end, Failed) and isinstance(end.error, HandedOver)
         sample.num_moves += 1
+        sample.num_lost += not handed_over
         if sample.num_lost >= self._max_placements:
             raise Unavailable(
                 f"request lost {sample.num_lost} verifiers; the limit is {self._max_placements}"
             )
         sample.avoid |= {seat.stream}
-        self._metrics.replacements.labels("lost" if lost else "handed_over").inc()
+        self._metrics.replacements.labels("handed_over" if handed_over else "lost").inc()
 
     # --- placement ----------------------------------------------------------------------------
 

@@ -17,7 +17,7 @@ import structlog
 
 from treecast.engine.base import Engine, LogitRows
 from treecast.engine.curve import StepCurve
-from treecast.errors import DeadlineExceeded, EngineLost, Overloaded, TreecastError, Unavailable
+from treecast.errors import DeadlineExceeded, EngineLost, HandedOver, Overloaded, TreecastError
 from treecast.sampling.laws import Walk, walk
 from treecast.sampling.stops import FinishReason, Stop
 from treecast.telemetry.traces import Tracing
@@ -273,10 +273,10 @@ class StepLoop:
             self._finish(request, Stop(cut))
         for request in [r for r in self._running if r.handed_over]:
             self._retire(request)
-            self._refuse(request, Unavailable(HANDED_OVER))
+            self._refuse(request, HandedOver(HANDED_OVER))
         for request in [r for r in self._waiting if r.handed_over]:
             self._waiting.remove(request)
-            self._refuse(request, Unavailable(HANDED_OVER))
+            self._refuse(request, HandedOver(HANDED_OVER))
         for request in [r for r in self._waiting if r.cancelled or r.expired]:
             self._waiting.remove(request)
             if request.cancelled:

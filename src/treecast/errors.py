@@ -141,3 +141,9 @@ class Unavailable(RetryableError):
     """No worker can serve the request now."""
 
     reason = "UNAVAILABLE"
+
+
+class HandedOver(Unavailable):
+    """A draining verifier has given a request back, to be placed elsewhere."""
+
+    reason = "HANDED_OVER"

@@ -233,7 +233,7 @@ def test_pool_equals_a_fresh_prefill_after_fifty_rounds(engine: HFEngine) -> Non
     found, expected = run_rounds(engine, 50)
     for mine, fresh in zip(found, expected, strict=True):
         torch.testing.assert_close(mine, fresh, atol=TOLERANCE, rtol=0)
-    if engine._options.numerics == "exact":
+    if engine._executor._options.numerics == "exact":
         assert all(torch.equal(mine, fresh) for mine, fresh in zip(found, expected, strict=True))
     assert engine.usage.used == 0
 

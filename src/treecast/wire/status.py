@@ -20,6 +20,8 @@ from treecast.errors import (
     CorpusError,
     DeadlineExceeded,
     DuplicateRequest,
+    EngineLost,
+    HandedOver,
     InvalidFrame,
     InvalidRequest,
     InvalidTree,
@@ -66,7 +68,9 @@ _CODES: dict[type[TreecastError], grpc.StatusCode] = {
     Overloaded: grpc.StatusCode.RESOURCE_EXHAUSTED,
     QuotaExceeded: grpc.StatusCode.RESOURCE_EXHAUSTED,
     RetryableError: grpc.StatusCode.UNAVAILABLE,
+    HandedOver: grpc.StatusCode.UNAVAILABLE,
     Unavailable: grpc.StatusCode.UNAVAILABLE,  # after its base: it owns the reason they share
+    EngineLost: grpc.StatusCode.INTERNAL,
     TreecastError: grpc.StatusCode.INTERNAL,
 }
 
