@@ -17,8 +17,8 @@ from treecast.wire.link import HEARTBEAT_S
 
 from .prompts import SOME, spec_bench
 
-GREEDY = SamplingParams(temperature=0, max_tokens=32)
-SAMPLED = SamplingParams(temperature=0.8, top_p=0.95, seed=20, max_tokens=32)
+GREEDY = SamplingParams(temperature=0, max_tokens=20)
+SAMPLED = SamplingParams(temperature=0.8, top_p=0.95, seed=20, max_tokens=20)
 NUM_TOKENS = 48
 
 pytestmark = [pytest.mark.model, pytest.mark.timeout(1800)]
@@ -84,7 +84,7 @@ def test_openais_client_streams_the_same_chat_with_usage_and_logprobs(
                 temperature=0.8,
                 top_p=0.95,
                 seed=20,
-                max_tokens=32,
+                max_tokens=20,
                 logprobs=True,
                 top_logprobs=2,
                 stream=True,
@@ -109,7 +109,7 @@ def test_openais_client_streams_the_same_chat_with_usage_and_logprobs(
 def test_text_is_the_same_when_speculators_are_killed_mid_stream(
     mesh: LocalMesh, client: Client, sampling: SamplingParams
 ) -> None:
-    longer = replace(sampling, max_tokens=64)
+    longer = replace(sampling, max_tokens=40)
     (expected,) = plainly(client, SOME[1:2], longer)
     stream = begin(client, SOME[1], longer)
     for victim in ("ssm", "ngram"):
@@ -133,7 +133,7 @@ def serving_verifier(mesh: LocalMesh, client: Client, stream: Stream) -> Service
 def test_text_is_the_same_when_its_verifier_is_killed_mid_stream(
     mesh: LocalMesh, client: Client, sampling: SamplingParams
 ) -> None:
-    longer = replace(sampling, max_tokens=128)
+    longer = replace(sampling, max_tokens=72)
     (expected,) = plainly(client, SOME[1:2], longer)
     stream = begin(client, SOME[1], longer)
     serving_verifier(mesh, client, stream).kill()
@@ -199,7 +199,7 @@ def generate_by_transformers(prompts: Sequence[Sequence[int]], num_tokens: int) 
 
 
 @pytest.mark.parametrize(
-    "count", [2, pytest.param(60, marks=pytest.mark.slow)], ids=["handful", "many"]
+    "count", [1, pytest.param(60, marks=pytest.mark.slow)], ids=["one", "many"]
 )
 def test_float32_text_is_that_of_transformers(count: int) -> None:
     sampling = SamplingParams(temperature=0, max_tokens=NUM_TOKENS)
