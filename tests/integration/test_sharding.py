@@ -106,10 +106,12 @@ def check_same_tokens(
         LocalMesh(settings(folder, speculators, log_dir, **shape)) as mesh,
         Client(mesh.router_address) as client,
     ):
+        by_trees = 0
         for sampling in (GREEDY, SAMPLED):
             tokens, accepted = answers(client, sampling)
             assert tokens == in_one_process(folder, sampling)
-            assert accepted > 0
+            by_trees += accepted  # lookup may find nothing in a text that was sampled
+        assert by_trees > 0
 
 
 def check_exact(log_dir: Path) -> None:
