@@ -116,7 +116,7 @@ def speculators(settings: MeshSettings, drafters: Sequence[str]) -> Iterator[lis
     pods: list[ServiceProcess] = []
     try:
         for number, drafter in enumerate(drafters):
-            kind = "ngram" if drafter == "ngram" else "ssm"
+            kind = drafter if drafter in ("ngram", "suffix") else "ssm"
             flags = speculator_flags(replace(settings, draft=drafter), kind)
             command = service_command("speculator", flags)
             log = log_dir / f"speculator-{number}.log"

@@ -159,7 +159,7 @@ _AROUND = Row(
         Heatmap("Redis latency, distribution", "All services' commands.", "s", buckets(_REDIS)),
         Panel(
             "Placements",
-            "What decided where requests went: the session's lease, its hash, or load.",
+            "What decided where requests went: the session's lease, a prefix, a hash, or load.",
             "ops",
             (Query(per_second(_PLACED, "by"), "{{by}}"),),
             stack=True,

@@ -104,7 +104,7 @@ def speculator_flags(settings: MeshSettings, drafter: str) -> Flags:
         "otlp_endpoint": settings.otlp_endpoint,
         "drain_s": 0,
     }
-    if drafter == "ssm":
+    if drafter.partition("=")[0] == "ssm":  # one of its own, ssm=FOLDER, says so itself
         flags |= {
             "engine": settings.engine,
             "model": settings.draft,
