@@ -74,6 +74,7 @@ def test_images_are_those_of_the_chart_when_built_as_it_says(
     (tmp_path / "docker").chmod(0o755)
     record = tmp_path / "record"
     environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "RECORD": str(record)}
+    environment["TORCH_INDEX"] = "https://example.com/cpu"
     subprocess.run(command, cwd=ROOT, env=environment, check=True)
     built = set()
     for line in record.read_text().splitlines():
