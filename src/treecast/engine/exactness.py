@@ -43,10 +43,10 @@ def differing_rows(engine: Engine, seed: int = 0) -> int:
 
 
 def _num_positions(engine: Engine) -> int:
-    """As many as the context has, and as the pool holds beside a tree and another sequence."""
+    """As many as the context has before a tree, and the pool beside one and another sequence."""
     usage = engine.usage
     room = (usage.free - 2) * usage.page_tokens - _TREE_NODES
-    return min(_MOST_POSITIONS, engine.info.context_tokens, room)
+    return min(_MOST_POSITIONS, engine.info.context_tokens - _TREE_NODES, room)
 
 
 def _prefill(engine: Engine, tokens: list[int], sizes: Sequence[int]) -> list[bytes]:
