@@ -190,6 +190,7 @@ class Generation:
             tenant=job.share.tenant,
             report_rounds=ask.report_rounds,
             traceparent=job.span.traceparent,
+            priority=ask.priority,
         )
 
     def _bear(self, sample: Sample, seat: Seat, end: Failed | Lost) -> None:

@@ -12,14 +12,13 @@ from treecast.sampling.logprobs import TokenLogprobs
 from treecast.sampling.params import SamplingParams, SpeculationParams
 from treecast.v1 import router_pb2 as pb
 from treecast.wire import codec
-from treecast.wire.codec.bounds import MAX_TOKENS
+from treecast.wire.codec.bounds import MAX_PRIORITY, MAX_TOKENS
 from treecast.wire.frames import Completed, Hello
 from treecast.wire.rounds import Round
 
 from .text import ChatMessage
 
 MAX_ID_CHARACTERS = 128
-MAX_PRIORITY = 10
 MAX_SAMPLES = 16
 MAX_CHAT_MESSAGES = 4096
 

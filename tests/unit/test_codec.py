@@ -536,6 +536,13 @@ def test_start_is_refused_as_a_request_when_its_sampling_is_bad() -> None:
     assert isinstance(bad.cause, InvalidRequest)
 
 
+def test_start_is_refused_as_a_request_when_its_priority_is_out_of_bounds() -> None:
+    message = verifier_pb2.ServeRequest()
+    message.frames.add().start.CopyFrom(verifier_pb2.Start(handle=4, prompt=[1], priority=-11))
+    (bad,) = codec.decode_router_frames(message)
+    assert str(bad) == "size of priority is 11; the limit is 10"
+
+
 @given(st.binary(max_size=200))
 @settings(deadline=None)
 def test_any_bytes_give_frames_or_typed_errors_when_they_parse(data: bytes) -> None:

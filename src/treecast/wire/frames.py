@@ -129,6 +129,8 @@ class SessionKey:
 
 @dataclass(frozen=True, slots=True)
 class Start:
+    """`expected_tokens` is a guess of the whole output's length, `committed` included."""
+
     handle: int
     request_id: str
     prompt: tuple[int, ...]
@@ -142,6 +144,8 @@ class Start:
     tenant: str = ""
     report_rounds: bool = False
     traceparent: str = ""
+    expected_tokens: int | None = None
+    priority: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from treecast.errors import InvalidFrame, InvalidRequest
 from treecast.v1 import verifier_pb2 as pb
 from treecast.wire.codec.bounds import (
+    MAX_PRIORITY,
     MAX_TEXT_CHARACTERS,
     MAX_TOKENS,
     MAX_TRACEPARENT_CHARACTERS,
@@ -92,6 +93,8 @@ def encode_start(start: Start) -> pb.Start:
         tenant=start.tenant,
         report_rounds=start.report_rounds,
         traceparent=start.traceparent,
+        expected_tokens=start.expected_tokens,
+        priority=start.priority,
     )
 
 
@@ -120,7 +123,14 @@ def decode_start(message: pb.Start, limits: Limits) -> Start:
         tenant=check_text(message.tenant, "tenant"),
         report_rounds=message.report_rounds,
         traceparent=check_text(message.traceparent, "traceparent", MAX_TRACEPARENT_CHARACTERS),
+        expected_tokens=message.expected_tokens if message.HasField("expected_tokens") else None,
+        priority=_check_priority(message.priority),
     )
+
+
+def _check_priority(priority: int) -> int:
+    check_at_most(abs(priority), MAX_PRIORITY, "size of priority", InvalidRequest)
+    return priority
 
 
 def encode_progress(progress: Progress) -> pb.Progress:
