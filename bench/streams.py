@@ -146,7 +146,7 @@ class HealthProbe:
 async def measure(settings: ChaosSettings, works: Sequence[Work], num_streams: int) -> Outcome:
     """Start a mesh and crowd it."""
     async with ChaosMesh(settings) as mesh:
-        crowd = Crowd(await undisturbed(mesh.router_addresses, works))
+        crowd = Crowd(await undisturbed(mesh, works))
         [router] = mesh.router_addresses
         with HealthProbe(router) as probe:
             began_s = time.monotonic()
