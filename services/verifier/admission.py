@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 import structlog
 
-from treecast.engine.base import Engine
+from treecast.engine.base import Engine, check_adapter
 from treecast.errors import InvalidRequest, PromptTooLong, TreecastError
 from treecast.sampling.grammar import Grammars, matcher_for
 from treecast.sampling.laws import acceptance_rule
@@ -120,6 +120,7 @@ class Admission:
     def _request(self, link: RouterLink, start: Start) -> Request:
         info, sampling = self._engine.info, start.sampling
         self._check_law(start.speculation.law)
+        check_adapter(info, start.adapter)
         sampling.check_vocabulary(info.vocab_size)
         prompt = fit_prompt(start, info.context_tokens, info.vocab_size)
         grammar = matcher_for(self._grammars, sampling)

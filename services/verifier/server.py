@@ -83,6 +83,7 @@ class Verifier(verifier_pb2_grpc.VerifierServiceServicer):
         )
         info = engine.info
         grammars = Grammars.for_model(tokenizer.definition, info.eos_token_ids, info.vocab_size)
+        self._keeps_grammars = grammars is not None
         admission = Admission(
             engine, self.steps, tokenizer.decoder(), self._check_law, self._tracing, grammars
         )
@@ -146,6 +147,8 @@ class Verifier(verifier_pb2_grpc.VerifierServiceServicer):
             model_revision=info.revision,
             fingerprint=info.fingerprint,
             context_tokens=info.context_tokens,
+            adapters=info.adapters,
+            keeps_grammars=self._keeps_grammars,
         )
 
     @property

@@ -50,9 +50,7 @@ def _num_positions(engine: Engine) -> int:
     return min(_MOST_POSITIONS, engine.info.context_tokens - _TREE_NODES, room)
 
 
-def _prefill(
-    engine: Engine, tokens: list[int], sizes: Sequence[int], adapter: str
-) -> list[bytes]:
+def _prefill(engine: Engine, tokens: list[int], sizes: Sequence[int], adapter: str) -> list[bytes]:
     """Bits of every position's logits, computed in chunks of these sizes over and over."""
     sequence = engine.allocate(len(tokens), adapter)
     bits: list[bytes] = []

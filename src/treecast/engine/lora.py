@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import structlog
 import torch
 from torch import Tensor, nn
 
@@ -24,6 +25,8 @@ from treecast.engine.linears import RowLayers
 from treecast.errors import ModelError
 
 _ATTRIBUTE = "treecast_low_ranks"
+
+_log = structlog.get_logger()
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +44,10 @@ class LowRank:
     @property
     def num_bytes(self) -> int:
         return self.down.nbytes + self.up.nbytes
+
+    def like(self, weight: Tensor) -> LowRank:
+        """The same where, and in the type in which, a layer's own weight is."""
+        return LowRank(*(one.to(weight.device, weight.dtype) for one in (self.down, self.up)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,9 +70,7 @@ class AdapterRows:
         self.groups: tuple[tuple[str, Tensor], ...] = ()
 
     @contextmanager
-    def marked(
-        self, names: Sequence[str], num_rows: int, device: torch.device
-    ) -> Iterator[None]:
+    def marked(self, names: Sequence[str], num_rows: int, device: torch.device) -> Iterator[None]:
         """While a pass runs.
 
         Args:
@@ -124,12 +129,14 @@ def attach(model: nn.Module, adapters: Sequence[AdapterWeights]) -> None:
         ModelError: an adapter's layer is not there, no linear layer, or of another shape.
     """
     for weights in adapters:
+        name, num_bytes = weights.adapter.name, 0
         for path, low_rank in weights.layers.items():
-            linear = _linear_at(model, path, weights.adapter.name)
-            _check_fits(low_rank, linear, f"adapter {weights.adapter.name!r}, layer {path}")
-            dtype, device = linear.weight.dtype, linear.weight.device
-            mine = LowRank(low_rank.down.to(device, dtype), low_rank.up.to(device, dtype))
-            _hang(linear, low_ranks_of(linear) | {weights.adapter.name: mine})
+            linear = _linear_at(model, path, name)
+            _check_fits(low_rank, linear, f"adapter {name!r}, layer {path}")
+            mine = low_rank.like(linear.weight)
+            _hang(linear, low_ranks_of(linear) | {name: mine})
+            num_bytes += mine.num_bytes
+        _log.info("adapter.loaded", name=name, layers=len(weights.layers), num_bytes=num_bytes)
 
 
 def low_ranks_of(linear: nn.Module) -> dict[str, LowRank]:
@@ -158,10 +165,7 @@ def reordered(made: nn.Linear, source: nn.Linear, order: Tensor) -> nn.Linear:
     """`made`, whose outputs are those of `source` in another order, with its adapters."""
     _hang(
         made,
-        {
-            name: LowRank(one.down, one.up[order])
-            for name, one in low_ranks_of(source).items()
-        },
+        {name: LowRank(one.down, one.up[order]) for name, one in low_ranks_of(source).items()},
     )
     return made
 
@@ -178,7 +182,8 @@ def fused(made: nn.Linear, parts: Sequence[nn.Linear]) -> nn.Linear:
 
 def _join(parts: Sequence[LowRank]) -> LowRank:
     return LowRank(
-        torch.cat([part.down for part in parts]), torch.block_diag(*(part.up for part in parts))
+        torch.cat([part.down for part in parts]),
+        torch.block_diag(*(part.up for part in parts)),  # type: ignore[no-untyped-call]
     )
 
 

@@ -38,7 +38,7 @@ _REFUSED = (
 )
 """Entries of a config that make it more than A and B of linear layers."""
 _STARTS = (True, False, "gaussian", "eva", "orthogonal")
-"""How A and B may have begun; other ways (pissa, olora, loftq, ..) change the model's weights too."""
+"""How A and B may begin; other ways (pissa, olora, loftq, ..) change the model's weights too."""
 
 
 def read_adapter(name: str, folder: Path) -> AdapterWeights:
