@@ -97,6 +97,12 @@ class VerifierSettings(ServiceSettings):
     max_waiting: int = Field(256, ge=0, description="requests waiting for KV pages at most")
     max_nodes: int = Field(24, ge=0, le=256, description="tree nodes of one request in one step")
     max_rows: int = Field(128, ge=2, description="rows of one step: prefill chunks and trees")
+    grammar_s: float = Field(
+        10,
+        gt=0,
+        description="a request whose grammar is not compiled by then is refused; it is compiled "
+        "beside the steps, one at a time, and the latest 64 are kept",
+    )
     session_ttl_s: float = Field(600, gt=0, description="idle sessions keep their KV this long")
     drain_s: float = Field(30, ge=0, description="time to finish running requests when stopping")
     toy_step_s: float = Field(0.0, ge=0, description="toy engine: seconds that one step takes")

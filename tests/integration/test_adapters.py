@@ -1,4 +1,4 @@
-"""Adapters by request through real ports: who computes what, and whose keys and values are whose."""
+"""Adapters by request through real ports: who computes what, and whose KV is whose."""
 
 from __future__ import annotations
 
