@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import structlog
 
+from treecast.adapter import Adapter, prefix_salt
 from treecast.errors import HandedOver, StaleLease, TreecastError, Unavailable
 from treecast.sampling.noise import noise_key
 from treecast.telemetry.traces import UNTRACED, Attributes, Span, Tracing
@@ -40,6 +41,7 @@ class Job:
         share: its turn in the queue, and what it may cost.
         caller: whom it is counted for.
         model: hello of one of the verifiers that serve it.
+        adapter: that it is computed with; None for the model alone.
         deadline_s: time of the event loop; None for none.
     """
 
@@ -48,6 +50,7 @@ class Job:
     caller: Caller
     prompt: tuple[int, ...]
     model: Hello
+    adapter: Adapter | None
     session: Session
     deadline_s: float | None
     arrived_s: float
@@ -55,6 +58,15 @@ class Job:
     token_text: Callable[[int], str]
     writer: Writer
     span: Span = UNTRACED
+
+    @property
+    def adapter_name(self) -> str:
+        return self.adapter.name if self.adapter else ""
+
+    @property
+    def prefix_salt(self) -> str:
+        """Of the prompt's beginnings: whose they are, and what computes them."""
+        return prefix_salt(self.share.tenant, self.adapter_name)
 
 
 @dataclass(slots=True)
@@ -155,7 +167,8 @@ class Generation:
         """Relay one sample, placing it anew until one verifier sees it through."""
         job = self._job
         seat.start(self._start(sample, seat, key))
-        await job.writer.write(messages.started(sample.index, job.ask, job.prompt, seat.verifier))
+        first = messages.started(sample.index, job.ask, job.prompt, seat.verifier, job.adapter)
+        await job.writer.write(first)
         while True:
             sample.same_numerics &= seat.verifier.fingerprint == sample.fingerprint
             end = await sample.relay.follow(seat)
@@ -191,6 +204,7 @@ class Generation:
             report_rounds=ask.report_rounds,
             traceparent=job.span.traceparent,
             priority=ask.priority,
+            adapter=job.adapter_name,
         )
 
     def _bear(self, sample: Sample, seat: Seat, end: Failed | Lost) -> None:
@@ -250,6 +264,8 @@ class Generation:
                 revision=self._job.model.model_revision,
                 spread=self._job.ask.request_id,
                 law=self._job.ask.speculation.law,
+                adapter=self._job.adapter,
+                grammar=bool(self._job.ask.sampling.constraint[0]),
                 slots=slots,
                 holder=where.holder,
                 prefix_holders=await self._near(where.holder),
@@ -267,10 +283,11 @@ class Generation:
 
     async def _near(self, holder: str) -> tuple[str, ...]:
         """Who has the prompt's beginning; not asked where the session's holder is known."""
-        return () if holder else await self._prefixes.find(self._job.share.tenant, self._job.prompt)
+        job = self._job
+        return () if holder else await self._prefixes.find(job.prefix_salt, job.prompt)
 
     async def _note_prefix(self, holder: str) -> None:
-        await self._prefixes.note(self._job.share.tenant, self._job.prompt, holder)
+        await self._prefixes.note(self._job.prefix_salt, self._job.prompt, holder)
 
     async def _wait(self, turn: Awaitable[list[Seat]]) -> list[Seat]:
         """Wait in the queue, and tell for how long."""

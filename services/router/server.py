@@ -217,6 +217,7 @@ class RouterService(router_pb2_grpc.RouterServiceServicer):
             caller=caller,
             prompt=checked.prompt,
             model=checked.model,
+            adapter=checked.adapter,
             session=self._session(ask, key.tenant),
             deadline_s=deadline_s,
             arrived_s=arrived_s,

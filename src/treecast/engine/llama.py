@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from treecast.engine import lora
 from treecast.engine.bridge import TreePass
 from treecast.engine.linears import RowLayers, replace_linears
 from treecast.engine.sharding.layers import RowLinear
@@ -201,7 +202,7 @@ def _reorder_heads(linear: nn.Linear, order: Tensor) -> nn.Linear:
     first = torch.arange(heads, device=order.device)[:, None] * len(order)
     rows = (first + order).flatten()
     bias = None if linear.bias is None else linear.bias.detach()[rows]
-    return _linear(linear.weight.detach()[rows], bias)
+    return lora.reordered(_linear(linear.weight.detach()[rows], bias), linear, rows)
 
 
 def _fuse(linears: Sequence[nn.Linear], layers: RowLayers) -> nn.Module:
@@ -209,7 +210,8 @@ def _fuse(linears: Sequence[nn.Linear], layers: RowLayers) -> nn.Module:
     weight = torch.cat([linear.weight.detach() for linear in linears])
     biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
     assert len(biases) in (0, len(linears)), "of q, k and v either all have a bias or none"
-    return layers.linear(_linear(weight, torch.cat(biases) if biases else None))
+    joined = _linear(weight, torch.cat(biases) if biases else None)
+    return layers.linear(lora.fused(joined, linears))
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
