@@ -18,6 +18,7 @@ from treecast.wire.frames import Completed, Failed, FinishReason, Hello, Session
 
 from . import messages
 from .dispatch import Dispatcher
+from .lengths import OWN_ENDS, Expected, LengthPredictor
 from .messages import Ask
 from .metrics import Caller, RouterMetrics
 from .placement import Wanted
@@ -39,6 +40,7 @@ class Job:
 
     Attributes:
         share: its turn in the queue, and what it may cost.
+        expected: how long each output may be; None for no idea.
         caller: whom it is counted for.
         model: hello of one of the verifiers that serve it.
         adapter: that it is computed with; None for the model alone.
@@ -47,6 +49,7 @@ class Job:
 
     ask: Ask
     share: Share
+    expected: Expected | None
     caller: Caller
     prompt: tuple[int, ...]
     model: Hello
@@ -102,6 +105,7 @@ class Generation:
         job: Job,
         dispatcher: Dispatcher,
         prefixes: Prefixes,
+        lengths: LengthPredictor,
         max_placements: int,
         metrics: RouterMetrics,
         tracing: Tracing,
@@ -110,6 +114,7 @@ class Generation:
         self._job = job
         self._dispatcher = dispatcher
         self._prefixes = prefixes
+        self._lengths = lengths
         self._max_placements = max_placements
         self._metrics = metrics
         self._seats: list[Seat] = []
@@ -174,6 +179,7 @@ class Generation:
             end = await sample.relay.follow(seat)
             if isinstance(end, Completed):
                 placements = sample.num_moves + 1
+                self._learn_length(len(sample.relay.output.tokens), end.finish)
                 await sample.relay.finish(end, placements, sample.same_numerics)
                 if sample.index == 0:
                     job.span.note(_facts(job, end, placements))
@@ -203,9 +209,21 @@ class Generation:
             tenant=job.share.tenant,
             report_rounds=ask.report_rounds,
             traceparent=job.span.traceparent,
+            expected_tokens=self._expected_tokens(sample),
             priority=ask.priority,
             adapter=job.adapter_name,
         )
+
+    def _expected_tokens(self, sample: Sample) -> int | None:
+        expected = self._job.expected
+        return expected.after(len(sample.relay.output.tokens)) if expected else None
+
+    def _learn_length(self, num_tokens: int, finish: FinishReason) -> None:
+        caller, expected = self._job.caller, self._job.expected
+        self._lengths.learn((caller.tenant, caller.model), expected, num_tokens, finish)
+        if expected is not None and finish in OWN_ENDS:
+            error = self._metrics.length_error.labels(expected.source.value)
+            error.observe(expected.doublings(num_tokens))
 
     def _bear(self, sample: Sample, seat: Seat, end: Failed | Lost) -> None:
         """Note why a placement ended early.

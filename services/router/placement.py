@@ -124,8 +124,14 @@ def place(candidates: Iterable[Candidate], wanted: Wanted) -> Placement | None:
     if wanted.rendezvous:
         best = max(pool, key=lambda one: _weight(wanted.rendezvous, one))
         return Placement(best.instance_id, PlacedBy.RENDEZVOUS)
-    best = min(pool, key=lambda one: (one.load, one.kv_use, _weight(wanted.spread, one)))
-    return Placement(best.instance_id, PlacedBy.LOAD)
+    return Placement(_least_loaded(pool, wanted.spread).instance_id, PlacedBy.LOAD)
+
+
+def _least_loaded(pool: Sequence[Candidate], spread: str) -> Candidate:
+    """By load, then by the use of its KV pool, then by hash, which only ties are worth."""
+    least = min((one.load, one.kv_use) for one in pool)
+    ties = (one for one in pool if (one.load, one.kv_use) == least)
+    return min(ties, key=lambda one: _weight(spread, one))
 
 
 def _near(pool: Sequence[Candidate], prefix_holders: Sequence[str]) -> Candidate | None:
