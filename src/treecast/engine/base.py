@@ -97,6 +97,10 @@ class Engine(Protocol):
     @property
     def usage(self) -> PoolUsage: ...
 
+    @property
+    def moved_bytes(self) -> int:
+        """Bytes of weights brought to the device for passes so far; 0 where all of them stay."""
+
     def allocate(self, capacity: int) -> KVSequence:
         """Reserve pages for `capacity` positions and rows.
 

@@ -13,8 +13,9 @@ from treecast.engine.bridge import KernelPass
 from treecast.engine.kv_pool import PAGE_TOKENS
 from treecast.engine.kv_tensors import KVTensors, LayerShape
 from treecast.engine.loading import LoadOptions, num_layers
+from treecast.engine.residency import ALL_RESIDENT, Residency
 from treecast.engine.runner import Runner, choose_runner, layer_shapes
-from treecast.engine.steps import DeviceSteps, PassInput, PassOutput, paged_attention
+from treecast.engine.steps import MOST_GRAPHS, DeviceSteps, PassInput, PassOutput, paged_attention
 from treecast.errors import ModelError
 from treecast.kernels.exact import NORM_COLUMNS, ExactAttention
 from treecast.kernels.fast import FastAttention
@@ -67,6 +68,10 @@ class Executor(Protocol):
     def read(self, places: Sequence[int]) -> list[Tensor]:
         """See `KVTensors.read`."""
 
+    @property
+    def moved_bytes(self) -> int:
+        """See `engine.base.Engine.moved_bytes`."""
+
     def check(self) -> None:
         """See `engine.base.Engine.check`."""
 
@@ -78,8 +83,14 @@ class LocalExecutor:
     """The model, or a group's share of it, in this process."""
 
     def __init__(
-        self, runner: Runner, shapes: Sequence[LayerShape], options: LoadOptions, num_pages: int
+        self,
+        runner: Runner,
+        shapes: Sequence[LayerShape],
+        options: LoadOptions,
+        num_pages: int,
+        residency: Residency = ALL_RESIDENT,
     ) -> None:
+        self._residency = residency
         if options.numerics == "exact" and not options.uses_triton:
             shapes = [replace(s, value_dim=s.value_dim + NORM_COLUMNS) for s in shapes]
         self._device = torch.device(options.device)
@@ -95,18 +106,28 @@ class LocalExecutor:
                 f"the model's layers have {len(heads)} shapes of heads; kernels on a device take 1"
             )
         attention = paged_attention(self._options.numerics == "exact", self._device)
-        return DeviceSteps(self._runner, self._tensors, attention, heads.pop(), self._device)
+        most_graphs = 0 if self._residency.moves else MOST_GRAPHS
+        return DeviceSteps(
+            self._runner, self._tensors, attention, heads.pop(), self._device, most_graphs
+        )
 
     @classmethod
-    def of(cls, model: torch.nn.Module, options: LoadOptions, num_pages: int) -> LocalExecutor:
+    def of(
+        cls,
+        model: torch.nn.Module,
+        options: LoadOptions,
+        num_pages: int,
+        residency: Residency = ALL_RESIDENT,
+    ) -> LocalExecutor:
         """Of a loaded model, which is changed or no longer needed.
 
         Raises:
             ModelError: some layer does not reach our attention.
         """
-        runner = choose_runner(model, options.row_layers())
+        runner = choose_runner(model, options.row_layers(), residency)
+        residency.done()
         shapes = layer_shapes(runner, range(num_layers(model)), torch.device(options.device))
-        return cls(runner, shapes, options, num_pages)
+        return cls(runner, shapes, options, num_pages, residency)
 
     def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         self._tensors.copy(sources, targets)
@@ -138,8 +159,12 @@ class LocalExecutor:
     def check(self) -> None:
         """There is nobody to lose."""
 
+    @property
+    def moved_bytes(self) -> int:
+        return self._residency.moved_bytes
+
     def close(self) -> None:
-        """There is nobody to tell."""
+        self._residency.close()
 
     def _kernel(self, layouts: Sequence[SegmentLayout]) -> LayerAttention:
         if self._options.numerics == "exact":

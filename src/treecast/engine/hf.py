@@ -23,6 +23,8 @@ from treecast.engine.loading import (
     load_model,
     resolve_dtype,
 )
+from treecast.engine.offload import RESIDENT, Offload
+from treecast.engine.residency import ALL_RESIDENT, Offloaded
 from treecast.engine.steps import PassOutput
 from treecast.errors import InvalidRequest, ModelError
 from treecast.settings import DType
@@ -50,6 +52,7 @@ class HFEngine:
         pool_tokens: int = DEFAULT_POOL_TOKENS,
         threads: int | None = None,
         kernels: Kernels = "auto",
+        offload: Offload = RESIDENT,
     ) -> HFEngine:
         """Read a model folder.
 
@@ -63,6 +66,7 @@ class HFEngine:
             threads: torch's number of threads, for the whole process; None leaves it.
             kernels: of attention; `auto` is Triton's on a GPU. Its interpreter runs them on CPU,
                 slowly, for tests.
+            offload: where weights lie that the device is not to hold.
 
         Raises:
             ModelError: the folder is missing, no causal LM, or one that cannot be served.
@@ -70,12 +74,19 @@ class HFEngine:
         folder = Path(path)
         checkpoints.check_model_dir(folder)
         options = LoadOptions(
-            resolve_dtype(dtype, device), numerics, device, threads, kernels=kernels
+            resolve_dtype(dtype, device),
+            numerics,
+            device,
+            threads,
+            kernels=kernels,
+            offload=offload,
         )
         model = load_model(folder, options)
         info = describe(folder, model, options)
         pages = pages_of(pool_tokens)
-        return cls(LocalExecutor.of(model, options, pages), info, pages)
+        offloads = offload.mode != "none"
+        residency = Offloaded.of(model, folder, options) if offloads else ALL_RESIDENT
+        return cls(LocalExecutor.of(model, options, pages, residency), info, pages)
 
     @property
     def info(self) -> ModelInfo:
@@ -110,6 +121,10 @@ class HFEngine:
         """[planes, committed positions, dim] the sequence's keys and values: for comparisons."""
         paged = _paged(sequence)
         return self._executor.read(paged.places(0, paged.length))
+
+    @property
+    def moved_bytes(self) -> int:
+        return self._executor.moved_bytes
 
     def check(self) -> None:
         self._executor.check()

@@ -119,6 +119,7 @@ class ToyEngine:
         self._pool = KVPool(num_pages, self._storage)
         self._step_s = step_s
         self._on_forward = on_forward
+        self.moved_bytes = 0
         self.num_passes = 0
         self.num_rows = 0
 
