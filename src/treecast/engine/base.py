@@ -102,6 +102,10 @@ class Engine(Protocol):
     @property
     def usage(self) -> PoolUsage: ...
 
+    @property
+    def moved_bytes(self) -> int:
+        """Bytes of weights brought to the device for passes so far; 0 where all of them stay."""
+
     def allocate(self, capacity: int, adapter: str = "") -> KVSequence:
         """Reserve pages for `capacity` positions and rows, all computed with one adapter or none.
 

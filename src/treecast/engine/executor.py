@@ -15,8 +15,10 @@ from treecast.engine.bridge import KernelPass
 from treecast.engine.kv_pool import PAGE_TOKENS
 from treecast.engine.kv_tensors import KVTensors, LayerShape
 from treecast.engine.loading import LoadOptions, num_layers
+from treecast.engine.residency import ALL_RESIDENT, Residency
 from treecast.engine.runner import Runner, choose_runner, layer_shapes
 from treecast.engine.steps import (
+    MOST_GRAPHS,
     DeviceSteps,
     PassInput,
     PassOutput,
@@ -84,6 +86,10 @@ class Executor(Protocol):
     def read(self, places: Sequence[int]) -> list[Tensor]:
         """See `KVTensors.read`."""
 
+    @property
+    def moved_bytes(self) -> int:
+        """See `engine.base.Engine.moved_bytes`."""
+
     def check(self) -> None:
         """See `engine.base.Engine.check`."""
 
@@ -101,8 +107,10 @@ class LocalExecutor:
         options: LoadOptions,
         num_pages: int,
         adapter_rows: lora.AdapterRows | None = None,
+        residency: Residency = ALL_RESIDENT,
     ) -> None:
         """`adapter_rows` are those that the runner's adapted layers look at."""
+        self._residency = residency
         if options.numerics == "exact" and not options.uses_triton:
             shapes = [replace(s, value_dim=s.value_dim + NORM_COLUMNS) for s in shapes]
         self._device = torch.device(options.device)
@@ -119,7 +127,10 @@ class LocalExecutor:
                 f"the model's layers have {len(heads)} shapes of heads; kernels on a device take 1"
             )
         attention = paged_attention(self._options.numerics == "exact", self._device)
-        return DeviceSteps(self._runner, self._tensors, attention, heads.pop(), self._device)
+        most_graphs = 0 if self._residency.moves else MOST_GRAPHS
+        return DeviceSteps(
+            self._runner, self._tensors, attention, heads.pop(), self._device, most_graphs
+        )
 
     @classmethod
     def of(
@@ -128,6 +139,7 @@ class LocalExecutor:
         options: LoadOptions,
         num_pages: int,
         adapters: Sequence[lora.AdapterWeights] = (),
+        residency: Residency = ALL_RESIDENT,
     ) -> LocalExecutor:
         """Of a loaded model, which is changed or no longer needed.
 
@@ -136,12 +148,13 @@ class LocalExecutor:
         """
         rows, device = lora.AdapterRows(), torch.device(options.device)
         lora.attach(model, adapters)
-        runner = choose_runner(model, lora.with_adapters(options.row_layers(), rows))
+        runner = choose_runner(model, lora.with_adapters(options.row_layers(), rows), residency)
+        residency.done()
         shapes = layer_shapes(runner, range(num_layers(model)), device)
         for one in adapters:  # a layer that cannot tell its rows is found now, not in a request
             with rows.marked([one.adapter.name] * 2, 2, device):
                 layer_shapes(runner, range(len(shapes)), device)
-        return cls(runner, shapes, options, num_pages, rows)
+        return cls(runner, shapes, options, num_pages, rows, residency)
 
     def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         self._tensors.copy(sources, targets)
@@ -181,8 +194,12 @@ class LocalExecutor:
     def check(self) -> None:
         """There is nobody to lose."""
 
+    @property
+    def moved_bytes(self) -> int:
+        return self._residency.moved_bytes
+
     def close(self) -> None:
-        """There is nobody to tell."""
+        self._residency.close()
 
     def _kernel(self, layouts: Sequence[SegmentLayout]) -> LayerAttention:
         if self._options.numerics == "exact":

@@ -33,6 +33,8 @@ from treecast.engine.loading import (
     resolve_dtype,
 )
 from treecast.engine.lora_folder import read_adapter
+from treecast.engine.offload import RESIDENT, Offload
+from treecast.engine.residency import ALL_RESIDENT, Offloaded
 from treecast.engine.steps import PassOutput
 from treecast.errors import InvalidRequest, ModelError
 from treecast.settings import DType
@@ -62,6 +64,7 @@ class HFEngine:
         threads: int | None = None,
         kernels: Kernels = "auto",
         adapters: Mapping[str, Path | str] = NO_ADAPTERS,
+        offload: Offload = RESIDENT,
     ) -> HFEngine:
         """Read a model folder.
 
@@ -76,6 +79,7 @@ class HFEngine:
             kernels: of attention; `auto` is Triton's on a GPU. Its interpreter runs them on CPU,
                 slowly, for tests.
             adapters: folders of LoRA adapters, by the names that sequences ask for.
+            offload: where weights lie that the device is not to hold.
 
         Raises:
             ModelError: the folder is missing, no causal LM, or one that cannot be served; or an
@@ -84,7 +88,12 @@ class HFEngine:
         folder = Path(path)
         checkpoints.check_model_dir(folder)
         options = LoadOptions(
-            resolve_dtype(dtype, device), numerics, device, threads, kernels=kernels
+            resolve_dtype(dtype, device),
+            numerics,
+            device,
+            threads,
+            kernels=kernels,
+            offload=offload,
         )
         model = load_model(folder, options)
         loaded = [read_adapter(name, Path(where)) for name, where in adapters.items()]
@@ -92,7 +101,10 @@ class HFEngine:
             describe(folder, model, options), adapters=tuple(one.adapter for one in loaded)
         )
         pages = pages_of(pool_tokens)
-        return cls(LocalExecutor.of(model, options, pages, loaded), info, pages)
+        offloads = offload.mode != "none"
+        residency = Offloaded.of(model, folder, options) if offloads else ALL_RESIDENT
+        executor = LocalExecutor.of(model, options, pages, loaded, residency)
+        return cls(executor, info, pages)
 
     @property
     def info(self) -> ModelInfo:
@@ -128,6 +140,10 @@ class HFEngine:
         """[planes, committed positions, dim] the sequence's keys and values: for comparisons."""
         paged = _paged(sequence)
         return self._executor.read(paged.places(0, paged.length))
+
+    @property
+    def moved_bytes(self) -> int:
+        return self._executor.moved_bytes
 
     def check(self) -> None:
         self._executor.check()

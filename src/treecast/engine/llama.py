@@ -7,6 +7,7 @@ by the modules that a model has, not by its name, and taken only if it then comp
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,16 @@ from treecast.engine.bridge import TreePass
 from treecast.engine.linears import RowLayers, replace_linears
 from treecast.engine.sharding.layers import RowLinear
 from treecast.kernels.scores import PLAIN, ScoreRule
+
+Compute = Callable[..., Any]
+Keep = Callable[[int, Any, Callable[[Any], Compute]], Compute]
+"""What computes a layer of this number, made of its module by a builder."""
+
+
+def keep_all(index: int, layer: Any, build: Callable[[Any], Compute]) -> Compute:
+    """Weights stay where they are."""
+    return build(layer)
+
 
 NO_RULES: Mapping[int, ScoreRule] = {}
 
@@ -100,7 +111,11 @@ class LlamaRunner:
     """
 
     def __init__(
-        self, model: Any, layers: RowLayers, rules: Mapping[int, ScoreRule] = NO_RULES
+        self,
+        model: Any,
+        layers: RowLayers,
+        rules: Mapping[int, ScoreRule] = NO_RULES,
+        keep: Keep = keep_all,
     ) -> None:
         """Take over the weights of a model for which `is_llama_like` holds.
 
@@ -108,12 +123,14 @@ class LlamaRunner:
             model: may be dropped; of a head that is more than a linear layer, those are replaced.
             layers: what linear layers and norms are computed with.
             rules: what layers do to their scores, as its modules told; plain where none is named.
+            keep: see `residency.Residency.keep`.
         """
         decoder = model.model
         self._embedding = decoder.embed_tokens
         self._rotary = decoder.rotary_emb
         self._layers = [
-            _Layer(layer, i, layers, rules.get(i, PLAIN)) for i, layer in enumerate(decoder.layers)
+            keep(i, layer, partial(_Layer, i, layers, rules.get(i, PLAIN)))
+            for i, layer in enumerate(decoder.layers)
         ]
         self._norm = _Norm(decoder.norm, layers)
         self._head = _stand_in(model.lm_head, layers)
@@ -135,7 +152,7 @@ class LlamaRunner:
 
 
 class _Layer:
-    def __init__(self, layer: Any, index: int, layers: RowLayers, rule: ScoreRule) -> None:
+    def __init__(self, index: int, layers: RowLayers, rule: ScoreRule, layer: Any) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         dim = attention.head_dim
         self._index, self._head_dim, self._scaling = index, dim, attention.scaling

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from treecast.engine.bridge import TreePass
 from treecast.engine.kv_tensors import LayerShape
-from treecast.engine.linears import RowLayers, replace_linears
+from treecast.engine.linears import RowLayers
 from treecast.engine.llama import LlamaRunner, is_llama_like
+from treecast.engine.residency import ALL_RESIDENT, Residency
 from treecast.errors import ModelError
 from treecast.kernels.fast import FastAttention
 from treecast.kernels.plan import SegmentLayout
@@ -54,20 +55,23 @@ class ModuleRunner:
         return logits if self._picks_rows else logits[wanted]
 
 
-def choose_runner(model: Any, layers: RowLayers) -> Runner:
+def choose_runner(model: Any, layers: RowLayers, residency: Residency = ALL_RESIDENT) -> Runner:
     """The quickest runner that computes what a model's own modules do.
 
     The model is changed (its linears are replaced) or no longer needed.
+
+    Args:
+        residency: where the layers' weights are to be.
     """
     modules = ModuleRunner(model)
     if is_llama_like(model, layers):
         device = next(model.parameters()).device
-        fused = LlamaRunner(model, layers, _record(modules, device).rules)
+        fused = LlamaRunner(model, layers, _record(modules, device).rules, residency.keep)
         error = relative_error(fused, modules, *_some_text(model))
         if error < _TOLERANCE[next(model.parameters()).dtype]:
             return fused
         _log.info("model.only_looks_like_llama", model=type(model).__name__, error=error)
-    replace_linears(model, layers)
+    residency.keep_modules(model, layers)
     return modules
 
 

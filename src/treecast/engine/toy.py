@@ -136,6 +136,7 @@ class ToyEngine:
         self._step_s = step_s
         self._shifts = {"": 0, **adapters}
         self._on_forward = on_forward
+        self.moved_bytes = 0
         self.num_passes = 0
         self.num_rows = 0
 
