@@ -12,13 +12,27 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from treecast import checkpoints
-from treecast.engine.base import KVSequence, LogitRows, ModelInfo, PoolUsage, Segment
+from treecast.engine.base import (
+    KVSequence,
+    LogitRows,
+    ModelInfo,
+    PoolUsage,
+    Segment,
+    SwappedKV,
+)
 from treecast.engine.executor import Executor, LocalExecutor, PackedPass, PackedSegment
-from treecast.engine.kv_pool import PAGE_TOKENS, KVPool, PagedSequence, num_pages
+from treecast.engine.kv_pool import (
+    PAGE_TOKENS,
+    KVPool,
+    PagedSequence,
+    SwappedSequence,
+    num_pages,
+)
 from treecast.engine.loading import (
     Kernels,
     LoadOptions,
     Numerics,
+    SwapDType,
     describe,
     load_model,
     resolve_dtype,
@@ -50,6 +64,7 @@ class HFEngine:
         pool_tokens: int = DEFAULT_POOL_TOKENS,
         threads: int | None = None,
         kernels: Kernels = "auto",
+        swap_dtype: SwapDType = "same",
     ) -> HFEngine:
         """Read a model folder.
 
@@ -63,6 +78,7 @@ class HFEngine:
             threads: torch's number of threads, for the whole process; None leaves it.
             kernels: of attention; `auto` is Triton's on a GPU. Its interpreter runs them on CPU,
                 slowly, for tests.
+            swap_dtype: what swapped-out KV is kept as; `int8` is lossy.
 
         Raises:
             ModelError: the folder is missing, no causal LM, or one that cannot be served.
@@ -70,7 +86,12 @@ class HFEngine:
         folder = Path(path)
         checkpoints.check_model_dir(folder)
         options = LoadOptions(
-            resolve_dtype(dtype, device), numerics, device, threads, kernels=kernels
+            resolve_dtype(dtype, device),
+            numerics,
+            device,
+            threads,
+            kernels=kernels,
+            swap_dtype=swap_dtype,
         )
         model = load_model(folder, options)
         info = describe(folder, model, options)
@@ -102,6 +123,15 @@ class HFEngine:
 
     def free(self, sequence: KVSequence) -> None:
         self._pool.free(_paged(sequence))
+
+    def swap_out(self, sequence: KVSequence) -> SwappedSequence:
+        return self._pool.swap_out(_paged(sequence))
+
+    def swap_in(self, swapped: SwappedKV, capacity: int) -> KVSequence:
+        return self._pool.swap_in(_swapped(swapped), capacity)
+
+    def discard(self, swapped: SwappedKV) -> None:
+        self._pool.discard(_swapped(swapped))
 
     def commit(self, sequence: KVSequence, path: Sequence[int], keep: Sequence[int] = ()) -> None:
         self._pool.commit(_paged(sequence), path, keep)
@@ -185,6 +215,12 @@ def _paged(sequence: KVSequence) -> PagedSequence:
     if not isinstance(sequence, PagedSequence):
         raise ModelError(f"a {type(sequence).__name__} is no sequence of this engine")
     return sequence
+
+
+def _swapped(swapped: SwappedKV) -> SwappedSequence:
+    if not isinstance(swapped, SwappedSequence):
+        raise ModelError(f"a {type(swapped).__name__} was not swapped out by this engine")
+    return swapped
 
 
 def _check_segment(segment: Segment, vocab_size: int) -> None:

@@ -20,8 +20,15 @@ from functools import reduce
 import numpy as np
 from numpy.typing import NDArray
 
-from treecast.engine.base import KVSequence, LogitRows, ModelInfo, PoolUsage, Segment
-from treecast.engine.kv_pool import PAGE_TOKENS, KVPool, PagedSequence
+from treecast.engine.base import (
+    KVSequence,
+    LogitRows,
+    ModelInfo,
+    PoolUsage,
+    Segment,
+    SwappedKV,
+)
+from treecast.engine.kv_pool import PAGE_TOKENS, KVPool, PagedSequence, SwappedSequence
 
 _EMPTY = -1
 
@@ -60,13 +67,31 @@ def toy_logits(tokens: Iterable[int], vocab_size: int) -> NDArray[np.float32]:
 
 
 class TokenStorage:
-    """What lies in the toy's pool: one token id per place."""
+    """What lies in the toy's pool: one token id per place.
+
+    Attributes:
+        saved: what was swapped out, by key.
+    """
 
     def __init__(self, places: int) -> None:
         self.tokens = np.full(places, _EMPTY, np.int64)
+        self.saved: dict[int, NDArray[np.int64]] = {}
+
+    @property
+    def position_bytes(self) -> int:
+        return self.tokens.itemsize
 
     def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         self.tokens[list(targets)] = self.tokens[list(sources)]
+
+    def save(self, key: int, places: Sequence[int]) -> None:
+        self.saved[key] = self.tokens[list(places)]
+
+    def load(self, key: int, places: Sequence[int]) -> None:
+        self.tokens[list(places)] = self.saved.pop(key)
+
+    def forget(self, key: int) -> None:
+        del self.saved[key]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +109,10 @@ class ToyRows:
 
 
 class ToyEngine:
-    """The toy model and its pool. `num_passes` and `num_rows` count what it has computed."""
+    """The toy model and its pool. `num_passes` and `num_rows` count what it has computed.
+
+    `storage` is what the pool holds, and what was swapped out of it.
+    """
 
     def __init__(
         self,
@@ -115,8 +143,8 @@ class ToyEngine:
             fingerprint=f"toy-{vocab_size}",
         )
         num_pages = -(-pool_tokens // PAGE_TOKENS)
-        self._storage = TokenStorage(num_pages * PAGE_TOKENS)
-        self._pool = KVPool(num_pages, self._storage)
+        self.storage = TokenStorage(num_pages * PAGE_TOKENS)
+        self._pool = KVPool(num_pages, self.storage)
         self._step_s = step_s
         self._on_forward = on_forward
         self.num_passes = 0
@@ -147,6 +175,15 @@ class ToyEngine:
 
     def free(self, sequence: KVSequence) -> None:
         self._pool.free(_own(sequence))
+
+    def swap_out(self, sequence: KVSequence) -> SwappedSequence:
+        return self._pool.swap_out(_own(sequence))
+
+    def swap_in(self, swapped: SwappedKV, capacity: int) -> PagedSequence:
+        return self._pool.swap_in(_own_swapped(swapped), capacity)
+
+    def discard(self, swapped: SwappedKV) -> None:
+        self._pool.discard(_own_swapped(swapped))
 
     def forward(self, segments: Sequence[Segment]) -> list[LogitRows]:
         if self._on_forward is not None:
@@ -198,14 +235,14 @@ class ToyEngine:
         self._pool.append(sequence, segment.parents)
         start = sequence.length + first
         places = sequence.places(start, start + len(segment.tokens))
-        self._storage.tokens[places] = segment.tokens
+        self.storage.tokens[places] = segment.tokens
         self.num_rows += len(segment.tokens)
         states = self._row_states(sequence)
         return ToyRows([states[first + row] for row in segment.wanted], self.info.vocab_size)
 
     def _row_states(self, sequence: PagedSequence) -> list[ToyState]:
         """The state after each uncommitted row, from what lies in the sequence's places."""
-        tokens = self._storage.tokens[sequence.places(0, sequence.num_slots)].tolist()
+        tokens = self.storage.tokens[sequence.places(0, sequence.num_slots)].tolist()
         assert _EMPTY not in tokens, "a place of the sequence was never written"
         committed = toy_state(tokens[: sequence.length])
         states: list[ToyState] = []
@@ -217,3 +254,8 @@ class ToyEngine:
 def _own(sequence: KVSequence) -> PagedSequence:
     assert isinstance(sequence, PagedSequence), f"not a sequence of this engine: {sequence!r}"
     return sequence
+
+
+def _own_swapped(swapped: SwappedKV) -> SwappedSequence:
+    assert isinstance(swapped, SwappedSequence), f"not of this engine: {swapped!r}"
+    return swapped
