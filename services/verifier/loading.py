@@ -60,6 +60,7 @@ def _load(settings: VerifierSettings, folder: Path, place: Place | None) -> Engi
         device=settings.device,
         pool_tokens=settings.pool_tokens,
         threads=settings.torch_threads,
+        swap_dtype=settings.swap_dtype,
     )
 
 
@@ -89,6 +90,7 @@ def _member(settings: VerifierSettings, folder: Path, place: Place) -> Member:
             device,
             threads,
             settings.group,
+            swap_dtype=settings.swap_dtype,
         ),
         settings.pool_tokens,
         settings.rendezvous,
