@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 
@@ -21,6 +22,8 @@ from .speculation import Speculation
 from .swapping import SwapSpace
 
 GIB = 2**30
+REVIEW_STEPS = 8
+"""Steps between two looks at whether others should run, while all slots are taken."""
 
 
 class Scheduler:
@@ -51,8 +54,10 @@ class Scheduler:
         self._goodput = goodput
         self._metrics = metrics
         self._spans = spans
-        self._preemptive = settings.schedule == "length"
-        self._policy: Policy = by_length(settings.aging_s) if self._preemptive else fcfs
+        by_time = settings.schedule == "length"
+        self._policy: Policy = by_length(settings.aging_s) if by_time else fcfs
+        self._review_steps = REVIEW_STEPS if by_time else math.inf
+        self._reviewed = 0
         self._blocked = False
 
     def submit(self, request: Request) -> None:
@@ -84,21 +89,22 @@ class Scheduler:
     def arrange(self, step: int) -> None:
         """Pause, begin and resume requests for a step, and give whoever runs its room."""
         self._blocked = True
-        if not self._goes_on:
+        if self._goes_on(step):
+            self._keep(self.roster.running)
+        else:
             self._change(step)
         self._bring_ahead()
         for request in self.roster.running:
             self.room.give_ahead(request)
 
-    @property
-    def _goes_on(self) -> bool:
+    def _goes_on(self, step: int) -> bool:
         """Whether the next step is for those who run now, without asking."""
-        roster = self.roster
-        full = len(roster.running) == self._settings.max_running and not self._preemptive
+        roster, fresh = self.roster, step - self._reviewed < self._review_steps
+        full = len(roster.running) == self._settings.max_running and fresh
         return (full or not (roster.waiting or roster.paused)) and self.room.suffices
 
     def _change(self, step: int) -> None:
-        now = time.monotonic()
+        now, self._reviewed = time.monotonic(), step
         requests = {request.handle: request for request in self.roster}
         claims = [self._claim(request, step, now) for request in requests.values()]
         choice = self._choose(claims, requests)
@@ -123,19 +129,20 @@ class Scheduler:
     def _run(self, chosen: Sequence[Request], step: int) -> None:
         """Give those chosen their room, best rank first: who runs, then who begins or goes on."""
         running = [request for request in chosen if request.state is State.RUNNING]
-        for request in running:
-            self._keep_running(request)
+        self._keep(running)
         for request in chosen:
             if request not in running and not self._begin(request, step):
                 break
         order = {request.handle: place for place, request in enumerate(chosen)}
         self.roster.running.sort(key=lambda request: order[request.handle])
 
-    def _keep_running(self, request: Request) -> None:
-        try:
-            self.room.give(request)
-        except Overloaded:  # pages that were thought free are shared
-            self.pause(request, "memory")
+    def _keep(self, running: Sequence[Request]) -> None:
+        """Give requests that run on the room for their next token."""
+        for request in list(running):
+            try:
+                self.room.give(request)
+            except Overloaded:  # pages that were thought free are shared
+                self.pause(request, "memory")
 
     def _begin(self, request: Request, step: int) -> bool:
         """Let a request begin, or go on; False if there are no pages for it after all."""

@@ -45,7 +45,7 @@ class VerifierSettings(ServiceSettings):
     )
     pool_tokens: int = Field(16384, ge=256, description="KV pool size in tokens")
     swap_gib: float = Field(
-        4,
+        1,
         ge=0,
         description="host memory for the KV of paused requests, in GiB, of all ranks of a group "
         "together; what does not fit is dropped and computed again. 0: none",
