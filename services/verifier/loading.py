@@ -62,6 +62,7 @@ def _load(settings: VerifierSettings, folder: Path, place: Place | None) -> Engi
         pool_tokens=settings.pool_tokens,
         threads=settings.torch_threads,
         adapters=settings.adapter_folders,
+        swap_dtype=settings.swap_dtype,
     )
 
 
@@ -111,6 +112,7 @@ def _member(settings: VerifierSettings, folder: Path, place: Place) -> Member:
             device,
             threads,
             settings.group,
+            swap_dtype=settings.swap_dtype,
         ),
         settings.pool_tokens,
         settings.rendezvous,

@@ -198,10 +198,45 @@ class VerifierMetrics:
             registry=registry,
         )  # fmt: skip
         self.running = Gauge(
-            "treecast_verifier_running_requests", "Requests with KV pages.", registry=registry
+            "treecast_verifier_running_requests", "Requests in the next step.", registry=registry
         )
         self.waiting = Gauge(
-            "treecast_verifier_waiting_requests", "Requests waiting for pages.", registry=registry
+            "treecast_verifier_waiting_requests",
+            "Requests that have not begun: they wait for a slot or for pages.",
+            registry=registry,
+        )
+        self.paused = Gauge(
+            "treecast_verifier_paused_requests",
+            "Requests that have run and wait to go on.",
+            registry=registry,
+        )
+        self.preemptions = Counter(
+            "treecast_verifier_preemptions_total",
+            "Running requests that were paused, by why: memory, since what runs has grown and KV "
+            "pages ran out; length, since others went first.",
+            ["why"],
+            registry=registry,
+        )
+        for why in ("memory", "length"):
+            self.preemptions.labels(why)
+        self.swapped = Gauge(
+            "treecast_verifier_swapped_bytes",
+            "Host memory that the KV of paused requests takes now; --swap-gib at most.",
+            registry=registry,
+        )
+        self.swapped_bytes = Counter(
+            "treecast_verifier_swap_bytes_total",
+            "KV of paused requests moved between the pool and host memory, by direction: out, in.",
+            ["direction"],
+            registry=registry,
+        )
+        for direction in ("out", "in"):
+            self.swapped_bytes.labels(direction)
+        self.dropped_tokens = Counter(
+            "treecast_verifier_dropped_kv_tokens_total",
+            "Positions of paused requests whose KV had no room in host memory either; they are "
+            "computed again.",
+            registry=registry,
         )
         self.wait = Histogram(
             "treecast_verifier_wait_seconds",

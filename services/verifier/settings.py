@@ -72,6 +72,17 @@ class VerifierSettings(ServiceSettings):
         10, gt=0, description="a rank that does not answer for so long ends its group"
     )
     pool_tokens: int = Field(16384, ge=256, description="KV pool size in tokens")
+    swap_gib: float = Field(
+        1,
+        ge=0,
+        description="host memory for the KV of paused requests, in GiB, of all ranks of a group "
+        "together; what does not fit is dropped and computed again. 0: none",
+    )
+    swap_dtype: Literal["same", "int8"] = Field(
+        "same",
+        description="what that KV is kept as; int8 takes half or a quarter of the room and is "
+        "LOSSY: a request that was swapped out may go on with another text. Needs --numerics fast",
+    )
 
     speculators: Addresses = Field((), description="addresses of speculators, or dns:///name:port")
     speculators_per_session: int = Field(2, ge=0, le=4, description="how many draft one session")
@@ -94,7 +105,19 @@ class VerifierSettings(ServiceSettings):
         "second; full: always, which saves most passes of the LLM",
     )
     max_running: int = Field(32, ge=1, description="requests in one step at most")
-    max_waiting: int = Field(256, ge=0, description="requests waiting for KV pages at most")
+    max_waiting: int = Field(256, ge=0, description="requests waiting or paused at most")
+    schedule: Literal["fcfs", "length"] = Field(
+        "fcfs",
+        description="whose turn it is. fcfs: in order of arrival; who runs is paused only when KV "
+        "pages run out, the youngest first. length: higher priority, then the shortest expected "
+        "rest goes first, and takes the slot of a running one that needs at least twice as long",
+    )
+    aging_s: float = Field(
+        30,
+        gt=0,
+        description="length: a request that has not run for so long in all goes before those that "
+        "have, until it ends",
+    )
     max_nodes: int = Field(24, ge=0, le=256, description="tree nodes of one request in one step")
     max_rows: int = Field(128, ge=2, description="rows of one step: prefill chunks and trees")
     grammar_s: float = Field(

@@ -77,8 +77,21 @@ class PackedPass:
 class Executor(Protocol):
     """A model and the contents of its KV pool; also a `kv_pool.Storage`."""
 
+    @property
+    def position_bytes(self) -> int:
+        """See `kv_pool.Storage.position_bytes`."""
+
     def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         """See `kv_pool.Storage.copy`."""
+
+    def save(self, key: int, places: Sequence[int]) -> None:
+        """See `kv_pool.Storage.save`."""
+
+    def load(self, key: int, places: Sequence[int]) -> None:
+        """See `kv_pool.Storage.load`."""
+
+    def forget(self, key: int) -> None:
+        """See `kv_pool.Storage.forget`."""
 
     def run(self, packed: PackedPass) -> PassOutput:
         """Compute a pass; its keys and values are in the pool then. Blocks."""
@@ -114,7 +127,13 @@ class LocalExecutor:
         if options.numerics == "exact" and not options.uses_triton:
             shapes = [replace(s, value_dim=s.value_dim + NORM_COLUMNS) for s in shapes]
         self._device = torch.device(options.device)
-        self._tensors = KVTensors(shapes, num_pages * PAGE_TOKENS, options.kv_dtype, self._device)
+        self._tensors = KVTensors(
+            shapes,
+            num_pages * PAGE_TOKENS,
+            options.kv_dtype,
+            self._device,
+            options.swap_dtype == "int8",
+        )
         self._runner = runner
         self._adapter_rows = adapter_rows or lora.AdapterRows()
         self._options = options
@@ -156,8 +175,21 @@ class LocalExecutor:
                 layer_shapes(runner, range(len(shapes)), device)
         return cls(runner, shapes, options, num_pages, rows, residency)
 
+    @property
+    def position_bytes(self) -> int:
+        return self._tensors.position_bytes
+
     def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         self._tensors.copy(sources, targets)
+
+    def save(self, key: int, places: Sequence[int]) -> None:
+        self._tensors.save(key, places)
+
+    def load(self, key: int, places: Sequence[int]) -> None:
+        self._tensors.load(key, places)
+
+    def forget(self, key: int) -> None:
+        self._tensors.forget(key)
 
     def read(self, places: Sequence[int]) -> list[Tensor]:
         return self._tensors.read(places)

@@ -21,13 +21,21 @@ from treecast.engine.base import (
     PoolUsage,
     Segment,
     check_adapter,
+    SwappedKV,
 )
 from treecast.engine.executor import Executor, LocalExecutor, PackedPass, PackedSegment
-from treecast.engine.kv_pool import PAGE_TOKENS, KVPool, PagedSequence, num_pages
+from treecast.engine.kv_pool import (
+    PAGE_TOKENS,
+    KVPool,
+    PagedSequence,
+    SwappedSequence,
+    num_pages,
+)
 from treecast.engine.loading import (
     Kernels,
     LoadOptions,
     Numerics,
+    SwapDType,
     describe,
     load_model,
     resolve_dtype,
@@ -65,6 +73,7 @@ class HFEngine:
         kernels: Kernels = "auto",
         adapters: Mapping[str, Path | str] = NO_ADAPTERS,
         offload: Offload = RESIDENT,
+        swap_dtype: SwapDType = "same",
     ) -> HFEngine:
         """Read a model folder.
 
@@ -80,6 +89,7 @@ class HFEngine:
                 slowly, for tests.
             adapters: folders of LoRA adapters, by the names that sequences ask for.
             offload: where weights lie that the device is not to hold.
+            swap_dtype: what swapped-out KV is kept as; `int8` is lossy.
 
         Raises:
             ModelError: the folder is missing, no causal LM, or one that cannot be served; or an
@@ -94,6 +104,7 @@ class HFEngine:
             threads,
             kernels=kernels,
             offload=offload,
+            swap_dtype=swap_dtype,
         )
         model = load_model(folder, options)
         loaded = [read_adapter(name, Path(where)) for name, where in adapters.items()]
@@ -132,6 +143,15 @@ class HFEngine:
 
     def free(self, sequence: KVSequence) -> None:
         self._pool.free(_paged(sequence))
+
+    def swap_out(self, sequence: KVSequence) -> SwappedSequence:
+        return self._pool.swap_out(_paged(sequence))
+
+    def swap_in(self, swapped: SwappedKV, capacity: int) -> KVSequence:
+        return self._pool.swap_in(_swapped(swapped), capacity)
+
+    def discard(self, swapped: SwappedKV) -> None:
+        self._pool.discard(_swapped(swapped))
 
     def commit(self, sequence: KVSequence, path: Sequence[int], keep: Sequence[int] = ()) -> None:
         self._pool.commit(_paged(sequence), path, keep)
@@ -219,6 +239,12 @@ def _paged(sequence: KVSequence) -> PagedSequence:
     if not isinstance(sequence, PagedSequence):
         raise ModelError(f"a {type(sequence).__name__} is no sequence of this engine")
     return sequence
+
+
+def _swapped(swapped: SwappedKV) -> SwappedSequence:
+    if not isinstance(swapped, SwappedSequence):
+        raise ModelError(f"a {type(swapped).__name__} was not swapped out by this engine")
+    return swapped
 
 
 def _check_segment(segment: Segment, vocab_size: int) -> None:

@@ -36,6 +36,7 @@ Numerics = Literal["exact", "fast", "oracle"]
 DTYPES: dict[str, torch.dtype] = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 NUMERICS = ("exact", "fast", "oracle")
 Kernels = Literal["auto", "torch", "triton"]
+SwapDType = Literal["same", "int8"]
 
 _COMPUTATION = 3
 """Raised whenever our own kernels or runners come to give other bits."""
@@ -60,6 +61,7 @@ class LoadOptions:
     group: GroupShape = ALONE
     kernels: Kernels = "auto"
     offload: Offload = RESIDENT
+    swap_dtype: SwapDType = "same"
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -67,6 +69,11 @@ class LoadOptions:
         if self.numerics not in NUMERICS:
             known = ", ".join(NUMERICS)
             raise ModelError(f"numerics {self.numerics!r} are unknown; known are {known}")
+        if self.swap_dtype != "same" and self.numerics != "fast":
+            raise ModelError(
+                f"swapping KV as {self.swap_dtype} loses bits, which numerics {self.numerics} "
+                "promise to keep; it needs numerics fast"
+            )
         check_device(self.device)
         if self.threads is not None and self.threads < 1:
             raise ModelError(f"threads is {self.threads}; it must be 1 or more")
@@ -227,6 +234,8 @@ def fingerprint(revision: str, options: LoadOptions) -> str:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
+    if options.swap_dtype != "same":
+        parts["swap"] = options.swap_dtype
     return hashlib.sha256(repr(sorted(parts.items())).encode()).hexdigest()[:16]
 
 
