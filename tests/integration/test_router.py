@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import math
 import json
+import math
 import socket
 import sys
 import urllib.request
