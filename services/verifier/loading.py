@@ -21,6 +21,7 @@ _ROOM_BYTES = 1024 * 1024
 """Of the answer that hands out the tokenizer: for its template and special tokens."""
 
 if TYPE_CHECKING:
+    from treecast.engine.offload import Offload
     from treecast.engine.sharding.ranks import Member
 
 log = structlog.get_logger()
@@ -60,6 +61,16 @@ def _load(settings: VerifierSettings, folder: Path, place: Place | None) -> Engi
         device=settings.device,
         pool_tokens=settings.pool_tokens,
         threads=settings.torch_threads,
+        offload=_offload(settings),
+    )
+
+
+def _offload(settings: VerifierSettings) -> Offload:
+    from treecast.engine.offload import GIB, Offload
+
+    share = settings.device_memory
+    return Offload(
+        settings.offload, None if share is None else int(share * GIB), settings.offload_folder
     )
 
 
@@ -89,6 +100,7 @@ def _member(settings: VerifierSettings, folder: Path, place: Place) -> Member:
             device,
             threads,
             settings.group,
+            offload=_offload(settings),
         ),
         settings.pool_tokens,
         settings.rendezvous,

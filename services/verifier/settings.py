@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
@@ -44,6 +45,23 @@ class VerifierSettings(ServiceSettings):
         10, gt=0, description="a rank that does not answer for so long ends its group"
     )
     pool_tokens: int = Field(16384, ge=256, description="KV pool size in tokens")
+    offload: Literal["none", "cpu", "disk"] = Field(
+        "none",
+        description="where the layers are kept that --device-memory has no room for; they are "
+        "moved to the device for each pass, which costs the same for one row or a whole tree; "
+        "cpu: in the host's memory, for a GPU; disk: in a scratch file",
+    )
+    device_memory: float | None = Field(
+        None,
+        gt=0,
+        description="with --offload: GiB of the device (with --device cpu, of the host's memory) "
+        "that weights may take, buffers included; unset: what is free and the KV pool leaves",
+    )
+    offload_folder: Path | None = Field(
+        None,
+        description="where --offload disk makes its scratch file, which is as large as the layers "
+        "and gone with the process; unset: the folder of model caches",
+    )
 
     speculators: Addresses = Field((), description="addresses of speculators, or dns:///name:port")
     speculators_per_session: int = Field(2, ge=0, le=4, description="how many draft one session")

@@ -23,6 +23,7 @@ from treecast.engine.loading import (
     load_model,
     resolve_dtype,
 )
+from treecast.engine.memory import checked
 from treecast.engine.offload import RESIDENT, Offload
 from treecast.engine.residency import ALL_RESIDENT, Offloaded
 from treecast.engine.steps import PassOutput
@@ -81,6 +82,7 @@ class HFEngine:
             kernels=kernels,
             offload=offload,
         )
+        options = checked(folder, options, pool_tokens)
         model = load_model(folder, options)
         info = describe(folder, model, options)
         pages = pages_of(pool_tokens)

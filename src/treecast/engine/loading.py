@@ -12,7 +12,7 @@ from typing import Any, Literal, cast
 
 import structlog
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from treecast import checkpoints
 from treecast.engine import adapters, bridge
@@ -26,6 +26,7 @@ from treecast.engine.linears import (
     product_dtype,
 )
 from treecast.engine.offload import RESIDENT, Offload
+from treecast.engine.progress import reading_told
 from treecast.engine.sharding.shape import ALONE, GroupShape
 from treecast.engine.unread import unread_model
 from treecast.errors import ModelError
@@ -37,11 +38,13 @@ DTYPES: dict[str, torch.dtype] = {"bfloat16": torch.bfloat16, "float32": torch.f
 NUMERICS = ("exact", "fast", "oracle")
 Kernels = Literal["auto", "torch", "triton"]
 
-_COMPUTATION = 3
+_COMPUTATION = 4
 """Raised whenever our own kernels or runners come to give other bits."""
 
 _BLOOM_CONTEXT = 2048
 """Its biases have no end, and its config tells none; so it was trained."""
+
+_ALIGNMENT = 64
 
 _log = structlog.get_logger()
 
@@ -139,23 +142,48 @@ def load_model(path: Path, options: LoadOptions) -> nn.Module:
     Raises:
         ModelError: the folder is no causal LM, or one that cannot be served.
     """
-    from transformers import AutoConfig
-
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     bridge.register()
     try:
-        config = AutoConfig.from_pretrained(path)
-        refuse_unservable(config)
+        config = read_servable_config(path)
         model = _read_model(path, config, options)
     except (OSError, ValueError) as error:
         raise ModelError(f"model folder {path} cannot be loaded: {error}") from error
     adapters.adapt(model)
     cut_head(model)
-    loaded: nn.Module = model.eval()._apply(
-        lambda tensor: tensor if tensor.is_meta else tensor.to(options.device)
-    )
+    loaded: nn.Module = model.eval()._apply(lambda tensor: _placed(tensor, options))
     return loaded
+
+
+def _placed(tensor: Tensor, options: LoadOptions) -> Tensor:
+    """On the device, at an address as torch gives them out.
+
+    Tensors of a mapped file begin where its header happens to end, and the matrix library adds up
+    in another order there.
+    """
+    if tensor.is_meta:
+        return tensor
+    placed = tensor.to(options.device)
+    if not options.on_cpu or options.group != ALONE or placed.data_ptr() % _ALIGNMENT == 0:
+        return placed
+    return placed.clone()
+
+
+def read_servable_config(path: Path) -> Any:
+    """A folder's config, of a model that can be served.
+
+    Raises:
+        ModelError: it is none, and why.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"model folder {path} cannot be loaded: {error}") from error
+    refuse_unservable(config)
+    return config
 
 
 def _read_model(path: Path, config: Any, options: LoadOptions) -> Any:
@@ -168,7 +196,7 @@ def _read_model(path: Path, config: Any, options: LoadOptions) -> Any:
         if model is not None:
             return model
         _log.info("model.read_whole", reason="its tensors are stored under other names")
-    with _share(options.group) as share:
+    with _share(options.group) as share, reading_told(path):
         return transformers.AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, attn_implementation=attention, **share
         )
