@@ -11,12 +11,13 @@ from treecast.engine.base import Engine
 from treecast.engine.exactness import differing_rows
 from treecast.engine.sharding.shape import Place
 from treecast.engine.toy import ToyEngine
-from treecast.errors import ModelError
+from treecast.errors import ModelError, SettingsError
 from treecast.text.tokenizer import TokenizerFiles
 from treecast.wire.channel import MAX_ANSWER_BYTES
 
 from .settings import VerifierSettings
 
+_TOY_TOKENS = 16384
 _ROOM_BYTES = 1024 * 1024
 """Of the answer that hands out the tokenizer: for its template and special tokens."""
 
@@ -38,7 +39,9 @@ def load_engine(settings: VerifierSettings, place: Place | None) -> tuple[Path |
         EngineLost: another rank of the group is gone.
     """
     if settings.engine == "toy":
-        return None, ToyEngine(pool_tokens=settings.pool_tokens, step_s=settings.toy_step_s)
+        pool_tokens = settings.pool_tokens
+        pool_tokens = _TOY_TOKENS if pool_tokens == "auto" else pool_tokens
+        return None, ToyEngine(pool_tokens=pool_tokens, step_s=settings.toy_step_s)
     folder = model_folder(settings)
     engine = _load(settings, folder, place)
     log.info("model.loaded", revision=engine.info.revision, fingerprint=engine.info.fingerprint)
@@ -59,9 +62,10 @@ def _load(settings: VerifierSettings, folder: Path, place: Place | None) -> Engi
         dtype=settings.dtype,
         numerics=settings.numerics,
         device=settings.device,
-        pool_tokens=settings.pool_tokens,
+        pool_tokens=None if settings.pool_tokens == "auto" else settings.pool_tokens,
         threads=settings.torch_threads,
         offload=_offload(settings),
+        kv_dtype=settings.kv_dtype,
     )
 
 
@@ -89,6 +93,8 @@ def _member(settings: VerifierSettings, folder: Path, place: Place) -> Member:
     from treecast.engine.loading import LoadOptions, resolve_dtype
     from treecast.engine.sharding.ranks import Member
 
+    if settings.pool_tokens == "auto":
+        raise SettingsError("--pool-tokens auto is not for a group: all ranks must have as many")
     threads = place.threads(settings.torch_threads)
     device = settings.device if settings.device == "cpu" else f"cuda:{place.local_rank}"
     return Member(
@@ -101,6 +107,7 @@ def _member(settings: VerifierSettings, folder: Path, place: Place) -> Member:
             threads,
             settings.group,
             offload=_offload(settings),
+            kept_kv=settings.kv_dtype,
         ),
         settings.pool_tokens,
         settings.rendezvous,

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from treecast.engine.sharding.shape import GroupShape
 from treecast.sampling.params import Law
-from treecast.settings import DType, ServiceSettings
+from treecast.settings import DType, KVDType, ServiceSettings
 from treecast.wire.registry import Addresses
 
 
@@ -44,7 +44,17 @@ class VerifierSettings(ServiceSettings):
     rank_timeout_s: float = Field(
         10, gt=0, description="a rank that does not answer for so long ends its group"
     )
-    pool_tokens: int = Field(16384, ge=256, description="KV pool size in tokens")
+    pool_tokens: Annotated[int, Field(ge=256)] | Literal["auto"] = Field(
+        16384,
+        description="KV pool size in tokens; auto: what fits into the memory that weights leave, "
+        "of a GPU nine tenths of it, of the host half",
+    )
+    kv_dtype: KVDType = Field(
+        "auto",
+        description="what keys and values are kept in; auto: what attention computes in; int8 (a "
+        "scale per position and head) and fp8 (e4m3) lose bits, of every text alike: trees change "
+        "no token under them; others than auto with --device cpu only",
+    )
     offload: Literal["none", "cpu", "disk"] = Field(
         "none",
         description="where the layers are kept that --device-memory has no room for; they are "

@@ -23,12 +23,12 @@ from treecast.engine.loading import (
     load_model,
     resolve_dtype,
 )
-from treecast.engine.memory import checked
+from treecast.engine.memory import fitted
 from treecast.engine.offload import RESIDENT, Offload
 from treecast.engine.residency import ALL_RESIDENT, Offloaded
 from treecast.engine.steps import PassOutput
 from treecast.errors import InvalidRequest, ModelError
-from treecast.settings import DType
+from treecast.settings import DType, KVDType
 
 DEFAULT_POOL_TOKENS = 16384
 
@@ -50,10 +50,11 @@ class HFEngine:
         dtype: DType = "auto",
         numerics: Numerics = "exact",
         device: str = "cpu",
-        pool_tokens: int = DEFAULT_POOL_TOKENS,
+        pool_tokens: int | None = DEFAULT_POOL_TOKENS,
         threads: int | None = None,
         kernels: Kernels = "auto",
         offload: Offload = RESIDENT,
+        kv_dtype: KVDType = "auto",
     ) -> HFEngine:
         """Read a model folder.
 
@@ -63,11 +64,13 @@ class HFEngine:
             numerics: `exact` (a row's bits do not depend on what is computed beside it), `fast`, or
                 `oracle` (slow, for tests).
             device: where torch computes: `cpu`, `cuda`, or one of several such as `cuda:1`.
-            pool_tokens: positions in the KV pool, rounded down to pages of 64.
+            pool_tokens: positions in the KV pool, rounded down to pages of 64; None for as many as
+                free memory holds, see `memory.fitted`.
             threads: torch's number of threads, for the whole process; None leaves it.
             kernels: of attention; `auto` is Triton's on a GPU. Its interpreter runs them on CPU,
                 slowly, for tests.
             offload: where weights lie that the device is not to hold.
+            kv_dtype: of the pool, see `kv_dtype`; `auto` is what attention computes in.
 
         Raises:
             ModelError: the folder is missing, no causal LM, or one that cannot be served.
@@ -81,8 +84,9 @@ class HFEngine:
             threads,
             kernels=kernels,
             offload=offload,
+            kept_kv=kv_dtype,
         )
-        options = checked(folder, options, pool_tokens)
+        options, pool_tokens = fitted(folder, options, pool_tokens)
         model = load_model(folder, options)
         info = describe(folder, model, options)
         pages = pages_of(pool_tokens)

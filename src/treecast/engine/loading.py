@@ -18,6 +18,7 @@ from treecast import checkpoints
 from treecast.engine import adapters, bridge
 from treecast.engine.base import ModelInfo
 from treecast.engine.cut_head import cut_head
+from treecast.engine.kv_dtype import KV_FORMATS, KVFormat
 from treecast.engine.linears import (
     RowLayers,
     fixed_layers,
@@ -30,7 +31,7 @@ from treecast.engine.progress import reading_told
 from treecast.engine.sharding.shape import ALONE, GroupShape
 from treecast.engine.unread import unread_model
 from treecast.errors import ModelError
-from treecast.settings import DType
+from treecast.settings import DType, KVDType
 
 Numerics = Literal["exact", "fast", "oracle"]
 
@@ -63,6 +64,7 @@ class LoadOptions:
     group: GroupShape = ALONE
     kernels: Kernels = "auto"
     offload: Offload = RESIDENT
+    kept_kv: KVDType = "auto"
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -73,6 +75,10 @@ class LoadOptions:
         check_device(self.device)
         if self.threads is not None and self.threads < 1:
             raise ModelError(f"threads is {self.threads}; it must be 1 or more")
+        if self.kept_kv != "auto" and self.uses_triton:
+            raise ModelError(
+                f"KV dtype {self.kept_kv} is for CPU; kernels on a device take auto, {self.dtype}"
+            )
         if self.offload.mode == "cpu" and self.on_cpu:
             raise ModelError("offload cpu is for a GPU's weights; on a CPU there is offload disk")
         if self.offload.mode != "none" and self.group != ALONE:
@@ -101,8 +107,22 @@ class LoadOptions:
         return packed_layers(self.min_rows) if self.on_cpu else plain_layers()
 
     @property
+    def kv_format(self) -> KVFormat:
+        """What keys and values are kept in: what they are computed in, unless asked otherwise."""
+        kept = KVFormat(self.kv_dtype)
+        return kept if self.kept_kv == "auto" else KV_FORMATS[self.kept_kv]
+
+    @property
+    def widens_kv(self) -> bool:
+        """Whether the pool is kept in another type than is computed in."""
+        return self.kv_format.dtype != self.kv_dtype
+
+    @property
     def kv_dtype(self) -> torch.dtype:
-        """float32 wherever rounding keys once more would blur what is compared, or cost time."""
+        """What attention computes in.
+
+        float32 wherever rounding keys once more would blur what is compared, or cost time.
+        """
         own = DTYPES[self.dtype]
         if self.uses_triton:
             return own
@@ -246,7 +266,7 @@ def fingerprint(revision: str, options: LoadOptions) -> str:
         "computation": _COMPUTATION,
         "dtype": options.dtype,
         "numerics": options.numerics,
-        "kv": str(options.kv_dtype),
+        "kv": f"{options.kv_dtype} of {options.kv_format.dtype}",
         "kernels": _triton_version() if options.uses_triton else "torch",
         "device": options.device,
         "processor": _processor() if options.on_cpu else torch.cuda.get_device_name(options.device),

@@ -19,6 +19,10 @@ from treecast.kernels.exact import NORM_COLUMNS
 
 _log = structlog.get_logger()
 
+FEWEST_POOL_TOKENS = 1024
+MOST_POOL_TOKENS = 1 << 20
+"""Of a pool that is sized by what is free: a page table of so many is still quick."""
+
 WORKSPACE_ROWS = 256
 """Rows of a pass whose activations and logits are reckoned with."""
 
@@ -60,29 +64,40 @@ class MemoryNeed:
             raise ModelError(f"the model needs {self}; {where} has {gib(free)} free")
 
 
-def checked(path: Path, options: LoadOptions, pool_tokens: int) -> LoadOptions:
+def fitted(path: Path, options: LoadOptions, pool_tokens: int | None) -> tuple[LoadOptions, int]:
     """See that a model will fit, before any weight is read, and tell the log what it will take.
 
+    Args:
+        pool_tokens: of the KV pool; None for half of what weights leave on a host, which others
+            use too, and nine tenths on a GPU; `MOST_POOL_TOKENS` at most.
+
     Returns:
-        The options; weights that are to be offloaded by what is free have their share of it.
+        The options, with a share of the device for weights that are offloaded by what is free; and
+        the pool's tokens.
 
     Raises:
         ModelError: it does not fit, with the numbers; or the folder cannot be served.
     """
     free = free_bytes(options.device)
+    config = read_servable_config(path).get_text_config()
+    token_bytes = kv_bytes_per_token(config, options)
     if options.offload.mode != "none" and options.offload.device_bytes is None:
-        config = read_servable_config(path).get_text_config()
-        others = kv_bytes_per_token(config, options) * pool_tokens
-        share = free - others - _workspace_bytes(config)
-        options = replace(options, offload=replace(options.offload, device_bytes=max(0, share)))
-    need = estimate(path, options, pool_tokens)
+        pool = free // 4 if pool_tokens is None else token_bytes * pool_tokens
+        share = max(0, free - pool - _workspace_bytes(config))
+        options = replace(options, offload=replace(options.offload, device_bytes=share))
+    need = estimate(path, options, pool_tokens or 0)
+    if pool_tokens is None:
+        left = (free - need.most) * (0.5 if options.on_cpu else 0.9)
+        pool_tokens = min(MOST_POOL_TOKENS, max(FEWEST_POOL_TOKENS, int(left // token_bytes)))
+        need = replace(need, kv_pool=token_bytes * pool_tokens)
     _log.info(
         "model.memory",
         **{f"{part}_gib": round(count / GIB, 2) for part, count in asdict(need).items()},
         free_gib=round(free / GIB, 2),
+        pool_tokens=pool_tokens,
     )
     need.check(free, options.device)
-    return options
+    return options, pool_tokens
 
 
 def estimate(path: Path, options: LoadOptions, pool_tokens: int) -> MemoryNeed:
@@ -125,7 +140,9 @@ def kv_bytes_per_token(config: Any, options: LoadOptions) -> int:
         kv_heads = 1
     dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     norm = NORM_COLUMNS if options.numerics == "exact" and not options.uses_triton else 0
-    per_layer = kv_heads * (2 * dim + norm) * options.kv_dtype.itemsize
+    kept = options.kv_format
+    norm = 0 if options.widens_kv else norm
+    per_layer = kv_heads * (kept.bytes_of(dim) + kept.bytes_of(dim + norm))
     return int(config.num_hidden_layers * per_layer)
 
 
