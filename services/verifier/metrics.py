@@ -48,6 +48,22 @@ class _ReliabilityCollector(Collector):
         yield accepted
 
 
+class _MovedCollector(Collector):
+    """Reads what the engine has counted, at each scrape."""
+
+    def __init__(self, moved_bytes: Callable[[], int]) -> None:
+        self._moved_bytes = moved_bytes
+
+    def collect(self) -> Iterator[Metric]:
+        moved = CounterMetricFamily(
+            "treecast_verifier_weights_moved_bytes",
+            "Bytes of weights brought to the device for passes; 0 without --offload. Over output "
+            "tokens it falls as trees are accepted.",
+        )
+        moved.add_metric([], self._moved_bytes())
+        yield moved
+
+
 class VerifierMetrics:
     """Prometheus metrics of one verifier; seconds and counts, labels bounded."""
 
@@ -267,6 +283,10 @@ class VerifierMetrics:
     def watch(self, reliability: Callable[[], Iterable[Reliability]]) -> None:
         """Export predicted and accepted sums; they are read when metrics are asked for."""
         self.registry.register(_ReliabilityCollector(reliability))
+
+    def watch_weights(self, moved_bytes: Callable[[], int]) -> None:
+        """Export what has been moved; it is read when metrics are asked for."""
+        self.registry.register(_MovedCollector(moved_bytes))
 
     def proposed(self, names: Iterable[str], verified: int, accepted: int) -> None:
         """Count nodes that these drafters agreed on."""

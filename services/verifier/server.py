@@ -66,6 +66,7 @@ class Verifier(verifier_pb2_grpc.VerifierServiceServicer):
         self._hand_over: asyncio.TimerHandle | None = None
         self.tls = tls_of(settings)
         self.metrics = VerifierMetrics()
+        self.metrics.watch_weights(lambda: engine.moved_bytes)
         model = engine.info.name
         self.metrics.registry.register(
             ProcessCollector("verifier", lambda: [model], lambda: self._draining)

@@ -11,7 +11,7 @@ from pydantic_settings import NoDecode
 from treecast.adapter import MAX_ADAPTERS, NAME_FORM, is_adapter_name
 from treecast.engine.sharding.shape import GroupShape
 from treecast.sampling.params import Law
-from treecast.settings import DType, ServiceSettings, split_commas
+from treecast.settings import DType, KVDType, ServiceSettings, split_commas
 from treecast.wire.registry import Addresses
 
 
@@ -71,7 +71,11 @@ class VerifierSettings(ServiceSettings):
     rank_timeout_s: float = Field(
         10, gt=0, description="a rank that does not answer for so long ends its group"
     )
-    pool_tokens: int = Field(16384, ge=256, description="KV pool size in tokens")
+    pool_tokens: Annotated[int, Field(ge=256)] | Literal["auto"] = Field(
+        16384,
+        description="KV pool size in tokens; auto: what fits into the memory that weights leave, "
+        "of a GPU nine tenths of it, of the host half",
+    )
     swap_gib: float = Field(
         1,
         ge=0,
@@ -82,6 +86,29 @@ class VerifierSettings(ServiceSettings):
         "same",
         description="what that KV is kept as; int8 takes half or a quarter of the room and is "
         "LOSSY: a request that was swapped out may go on with another text. Needs --numerics fast",
+    )
+    kv_dtype: KVDType = Field(
+        "auto",
+        description="what keys and values are kept in; auto: what attention computes in; int8 (a "
+        "scale per position and head) and fp8 (e4m3) lose bits, of every text alike: trees change "
+        "no token under them; others than auto with --device cpu only",
+    )
+    offload: Literal["none", "cpu", "disk"] = Field(
+        "none",
+        description="where the layers are kept that --device-memory has no room for; they are "
+        "moved to the device for each pass, which costs the same for one row or a whole tree; "
+        "cpu: in the host's memory, for a GPU; disk: in a scratch file",
+    )
+    device_memory: float | None = Field(
+        None,
+        gt=0,
+        description="with --offload: GiB of the device (with --device cpu, of the host's memory) "
+        "that weights may take, buffers included; unset: what is free and the KV pool leaves",
+    )
+    offload_folder: Path | None = Field(
+        None,
+        description="where --offload disk makes its scratch file, which is as large as the layers "
+        "and gone with the process; unset: the folder of model caches",
     )
 
     speculators: Addresses = Field((), description="addresses of speculators, or dns:///name:port")

@@ -23,6 +23,10 @@ DType = Literal["auto", "bfloat16", "float32"]
 """Of weights and activations; auto: bfloat16 where the processor multiplies it, else float32."""
 
 
+KVDType = Literal["auto", "bfloat16", "float16", "float32", "int8", "fp8"]
+"""Of the KV pool; auto: what attention computes in; int8 and fp8 are lossy."""
+
+
 def split_commas(given: str | Iterable[str]) -> tuple[str, ...]:
     """A field's items: comma-separated, and a flag may be repeated."""
     items = [given] if isinstance(given, str) else given

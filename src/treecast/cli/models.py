@@ -123,19 +123,34 @@ def list_served(
 @commands.command("check")
 def check(
     path: Annotated[Path, typer.Argument(help="A Hugging Face model folder.")],
+    pool_tokens: Annotated[
+        int, typer.Option(min=64, help="KV pool that memory is reckoned with.")
+    ] = 16384,
     as_json: options.Json = False,
 ) -> None:
-    """Say whether a folder holds a causal language model that can be served, and its revision."""
+    """Say whether a folder holds a causal language model that can be served, and what it takes.
+
+    Memory is reckoned by the headers alone, for exact numerics on this machine's processor and a
+    KV pool of so many tokens.
+    """
+    from dataclasses import asdict
+
     from treecast.checkpoints import check_model_dir, model_revision, tokenizer_hash
+    from treecast.engine.free_memory import free_host_bytes
+    from treecast.engine.loading import LoadOptions, resolve_dtype
+    from treecast.engine.memory import estimate, gib
 
     check_model_dir(path)
+    need = estimate(path, LoadOptions(resolve_dtype("auto"), "exact", "cpu", None), pool_tokens)
     facts = {
         "path": str(path),
         "revision": model_revision(path),
         "tokenizer_hash": tokenizer_hash(path),
+        "memory_bytes": {**asdict(need), "most": need.most, "free": free_host_bytes()},
     }
     if as_json:
         write_json(facts)
         return
     stdout().print(f"{path} can be served", soft_wrap=True)
     stdout().print(f"revision {facts['revision']}, tokenizer {facts['tokenizer_hash']}")
+    stdout().print(f"memory {need}; free here: {gib(free_host_bytes())}", soft_wrap=True)

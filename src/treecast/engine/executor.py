@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from treecast.engine import lora
-from treecast.engine.bridge import KernelPass
+from treecast.engine.bridge import KernelPass, TreePass
 from treecast.engine.kv_pool import PAGE_TOKENS
+from treecast.engine.kv_stored import StoredKV, StoredPass
 from treecast.engine.kv_tensors import KVTensors, LayerShape
 from treecast.engine.loading import LoadOptions, num_layers
 from treecast.engine.residency import ALL_RESIDENT, Residency
@@ -124,22 +125,27 @@ class LocalExecutor:
     ) -> None:
         """`adapter_rows` are those that the runner's adapted layers look at."""
         self._residency = residency
+        self._norm_columns = 0
         if options.numerics == "exact" and not options.uses_triton:
-            shapes = [replace(s, value_dim=s.value_dim + NORM_COLUMNS) for s in shapes]
+            self._norm_columns = NORM_COLUMNS
         self._device = torch.device(options.device)
-        self._tensors = KVTensors(
-            shapes,
-            num_pages * PAGE_TOKENS,
-            options.kv_dtype,
-            self._device,
-            options.swap_dtype == "int8",
-        )
+        self._tensors = self._pool(shapes, num_pages * PAGE_TOKENS, options)
         self._runner = runner
         self._adapter_rows = adapter_rows or lora.AdapterRows()
         self._options = options
         self._steps = self._device_steps(shapes) if options.uses_triton else None
 
+    def _pool(
+        self, shapes: Sequence[LayerShape], num_places: int, options: LoadOptions
+    ) -> KVTensors | StoredKV:
+        if options.widens_kv:
+            return StoredKV(shapes, num_places, options.kv_format, self._device)
+        wide = [replace(s, value_dim=s.value_dim + self._norm_columns) for s in shapes]
+        lossy_swap = options.swap_dtype == "int8"
+        return KVTensors(wide, num_places, options.kv_dtype, self._device, lossy_swap)
+
     def _device_steps(self, shapes: Sequence[LayerShape]) -> DeviceSteps:
+        assert isinstance(self._tensors, KVTensors), "refused with the options"
         heads = {(shape.group, shape.kv_heads) for shape in shapes}
         if len(heads) > 1:
             raise ModelError(
@@ -210,9 +216,8 @@ class LocalExecutor:
     def _run_here(
         self, packed: PackedPass, layouts: Sequence[SegmentLayout]
     ) -> Tensor:  # [wanted, vocab]
-        kernel = self._kernel(layouts)
         tokens, positions = packed.tokens, packed.positions
-        tree = KernelPass(kernel, self._tensors, len(tokens))
+        tree = self._tree_pass(layouts, len(tokens))
         if len(tokens) < self._options.min_rows:
             tokens, positions = tokens * 2, positions * 2
         rows = torch.tensor((tokens, positions), device=self._device)
@@ -222,6 +227,14 @@ class LocalExecutor:
 
     def _marked(self, adapters: Sequence[str], num_rows: int) -> AbstractContextManager[None]:
         return self._adapter_rows.marked(adapters, num_rows, self._device)
+
+    def _tree_pass(self, layouts: Sequence[SegmentLayout], num_rows: int) -> TreePass:
+        tensors = self._tensors
+        if isinstance(tensors, KVTensors):
+            return KernelPass(self._kernel(layouts), tensors, num_rows)
+        return StoredPass(
+            tensors, layouts, self._kernel, self._options.kv_dtype, self._norm_columns
+        )
 
     def check(self) -> None:
         """There is nobody to lose."""

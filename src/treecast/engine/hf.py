@@ -20,8 +20,8 @@ from treecast.engine.base import (
     ModelInfo,
     PoolUsage,
     Segment,
-    check_adapter,
     SwappedKV,
+    check_adapter,
 )
 from treecast.engine.executor import Executor, LocalExecutor, PackedPass, PackedSegment
 from treecast.engine.kv_pool import (
@@ -41,11 +41,12 @@ from treecast.engine.loading import (
     resolve_dtype,
 )
 from treecast.engine.lora_folder import read_adapter
+from treecast.engine.memory import fitted
 from treecast.engine.offload import RESIDENT, Offload
 from treecast.engine.residency import ALL_RESIDENT, Offloaded
 from treecast.engine.steps import PassOutput
 from treecast.errors import InvalidRequest, ModelError
-from treecast.settings import DType
+from treecast.settings import DType, KVDType
 
 DEFAULT_POOL_TOKENS = 16384
 NO_ADAPTERS: Mapping[str, Path | str] = MappingProxyType({})
@@ -68,12 +69,13 @@ class HFEngine:
         dtype: DType = "auto",
         numerics: Numerics = "exact",
         device: str = "cpu",
-        pool_tokens: int = DEFAULT_POOL_TOKENS,
+        pool_tokens: int | None = DEFAULT_POOL_TOKENS,
         threads: int | None = None,
         kernels: Kernels = "auto",
         adapters: Mapping[str, Path | str] = NO_ADAPTERS,
         offload: Offload = RESIDENT,
         swap_dtype: SwapDType = "same",
+        kv_dtype: KVDType = "auto",
     ) -> HFEngine:
         """Read a model folder.
 
@@ -83,13 +85,15 @@ class HFEngine:
             numerics: `exact` (a row's bits do not depend on what is computed beside it), `fast`, or
                 `oracle` (slow, for tests).
             device: where torch computes: `cpu`, `cuda`, or one of several such as `cuda:1`.
-            pool_tokens: positions in the KV pool, rounded down to pages of 64.
+            pool_tokens: positions in the KV pool, rounded down to pages of 64; None for as many as
+                free memory holds, see `memory.fitted`.
             threads: torch's number of threads, for the whole process; None leaves it.
             kernels: of attention; `auto` is Triton's on a GPU. Its interpreter runs them on CPU,
                 slowly, for tests.
             adapters: folders of LoRA adapters, by the names that sequences ask for.
             offload: where weights lie that the device is not to hold.
             swap_dtype: what swapped-out KV is kept as; `int8` is lossy.
+            kv_dtype: of the pool, see `kv_dtype`; `auto` is what attention computes in.
 
         Raises:
             ModelError: the folder is missing, no causal LM, or one that cannot be served; or an
@@ -105,7 +109,9 @@ class HFEngine:
             kernels=kernels,
             offload=offload,
             swap_dtype=swap_dtype,
+            kept_kv=kv_dtype,
         )
+        options, pool_tokens = fitted(folder, options, pool_tokens)
         model = load_model(folder, options)
         loaded = [read_adapter(name, Path(where)) for name, where in adapters.items()]
         info = replace(

@@ -12,12 +12,13 @@ from typing import Any, Literal, cast
 
 import structlog
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from treecast import checkpoints
 from treecast.engine import adapters, bridge
 from treecast.engine.base import ModelInfo
 from treecast.engine.cut_head import cut_head
+from treecast.engine.kv_dtype import KV_FORMATS, KVFormat
 from treecast.engine.linears import (
     RowLayers,
     fixed_layers,
@@ -26,10 +27,11 @@ from treecast.engine.linears import (
     product_dtype,
 )
 from treecast.engine.offload import RESIDENT, Offload
+from treecast.engine.progress import reading_told
 from treecast.engine.sharding.shape import ALONE, GroupShape
 from treecast.engine.unread import unread_model
 from treecast.errors import ModelError
-from treecast.settings import DType
+from treecast.settings import DType, KVDType
 
 Numerics = Literal["exact", "fast", "oracle"]
 
@@ -38,11 +40,13 @@ NUMERICS = ("exact", "fast", "oracle")
 Kernels = Literal["auto", "torch", "triton"]
 SwapDType = Literal["same", "int8"]
 
-_COMPUTATION = 3
+_COMPUTATION = 4
 """Raised whenever our own kernels or runners come to give other bits."""
 
 _BLOOM_CONTEXT = 2048
 """Its biases have no end, and its config tells none; so it was trained."""
+
+_ALIGNMENT = 64
 
 _log = structlog.get_logger()
 
@@ -62,6 +66,7 @@ class LoadOptions:
     kernels: Kernels = "auto"
     offload: Offload = RESIDENT
     swap_dtype: SwapDType = "same"
+    kept_kv: KVDType = "auto"
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -74,9 +79,17 @@ class LoadOptions:
                 f"swapping KV as {self.swap_dtype} loses bits, which numerics {self.numerics} "
                 "promise to keep; it needs numerics fast"
             )
+        if self.swap_dtype != "same" and self.kept_kv != "auto":
+            raise ModelError(
+                f"swap dtype {self.swap_dtype} is for KV dtype auto; {self.kept_kv} is small already"
+            )
         check_device(self.device)
         if self.threads is not None and self.threads < 1:
             raise ModelError(f"threads is {self.threads}; it must be 1 or more")
+        if self.kept_kv != "auto" and self.uses_triton:
+            raise ModelError(
+                f"KV dtype {self.kept_kv} is for CPU; kernels on a device take auto, {self.dtype}"
+            )
         if self.offload.mode == "cpu" and self.on_cpu:
             raise ModelError("offload cpu is for a GPU's weights; on a CPU there is offload disk")
         if self.offload.mode != "none" and self.group != ALONE:
@@ -105,8 +118,22 @@ class LoadOptions:
         return packed_layers(self.min_rows) if self.on_cpu else plain_layers()
 
     @property
+    def kv_format(self) -> KVFormat:
+        """What keys and values are kept in: what they are computed in, unless asked otherwise."""
+        kept = KVFormat(self.kv_dtype)
+        return kept if self.kept_kv == "auto" else KV_FORMATS[self.kept_kv]
+
+    @property
+    def widens_kv(self) -> bool:
+        """Whether the pool is kept in another type than is computed in."""
+        return self.kv_format.dtype != self.kv_dtype
+
+    @property
     def kv_dtype(self) -> torch.dtype:
-        """float32 wherever rounding keys once more would blur what is compared, or cost time."""
+        """What attention computes in.
+
+        float32 wherever rounding keys once more would blur what is compared, or cost time.
+        """
         own = DTYPES[self.dtype]
         if self.uses_triton:
             return own
@@ -146,23 +173,48 @@ def load_model(path: Path, options: LoadOptions) -> nn.Module:
     Raises:
         ModelError: the folder is no causal LM, or one that cannot be served.
     """
-    from transformers import AutoConfig
-
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     bridge.register()
     try:
-        config = AutoConfig.from_pretrained(path)
-        refuse_unservable(config)
+        config = read_servable_config(path)
         model = _read_model(path, config, options)
     except (OSError, ValueError) as error:
         raise ModelError(f"model folder {path} cannot be loaded: {error}") from error
     adapters.adapt(model)
     cut_head(model)
-    loaded: nn.Module = model.eval()._apply(
-        lambda tensor: tensor if tensor.is_meta else tensor.to(options.device)
-    )
+    loaded: nn.Module = model.eval()._apply(lambda tensor: _placed(tensor, options))
     return loaded
+
+
+def _placed(tensor: Tensor, options: LoadOptions) -> Tensor:
+    """On the device, at an address as torch gives them out.
+
+    Tensors of a mapped file begin where its header happens to end, and the matrix library adds up
+    in another order there.
+    """
+    if tensor.is_meta:
+        return tensor
+    placed = tensor.to(options.device)
+    if not options.on_cpu or options.group != ALONE or placed.data_ptr() % _ALIGNMENT == 0:
+        return placed
+    return placed.clone()
+
+
+def read_servable_config(path: Path) -> Any:
+    """A folder's config, of a model that can be served.
+
+    Raises:
+        ModelError: it is none, and why.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"model folder {path} cannot be loaded: {error}") from error
+    refuse_unservable(config)
+    return config
 
 
 def _read_model(path: Path, config: Any, options: LoadOptions) -> Any:
@@ -175,7 +227,7 @@ def _read_model(path: Path, config: Any, options: LoadOptions) -> Any:
         if model is not None:
             return model
         _log.info("model.read_whole", reason="its tensors are stored under other names")
-    with _share(options.group) as share:
+    with _share(options.group) as share, reading_told(path):
         return transformers.AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, attn_implementation=attention, **share
         )
@@ -225,7 +277,7 @@ def fingerprint(revision: str, options: LoadOptions) -> str:
         "computation": _COMPUTATION,
         "dtype": options.dtype,
         "numerics": options.numerics,
-        "kv": str(options.kv_dtype),
+        "kv": f"{options.kv_dtype} of {options.kv_format.dtype}",
         "kernels": _triton_version() if options.uses_triton else "torch",
         "device": options.device,
         "processor": _processor() if options.on_cpu else torch.cuda.get_device_name(options.device),
