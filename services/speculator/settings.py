@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator
@@ -60,6 +61,12 @@ class SpeculatorSettings(ServiceSettings):
     )
     engine: Literal["hf", "toy"] = Field("hf", description="hf: a real model; toy: for tests")
     model: str = Field("default", description="draft model's folder; 'default' is the one shipped")
+    drafts_root: Path | None = Field(
+        None,
+        description="folder below which `treecast reload` may name another draft; unset: it can "
+        "only have the same folders read again, as SIGHUP does. While a draft is loaded there are "
+        "two in memory, each with its KV pool",
+    )
     dtype: DType = Field(
         "auto",
         description="weights and activations; auto: bfloat16 where the processor multiplies it, "
