@@ -86,6 +86,11 @@ class Speculator(
         self._loop = asyncio.get_running_loop()
         self.grower.start()
 
+    @property
+    def offers_reload(self) -> bool:
+        """Whether callers may have drafts replaced: nobody is asked for a key here."""
+        return self._settings.drafts_root is not None
+
     def reload_on_hangup(self) -> None:
         """At SIGHUP read the drafts' folders again; on the event loop that serves."""
         loop = asyncio.get_running_loop()
@@ -191,12 +196,13 @@ def server_of(speculator: Speculator) -> Server:
         "treecast.v1.SpeculatorService",
         callers=["verifier"],
     )
-    server.add(
-        speculator_pb2_grpc.add_SpeculatorAdminServiceServicer_to_server,
-        speculator,
-        "treecast.v1.SpeculatorAdminService",
-        callers=["client"],
-    )
+    if speculator.offers_reload:
+        server.add(
+            speculator_pb2_grpc.add_SpeculatorAdminServiceServicer_to_server,
+            speculator,
+            "treecast.v1.SpeculatorAdminService",
+            callers=["client"],
+        )
     return server
 
 

@@ -63,9 +63,9 @@ class SpeculatorSettings(ServiceSettings):
     model: str = Field("default", description="draft model's folder; 'default' is the one shipped")
     drafts_root: Path | None = Field(
         None,
-        description="folder below which `treecast reload` may name another draft; unset: it can "
-        "only have the same folders read again, as SIGHUP does. While a draft is loaded there are "
-        "two in memory, each with its KV pool",
+        description="offer `treecast reload` to whoever reaches this port (with certificates: to "
+        "clients), for drafts below this folder; unset: SIGHUP alone has the drafts' own folders "
+        "read again. While one is loaded there are two in memory, each with its KV pool",
     )
     dtype: DType = Field(
         "auto",

@@ -45,7 +45,8 @@ def reload(
     no text changes. Sessions under the law mss end with the draft that they began with. A draft
     with another vocabulary or tokenizer is refused, and the old one stays.
 
-    SIGHUP does the same with every draft's own folder. Where the mesh has certificates, this needs
+    The speculator offers this where it has a --drafts-root; SIGHUP does the same with every draft's
+    own folder. Where the mesh has certificates, this needs
     a client's (TREECAST_TLS_CERT, TREECAST_TLS_KEY, TREECAST_TLS_CA).
 
     For example:
