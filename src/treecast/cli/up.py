@@ -54,6 +54,14 @@ def register(app: typer.Typer) -> None:
 def up(
     model: options.Model = "default",
     draft: options.Draft = "default",
+    adapters: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME=FOLDER,...",
+            help="LoRA adapters in peft's folders; a request names one.",
+            show_default=False,
+        ),
+    ] = None,
     verifiers: Annotated[int, typer.Option(min=1, help="Verifiers to start.")] = 1,
     speculators: Speculators = "ssm,ngram",
     numerics: Numerics = "exact",
@@ -136,6 +144,8 @@ def up(
 
         treecast up --model ./my-model --tp 2   # each verifier is two processes
 
+        treecast up --adapters pirate=./pirate-lora   # then: generate --adapter pirate
+
         treecast up --json   # one line with all addresses once everything is ready
     """
     from treecast.services.local import MeshSettings
@@ -154,7 +164,7 @@ def up(
         speculators=parse_speculators(speculators),
         torch_threads=threads,
         planner=planner,
-        verifier_flags={"policy": policy, "tp": tp, "pp": pp},
+        verifier_flags={"policy": policy, "tp": tp, "pp": pp, "adapters": adapters},
         speculator_flags={"growth": growth} if growth else {},
         router_listen=listen,
         http_listen=http_listen,
