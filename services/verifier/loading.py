@@ -140,14 +140,18 @@ def _member(settings: VerifierSettings, folder: Path, place: Place) -> Member:
 
 
 def model_folder(settings: VerifierSettings) -> Path:
-    """Where the model lies; the default one is unpacked first.
+    """Where the model lies; the default one, and one in a GGUF file, are unpacked first.
 
     Raises:
-        ModelError: the default model is neither installed nor to be fetched.
+        ModelError: the default model is neither installed nor to be fetched, or the file is none.
     """
-    from treecast.checkpoints import ensure_default_target
+    from treecast.checkpoints import ensure_converted, ensure_default_target
 
-    return ensure_default_target() if settings.model == "default" else Path(settings.model)
+    if settings.model == "default":
+        return ensure_default_target()
+    model = Path(settings.model)
+    is_gguf = model.suffix == ".gguf" and model.is_file()
+    return ensure_converted(model) if is_gguf else model
 
 
 def _check_exactness(engine: Engine) -> None:

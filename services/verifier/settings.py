@@ -38,7 +38,11 @@ class VerifierSettings(ServiceSettings):
     """Hold the LLM and verify token trees against it."""
 
     engine: Literal["hf", "toy"] = Field("hf", description="hf: a real model; toy: for tests")
-    model: str = Field("default", description="model folder; 'default' is SmolLM2-135M-Instruct")
+    model: str = Field(
+        "default",
+        description="model folder, or a GGUF file, which is converted into the cache once; "
+        "'default' is SmolLM2-135M-Instruct",
+    )
     adapters: AdapterFolders = Field(
         (),
         description="LoRA adapters in peft's folders, as NAME=FOLDER, at most 32 of rank 256 or "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -51,6 +51,8 @@ def models(
         treecast models --families
 
         treecast models check ./my-model
+
+        treecast models convert ./model.Q4_K_M.gguf ./my-model
 
         treecast models list --router 127.0.0.1:7070
     """
@@ -118,6 +120,51 @@ def list_served(
         counts = (model.vocab_size, model.context_tokens, model.verifiers)
         table.add_row(model.name, model.revision, *map(str, counts), ", ".join(model.adapters))
     stdout().print(table)
+
+
+@commands.command("convert")
+def convert(
+    source: Annotated[
+        Path,
+        typer.Argument(metavar="SRC", exists=True, help="A GGUF file, or a model folder."),
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; must not exist.")],
+    dtype: Annotated[
+        Literal["bfloat16", "float32"], typer.Option(help="Type of the weights.")
+    ] = "bfloat16",
+    as_json: options.Json = False,
+) -> None:
+    """Make a model folder of safetensors that verifiers serve as it is.
+
+    Takes GGUF files, folders in another type, and quantised ones where transformers can unpack them
+    on this machine; others are refused with the reason. What was written is loaded again and its
+    logits are compared with the source's; the folder appears whole or not at all. Needs memory for
+    the model in float32 and once more in the new type.
+
+    For example:
+
+        treecast models convert ./model.Q4_K_M.gguf ./my-model --dtype bfloat16
+    """
+    from treecast.conversion import convert as convert_model
+    from treecast.model_folder import model_revision
+
+    with stderr().status("reading") as shown:
+        done = convert_model(source, out, dtype, shown.update)
+    facts = {
+        "path": str(out),
+        "revision": model_revision(out),
+        "parameters": done.num_parameters,
+        "rounding_error": done.rounding_error,
+        "written_error": done.written_error,
+    }
+    if as_json:
+        write_json(facts)
+        return
+    stdout().print(f"{out}: {done.num_parameters} parameters in {dtype}", soft_wrap=True)
+    stdout().print(
+        f"revision {facts['revision']}; logits are off by {done.rounding_error:.1e} for the "
+        f"rounding, and by {done.written_error:.1e} once read back"
+    )
 
 
 @commands.command("check")

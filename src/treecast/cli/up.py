@@ -54,6 +54,14 @@ def register(app: typer.Typer) -> None:
 def up(
     model: options.Model = "default",
     draft: options.Draft = "default",
+    adapters: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME=FOLDER,...",
+            help="LoRA adapters in peft's folders; a request names one.",
+            show_default=False,
+        ),
+    ] = None,
     verifiers: Annotated[int, typer.Option(min=1, help="Verifiers to start.")] = 1,
     speculators: Speculators = "ssm,ngram",
     numerics: Numerics = "exact",
@@ -155,6 +163,8 @@ def up(
 
         treecast up --offload disk --device-memory 0.3   # weights that do not fit
 
+        treecast up --adapters pirate=./pirate-lora   # then: generate --adapter pirate
+
         treecast up --json   # one line with all addresses once everything is ready
     """
     from treecast.services.local import MeshSettings
@@ -177,6 +187,7 @@ def up(
             "policy": policy,
             "tp": tp,
             "pp": pp,
+            "adapters": adapters,
             "offload": offload,
             "device_memory": device_memory,
         },

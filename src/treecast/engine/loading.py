@@ -81,7 +81,7 @@ class LoadOptions:
             )
         if self.swap_dtype != "same" and self.kept_kv != "auto":
             raise ModelError(
-                f"swap dtype {self.swap_dtype} is for KV dtype auto; {self.kept_kv} is small already"
+                f"swap dtype {self.swap_dtype} is for KV dtype auto, not for {self.kept_kv}"
             )
         check_device(self.device)
         if self.threads is not None and self.threads < 1:
@@ -328,6 +328,12 @@ def refuse_unservable(config: Any) -> None:
         raise ModelError(
             f"{kind} keeps a recurrent state, which branches of a tree cannot share; "
             "only attention over keys and values is served"
+        )
+    if (packed := getattr(config, "quantization_config", None)) is not None:
+        method = packed.get("quant_method") if isinstance(packed, dict) else packed.quant_method
+        raise ModelError(
+            f"the weights are quantised by {method}; `treecast models convert` makes a folder of "
+            "them that is served, where they can be unpacked"
         )
     kinds = getattr(config.get_text_config(), "layer_types", None) or ()
     unknown = sorted(set(kinds) - {"full_attention", "sliding_attention"})
