@@ -87,6 +87,7 @@ def _load(settings: SpeculatorSettings, model: str) -> Engine:
     engine = HFEngine.load(
         folder,
         dtype=settings.dtype,
+        weights=settings.weights,
         numerics=settings.numerics,
         device=settings.device,
         pool_tokens=settings.pool_tokens,

@@ -56,6 +56,7 @@ def _load(settings: VerifierSettings, folder: Path, place: Place | None) -> Engi
     return HFEngine.load(
         folder,
         dtype=settings.dtype,
+        weights=settings.weights,
         numerics=settings.numerics,
         device=settings.device,
         pool_tokens=settings.pool_tokens,
@@ -89,6 +90,7 @@ def _member(settings: VerifierSettings, folder: Path, place: Place) -> Member:
             device,
             threads,
             settings.group,
+            weights=settings.weights,
         ),
         settings.pool_tokens,
         settings.rendezvous,

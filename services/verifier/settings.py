@@ -8,7 +8,7 @@ from pydantic import Field
 
 from treecast.engine.sharding.shape import GroupShape
 from treecast.sampling.params import Law
-from treecast.settings import DType, ServiceSettings
+from treecast.settings import DType, ServiceSettings, Weights
 from treecast.wire.registry import Addresses
 
 
@@ -21,6 +21,12 @@ class VerifierSettings(ServiceSettings):
         "auto",
         description="weights and activations; auto: bfloat16 where the processor multiplies it, "
         "else float32",
+    )
+    weights: Weights = Field(
+        "auto",
+        description="of linear layers on CPU, whatever the dtype; bfloat16, int8 and int4 take a "
+        "half, a quarter and a sixth of float32's memory, which steps of few rows wait for; auto: "
+        "16 bits where they lose nothing",
     )
     device: str = Field(
         "cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="cpu, cuda, or one of several: cuda:1"

@@ -18,6 +18,7 @@ from .up import (
     Dtype,
     Numerics,
     Speculators,
+    WeightsKind,
     parse_speculators,
     running_mesh,
     termination_as_interrupt,
@@ -64,6 +65,7 @@ def bench(
     speculators: Speculators = "ssm,ngram",
     numerics: Numerics = "exact",
     dtype: Dtype = "auto",
+    weights: WeightsKind = "auto",
     device: options.Device = "cpu",
     planner: options.Planner = "goodput",
     threads: options.Threads = 2,
@@ -120,6 +122,7 @@ def bench(
         numerics=numerics,
         device=device,
         dtype=resolve_dtype(dtype, device),
+        weights=weights,
         torch_threads=threads,
         planner=planner,
     )

@@ -25,7 +25,7 @@ from treecast.engine.loading import (
 )
 from treecast.engine.steps import PassOutput
 from treecast.errors import InvalidRequest, ModelError
-from treecast.settings import DType
+from treecast.settings import DType, Weights
 
 DEFAULT_POOL_TOKENS = 16384
 
@@ -50,6 +50,7 @@ class HFEngine:
         pool_tokens: int = DEFAULT_POOL_TOKENS,
         threads: int | None = None,
         kernels: Kernels = "auto",
+        weights: Weights = "auto",
     ) -> HFEngine:
         """Read a model folder.
 
@@ -63,6 +64,7 @@ class HFEngine:
             threads: torch's number of threads, for the whole process; None leaves it.
             kernels: of attention; `auto` is Triton's on a GPU. Its interpreter runs them on CPU,
                 slowly, for tests.
+            weights: in what linear layers' weights are kept on CPU; `auto` is what loses nothing.
 
         Raises:
             ModelError: the folder is missing, no causal LM, or one that cannot be served.
@@ -70,7 +72,12 @@ class HFEngine:
         folder = Path(path)
         checkpoints.check_model_dir(folder)
         options = LoadOptions(
-            resolve_dtype(dtype, device), numerics, device, threads, kernels=kernels
+            resolve_dtype(dtype, device),
+            numerics,
+            device,
+            threads,
+            kernels=kernels,
+            weights=weights,
         )
         model = load_model(folder, options)
         info = describe(folder, model, options)

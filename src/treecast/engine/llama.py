@@ -6,7 +6,7 @@ by the modules that a model has, not by its name, and taken only if it then comp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -101,21 +101,27 @@ class LlamaRunner:
     def __init__(
         self, model: Any, layers: RowLayers, rules: Mapping[int, ScoreRule] = NO_RULES
     ) -> None:
-        """Take over the weights of a model for which `is_llama_like` holds.
+        """Run a model for which `is_llama_like` holds; each layer is made anew whenever it is run.
 
         Args:
-            model: may be dropped; of a head that is more than a linear layer, those are replaced.
+            model: of a head that is more than a linear layer, the linear layers are replaced.
             layers: what linear layers and norms are computed with.
             rules: what layers do to their scores, as its modules told; plain where none is named.
         """
         decoder = model.model
-        self._embedding = decoder.embed_tokens
+        self._embedding = layers.embedding(decoder.embed_tokens)
         self._rotary = decoder.rotary_emb
-        self._layers = [
-            _Layer(layer, i, layers, rules.get(i, PLAIN)) for i, layer in enumerate(decoder.layers)
-        ]
+        self._layers: Iterable[_Layer] = _Layers(decoder.layers, layers, rules)
         self._norm = _Norm(decoder.norm, layers)
         self._head = _stand_in(model.lm_head, layers)
+
+    def take_over(self, model: Any) -> None:
+        """Make every layer for good, and drop the model's own one by one: it cannot run then."""
+        modules, made = model.model.layers, []
+        for i, layer in enumerate(self._layers):
+            made.append(layer)
+            modules[i] = nn.Identity()
+        self._layers = made
 
     def __call__(self, tokens: Tensor, positions: Tensor, wanted: Tensor, tree: TreePass) -> Tensor:
         hidden = self._embedding(tokens)
@@ -131,6 +137,19 @@ class LlamaRunner:
         cos, sin = self._rotary(exact, positions[None])
         half = cos.shape[-1] // 2
         return torch.complex(cos[0, :, None, :half], sin[0, :, None, :half])
+
+
+class _Layers:
+    """Layers made one at a time, so that the weights of one alone are there twice."""
+
+    def __init__(
+        self, modules: nn.ModuleList, layers: RowLayers, rules: Mapping[int, ScoreRule]
+    ) -> None:
+        self._modules, self._layers, self._rules = modules, layers, rules
+
+    def __iter__(self) -> Iterator[_Layer]:
+        for i, module in enumerate(self._modules):
+            yield _Layer(module, i, self._layers, self._rules.get(i, PLAIN))
 
 
 class _Layer:

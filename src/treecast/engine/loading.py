@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import nn
@@ -19,22 +19,23 @@ from treecast.engine.base import ModelInfo
 from treecast.engine.cut_head import cut_head
 from treecast.engine.linears import (
     RowLayers,
+    cpu_layers,
     fixed_layers,
-    packed_layers,
     plain_layers,
     product_dtype,
 )
 from treecast.engine.sharding.shape import ALONE, GroupShape
 from treecast.errors import ModelError
-from treecast.settings import DType
+from treecast.settings import DType, Weights
 
 Numerics = Literal["exact", "fast", "oracle"]
 
 DTYPES: dict[str, torch.dtype] = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 NUMERICS = ("exact", "fast", "oracle")
+WEIGHTS = get_args(Weights)
 Kernels = Literal["auto", "torch", "triton"]
 
-_COMPUTATION = 3
+_COMPUTATION = 4
 """Raised whenever our own kernels or runners come to give other bits."""
 
 _BLOOM_CONTEXT = 2048
@@ -54,6 +55,7 @@ class LoadOptions:
     threads: int | None
     group: GroupShape = ALONE
     kernels: Kernels = "auto"
+    weights: Weights = "auto"
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -61,7 +63,14 @@ class LoadOptions:
         if self.numerics not in NUMERICS:
             known = ", ".join(NUMERICS)
             raise ModelError(f"numerics {self.numerics!r} are unknown; known are {known}")
+        if self.weights not in WEIGHTS:
+            known = ", ".join(WEIGHTS)
+            raise ModelError(f"weights {self.weights!r} are unknown; known are {known}")
         check_device(self.device)
+        if self.weights != "auto" and not (self.on_cpu and not self.uses_triton):
+            raise ModelError(
+                f"weights {self.weights} are for CPU; on {self.device} weights are of the dtype"
+            )
         if self.threads is not None and self.threads < 1:
             raise ModelError(f"threads is {self.threads}; it must be 1 or more")
 
@@ -85,7 +94,9 @@ class LoadOptions:
         """What linear layers and norms are computed with."""
         if self.uses_triton and self.numerics == "exact":
             return fixed_layers()
-        return packed_layers(self.min_rows) if self.on_cpu else plain_layers()
+        if not self.on_cpu:
+            return plain_layers()
+        return cpu_layers(self.weights, DTYPES[self.dtype], self.min_rows > 1)
 
     @property
     def kv_dtype(self) -> torch.dtype:
@@ -195,6 +206,7 @@ def fingerprint(revision: str, options: LoadOptions) -> str:
         "revision": revision,
         "computation": _COMPUTATION,
         "dtype": options.dtype,
+        "weights": options.weights,
         "numerics": options.numerics,
         "kv": str(options.kv_dtype),
         "kernels": _triton_version() if options.uses_triton else "torch",

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from treecast.engine.bridge import TreePass
 from treecast.engine.kv_tensors import LayerShape
-from treecast.engine.linears import RowLayers, replace_linears
+from treecast.engine.linears import RowLayers, plain_layers, replace_linears
 from treecast.engine.llama import LlamaRunner, is_llama_like
 from treecast.errors import ModelError
 from treecast.kernels.fast import FastAttention
@@ -57,14 +57,19 @@ class ModuleRunner:
 def choose_runner(model: Any, layers: RowLayers) -> Runner:
     """The quickest runner that computes what a model's own modules do.
 
-    The model is changed (its linears are replaced) or no longer needed.
+    The model is changed (its linears are replaced) or no longer needed: layer by layer its weights
+    give way to those packed. The fused stack is tried with the weights as they are, so that rounded
+    ones need no tolerance of their own.
     """
     modules = ModuleRunner(model)
     if is_llama_like(model, layers):
         device = next(model.parameters()).device
-        fused = LlamaRunner(model, layers, _record(modules, device).rules)
-        error = relative_error(fused, modules, *_some_text(model))
+        rules = _record(modules, device).rules
+        trial = LlamaRunner(model, plain_layers(), rules)
+        error = relative_error(trial, modules, *_some_text(model))
         if error < _TOLERANCE[next(model.parameters()).dtype]:
+            fused = LlamaRunner(model, layers, rules)
+            fused.take_over(model)
             return fused
         _log.info("model.only_looks_like_llama", model=type(model).__name__, error=error)
     replace_linears(model, layers)
