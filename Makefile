@@ -32,6 +32,7 @@ bench: setup  ## Side by side with transformers, plain and speculative
 
 chaos: setup  ## Every fault under load, each stream compared; CHAOS=--quick for two minutes
 	$(PY) -m treecast.bench.chaos $(CHAOS)
+	$(PY) -m treecast.bench.chaos --tls --only rotated $(CHAOS)
 
 test: setup  ## All but the slow tests, at most 10 minutes on 2 cores
 	$(PY) -m pytest -m 'not slow and not gpu' -n 2 --dist loadfile

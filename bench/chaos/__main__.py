@@ -17,12 +17,19 @@ from treecast.services.local.logs import new_log_dir
 
 from .audit import Holding, take_stock
 from .campaign import NO_FAULT, run_faults
-from .faults import QUICK, Amounts, Fault, link_faults, process_faults, vanishing_clients
+from .faults import (
+    QUICK,
+    ROTATION,
+    Amounts,
+    Fault,
+    link_faults,
+    process_faults,
+    vanishing_clients,
+)
 from .fuzz import Fuzzer
 from .load import Load, Work, toy_works, undisturbed
 from .logs import error_events
 from .mesh import ChaosMesh, ChaosSettings
-from .ports import quiet_port
 from .real import real_works
 from .table import PAUSE_BOUND_S, ROW_HEAD, Row, stock_table
 
@@ -39,6 +46,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--engine", choices=("toy", "hf"), default="toy", help="hf: SmolLM2")
     parser.add_argument("--streams", type=int, default=24, help="streams at once")
     parser.add_argument("--tokens", type=int, default=64, help="tokens of each stream")
+    parser.add_argument(
+        "--tls",
+        action="store_true",
+        help="mutual TLS on every hop; certificates rotate in place of the fuzzer",
+    )
     parser.add_argument("--only", default="", help="faults whose name matches this expression")
     parser.add_argument("--frames", type=int, help="of the fuzzer")
     parser.add_argument("--cancels", type=int, help="clients that vanish")
@@ -49,11 +61,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 async def _run(options: argparse.Namespace) -> int:
     amounts = _amounts(options)
     settings = _settings(options)
-    fuzzer = Fuzzer(amounts, settings.hostile_speculator)
+    fuzzer = Fuzzer(amounts)
     _say(f"logs: {settings.log_dir}")
     async with ChaosMesh(settings) as mesh:
         works = _works(options)
-        expected = await undisturbed(mesh.router_addresses, works)
+        expected = await undisturbed(mesh, works)
         before = await take_stock(mesh)
         faults = _faults(mesh, works, amounts, fuzzer)
         wanted = [fault for fault in faults if re.search(options.only, fault.name)]
@@ -90,8 +102,10 @@ def _verdict(rows: Sequence[Row], after: Mapping[str, Holding], errors: Counter[
 
 def _settings(options: argparse.Namespace) -> ChaosSettings:
     log_dir: Path = new_log_dir(default_cache_dir() / "logs")
-    mesh = MeshSettings(engine=options.engine, num_verifiers=2, torch_threads=1, log_dir=log_dir)
-    return ChaosSettings(mesh, log_dir, hostile_speculator=f"127.0.0.1:{quiet_port()}")
+    mesh = MeshSettings(
+        engine=options.engine, num_verifiers=2, torch_threads=1, log_dir=log_dir, tls=options.tls
+    )
+    return ChaosSettings(mesh, log_dir, strangers=not options.tls)
 
 
 def _works(options: argparse.Namespace) -> list[Work]:
@@ -108,7 +122,7 @@ def _faults(
         *process_faults(mesh, amounts),
         *link_faults(mesh, amounts),
         vanishing_clients(works, amounts),
-        fuzzer.fault,
+        ROTATION if mesh.certificates else fuzzer.fault,
     ]
 
 
@@ -121,7 +135,7 @@ async def _table(
 ) -> list[Row]:
     rows = []
     print(ROW_HEAD, flush=True)
-    async with Load(mesh.router_addresses, works, expected, num_streams) as load:
+    async with Load(mesh, works, expected, num_streams) as load:
         async for row in run_faults(mesh, load, faults, _say):
             rows.append(row)
             print(row, flush=True)

@@ -9,7 +9,7 @@ from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 
 from treecast.sampling.params import Law
-from treecast.v1 import router_pb2, sampling_pb2, speculator_pb2, tree_pb2, verifier_pb2
+from treecast.v1 import router_pb2, sampling_pb2, speculator_pb2, verifier_pb2
 from treecast.wire import codec
 from treecast.wire.frames import Heartbeat, Hello, Role
 
@@ -58,6 +58,14 @@ _GENERATE = (
         chat=router_pb2.ChatPrompt(messages=[router_pb2.ChatMessage(role="user", content="x")])
     ),
 )
+
+LIAR_REVISION = "toy-lies"
+FOR_LIAR = router_pb2.GenerateRequest(
+    tokens=router_pb2.TokenPrompt(ids=[1, 2, 3]),
+    sampling=_SAMPLING,
+    resume=router_pb2.Resume(committed=[4], model_revision=LIAR_REVISION),
+)
+"""A request that only a verifier of that revision may have: the load's never come there."""
 
 _HEALTH = (
     Rpc("/grpc.health.v1.Health/Check", (health_pb2.HealthCheckRequest(service=""),)),
@@ -178,19 +186,6 @@ SPECULATE = PairCorpus(
         for handle in HANDLES
     ),
 )
-
-
-def draft(handle: int, base_len: int) -> speculator_pb2.SpeculatorFrame:
-    """A tree of five nodes with a branch."""
-    tree = tree_pb2.TokenTree(
-        tokens=[1, 2, 3, 4, 5],
-        parents=[0, 1, 1, 2, 4],
-        log_confidence=bytes([3] * 5),
-        proposers=bytes([1] * 5),
-    )
-    return speculator_pb2.SpeculatorFrame(
-        draft=speculator_pb2.Draft(handle=handle, base_len=base_len, tree=tree)
-    )
 
 
 def hello(role: Role, instance_id: str, vocab_size: int = VOCAB) -> Hello:

@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from treecast.client import AsyncClient
+from treecast.services.local.certificates import Authority
 
 from .load import Work
 from .mesh import ChaosMesh
@@ -78,7 +79,7 @@ def link_faults(mesh: ChaosMesh, amounts: Amounts) -> list[Fault]:
 
 def vanishing_clients(works: Sequence[Work], amounts: Amounts) -> Fault:
     async def vanish(mesh: ChaosMesh) -> None:
-        async with AsyncClient(mesh.router_addresses) as client:
+        async with mesh.client() as client:
             names = iter(range(amounts.num_cancels))
             await asyncio.gather(*(_vanish(client, works, names) for _ in range(VANISHING)))
 
@@ -105,6 +106,24 @@ async def roll_all(mesh: ChaosMesh) -> None:
     for name in mesh.services:
         await mesh.roll(name)
         await mesh.wait_whole()
+
+
+async def rotate_certificates(mesh: ChaosMesh) -> None:
+    """A new authority's certificates, as docs/security.md says: trust both, rotate, trust the new.
+
+    Everything is restarted in between, so that every connection has been made anew, by processes
+    that read their files earlier and those that read them later.
+    """
+    old, new = mesh.authority, Authority.make()
+    mesh.issue(old, [old, new])
+    await roll_all(mesh)
+    mesh.issue(new, [old, new])
+    await roll_all(mesh)
+    mesh.issue(new, [new])
+    await mesh.roll("router-0")
+
+
+ROTATION = Fault("certificates and their authority rotated", rotate_certificates)
 
 
 def _each(name: str, faults: Sequence[Fault]) -> Fault:

@@ -7,12 +7,12 @@ import itertools
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import grpc
 from google.protobuf.message import Message
 
-from treecast.v1 import speculator_pb2
 from treecast.wire import codec
 from treecast.wire.channel import open_channel
 from treecast.wire.frames import Heartbeat, Hello, Role
@@ -20,6 +20,7 @@ from treecast.wire.frames import Heartbeat, Hello, Role
 from . import corpus
 from .corpus import PairCorpus, Rpc
 from .faults import Amounts, Fault
+from .lies import SPECULATOR_LIE, VERIFIER_LIE, Lie
 from .mesh import ChaosMesh
 from .mutate import Mutator
 
@@ -43,11 +44,10 @@ class Fuzzer:
         answers: gRPC codes that calls and streams ended with.
     """
 
-    def __init__(self, amounts: Amounts, hostile: str) -> None:
+    def __init__(self, amounts: Amounts) -> None:
         self.sent: Counter[str] = Counter()
         self.answers: Counter[str] = Counter()
         self._amounts = amounts
-        self._hostile = hostile
         self._mutator = Mutator(amounts.seed)
 
     @property
@@ -71,7 +71,14 @@ class Fuzzer:
             group.create_task(
                 self.pair(speculator.address, corpus.SPECULATE, Role.VERIFIER, total * 35 // 100)
             )
-            group.create_task(self._pose_as_speculator(total * 12 // 100))
+            speculator_lies, verifier_lies = total * 9 // 100, total * 3 // 100
+            group.create_task(
+                self._pose(SPECULATOR_LIE, mesh.strangers["speculator"], speculator_lies)
+            )
+            asking = [group.create_task(self._ask_liar(router.address)) for _ in range(8)]
+            await self._pose(VERIFIER_LIE, mesh.strangers["verifier"], verifier_lies)
+            for task in asking:
+                task.cancel()
 
     def _damaged(self, message: Message) -> bytes:
         if self._mutator.random.random() < 0.4:
@@ -172,46 +179,54 @@ class Fuzzer:
             body = self._mutator.mutate_bytes(body)
         return body, len(frames)
 
-    # --- a speculator that lies -------------------------------------------------------------------
+    # --- workers that lie -------------------------------------------------------------------------
 
-    async def _pose_as_speculator(self, count: int) -> None:
-        path = corpus.SPECULATE.path
+    async def _pose(self, lie: Lie, address: str, count: int) -> None:
+        """Serve as a worker, and answer with damaged frames about what was really asked."""
         done = asyncio.Event()
+        name = f"hostile {lie.hello.role.name.lower()}"
 
-        async def speculate(requests: AsyncIterator[bytes], context: Any) -> AsyncIterator[bytes]:
-            handles: dict[int, int] = {}
-            reading = asyncio.create_task(_learn(requests, handles))
+        async def behave(requests: AsyncIterator[bytes], context: Any) -> AsyncIterator[bytes]:
+            asked: dict[int, int] = {}
+            reading = asyncio.create_task(_learn(requests, lie, asked))
             try:
-                ours = corpus.hello(Role.SPECULATOR, f"fuzz-{next(_INSTANCES)}")
-                yield codec.encode_speculator_frames([ours, Heartbeat()]).SerializeToString()
-                while self.sent["hostile speculator"] < count:
-                    yield self._lies(handles)
+                ours = replace(lie.hello, instance_id=f"fuzz-{next(_INSTANCES)}")
+                yield lie.greet(ours)
+                while self.sent[name] < count:
+                    body, num_frames = self._lies(lie, asked)
+                    self.sent[name] += num_frames
+                    yield body
                     await asyncio.sleep(0.002)
             finally:
                 reading.cancel()
             done.set()
 
-        async with serving(self._hostile, path, speculate):
+        async with serving(address, lie.path, behave):
             async with asyncio.timeout(300):
                 await done.wait()
 
-    def _lies(self, handles: dict[int, int]) -> bytes:
-        """Trees and the like about sessions that are there, every one damaged."""
-        known = list(handles.items())[-FRAMES_PER_MESSAGE:] or [(1, 5)]
+    def _lies(self, lie: Lie, asked: dict[int, int]) -> tuple[bytes, int]:
+        known = list(asked.items())[-FRAMES_PER_MESSAGE:] or [(1, 5)]
         frames = []
         for handle, length in known:
-            valid = corpus.draft(handle, length)
-            frame = self._mutator.mutate_fields(valid)
-            if self._mutator.random.random() < 0.02:
-                frame = speculator_pb2.SpeculatorFrame(
-                    need_sync=speculator_pb2.NeedSync(handle=handle)
-                )
-            frames.append(frame)
-        self.sent["hostile speculator"] += len(frames)
-        body = speculator_pb2.SpeculateResponse(frames=frames).SerializeToString()
+            valid = self._mutator.random.choice(lie.frames(handle, length))
+            frames.append(self._mutator.mutate_fields(valid))
+        body = lie.answer(frames=frames).SerializeToString()
         if self._mutator.random.random() < _GARBAGE / 10:
-            return self._mutator.mutate_bytes(body)
-        return body
+            body = self._mutator.mutate_bytes(body)
+        return body, len(frames)
+
+    async def _ask_liar(self, address: str) -> None:
+        """Requests for the revision that the hostile verifier serves, until cancelled."""
+        generate = corpus.ROUTER[0]
+        async with open_channel(address) as channel:
+            while True:
+                try:
+                    async with asyncio.timeout(_CALL_S):
+                        await _ask(channel, generate, corpus.FOR_LIAR.SerializeToString())
+                except (TimeoutError, grpc.aio.AioRpcError):
+                    pass
+                await asyncio.sleep(0.01)
 
 
 async def _ask(channel: grpc.aio.Channel, rpc: Rpc, body: bytes) -> None:
@@ -233,18 +248,11 @@ async def _drain(call: Any) -> None:
         pass
 
 
-async def _learn(requests: AsyncIterator[bytes], handles: dict[int, int]) -> None:
-    """Which sessions the verifier has attached, and how long their texts are by now."""
+async def _learn(requests: AsyncIterator[bytes], lie: Lie, asked: dict[int, int]) -> None:
+    """What the peer asks, and how long its texts are by now."""
     async for body in requests:
-        for frame in speculator_pb2.SpeculateRequest.FromString(body).frames:
-            match frame.WhichOneof("frame"):
-                case "attach":
-                    handles[frame.attach.handle] = len(frame.attach.tokens)
-                case "commit" if frame.commit.handle in handles:
-                    end = frame.commit.from_len + len(frame.commit.tokens)
-                    handles[frame.commit.handle] = end
-                case "detach":
-                    handles.pop(frame.detach.handle, None)
+        for frame in lie.question.FromString(body).frames:
+            lie.learn(frame, asked)
 
 
 @asynccontextmanager

@@ -14,6 +14,8 @@ from typing import Self
 from treecast.client import AsyncClient, Prompt, Result, SamplingParams
 from treecast.errors import TreecastError
 
+from .mesh import ChaosMesh
+
 LOST_S = 60.0
 """A stream that takes so long counts as lost."""
 
@@ -64,7 +66,7 @@ class Load:
 
     def __init__(
         self,
-        routers: Sequence[str],
+        mesh: ChaosMesh,
         works: Sequence[Work],
         expected: dict[str, tuple[int, ...]],
         num_workers: int,
@@ -75,8 +77,8 @@ class Load:
         self._works = itertools.cycle(works)
         self._expected = expected
         self._num_workers = num_workers
-        turned = [*routers[1:], *routers[:1]]
-        self._clients = [AsyncClient(routers), AsyncClient(turned)]
+        routers = mesh.router_addresses
+        self._clients = [mesh.client(routers), mesh.client([*routers[1:], *routers[:1]])]
         self._tasks: list[asyncio.Task[None]] = []
         self._stopping = False
         self._ended = asyncio.Event()
@@ -159,9 +161,9 @@ async def follow(
         return await stream.result()
 
 
-async def undisturbed(routers: Sequence[str], works: Sequence[Work]) -> dict[str, tuple[int, ...]]:
+async def undisturbed(mesh: ChaosMesh, works: Sequence[Work]) -> dict[str, tuple[int, ...]]:
     """Every work's tokens without a fault, decoded plainly."""
-    async with AsyncClient(routers) as client:
+    async with mesh.client() as client:
         streams = [client.generate(one.prompt, one.sampling, max_nodes=0) for one in works]
         results = await asyncio.gather(*(stream.result() for stream in streams))
     return {work.name: result.token_ids for work, result in zip(works, results, strict=True)}

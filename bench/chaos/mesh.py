@@ -16,6 +16,7 @@ import redis.asyncio
 from treecast.client import AsyncClient, RetryPolicy, Status
 from treecast.errors import TreecastError
 from treecast.services.local import MeshError, MeshSettings, ServiceProcess
+from treecast.services.local.certificates import ROLES, Authority, trust
 from treecast.services.local.process import Spawner, child_environment, service_command
 from treecast.services.local.settings import (
     Flags,
@@ -25,6 +26,7 @@ from treecast.services.local.settings import (
     verifier_flags,
 )
 from treecast.services.local.valkey import start_valkey
+from treecast.wire.tls import TlsFiles
 
 from .ports import quiet_port
 from .proxy import LinkProxy
@@ -41,14 +43,14 @@ class ChaosSettings:
     """What is started.
 
     Attributes:
-        hostile_speculator: an address that verifiers dial too, where a fuzzer may answer.
+        strangers: whether verifiers and routers also dial an address where a fuzzer may answer.
     """
 
     mesh: MeshSettings
     log_dir: Path
     num_routers: int = 2
     toy_step_s: float = 0.01
-    hostile_speculator: str = ""
+    strangers: bool = False
     further_verifier_flags: Flags = field(default_factory=dict)
     further_router_flags: Flags = field(default_factory=dict)
 
@@ -75,12 +77,18 @@ class ChaosMesh:
     Attributes:
         processes: by name: "valkey", "ssm" and so on, "verifier-0", "router-0".
         links: the proxies, by the name of the process behind them.
+        strangers: by role, where a fuzzer may pose as a worker.
+        authority: whose certificates the mesh began with.
+        certificates: by role, if the mesh speaks TLS; see `issue`.
     """
 
     def __init__(self, settings: ChaosSettings) -> None:
         self.settings = settings
         self.processes: dict[str, ServiceProcess] = {}
         self.links: dict[str, LinkProxy] = {}
+        self.certificates: dict[str, TlsFiles] = {}
+        self.authority = Authority.make()
+        self.strangers = {role: f"127.0.0.1:{quiet_port()}" for role in ("verifier", "speculator")}
         self._spawner = Spawner()
         self._stack = AsyncExitStack()
         self._redis_url = ""
@@ -105,7 +113,26 @@ class ChaosMesh:
     def router_addresses(self) -> list[str]:
         return [self.processes[name].address for name in self.routers]
 
+    def client(
+        self,
+        routers: Sequence[str] = (),
+        retry: RetryPolicy | None = None,
+        timeout_s: float = 10.0,
+    ) -> AsyncClient:
+        """Of these routers, or of all."""
+        tls = self.certificates.get("client")
+        return AsyncClient(routers or self.router_addresses, retry, timeout_s, tls=tls)
+
+    def issue(self, authority: Authority, trusted: Sequence[Authority]) -> None:
+        """Give every role a new certificate, in the same files; nobody is told."""
+        folder = self.settings.log_dir / "certificates"
+        folder.mkdir(exist_ok=True)
+        trust(folder, trusted)
+        self.certificates = {role: authority.issue(folder, role, trusted=trusted) for role in ROLES}
+
     async def __aenter__(self) -> Self:
+        if self.settings.mesh.tls:
+            self.issue(self.authority, [self.authority])
         try:
             await self._start()
         except BaseException:
@@ -155,7 +182,7 @@ class ChaosMesh:
 
     async def _launch_router(self, number: int, verifiers: Sequence[str]) -> None:
         flags = {
-            **router_flags(self.settings.mesh, verifiers),
+            **router_flags(self.settings.mesh, [*verifiers, *self._strangers("verifier")]),
             "listen": f"127.0.0.1:{quiet_port()}",
             "drain_s": DRAIN_S,
             **self.settings.further_router_flags,
@@ -164,9 +191,8 @@ class ChaosMesh:
 
     async def _launch_verifier(self, name: str, place: Place, speculators: Sequence[str]) -> None:
         settings = self.settings
-        hostile = [settings.hostile_speculator] if settings.hostile_speculator else []
         flags = {
-            **verifier_flags(settings.mesh, [*speculators, *hostile]),
+            **verifier_flags(settings.mesh, [*speculators, *self._strangers("speculator")]),
             "trusted_speculators": None,
             **place.flags,
             "drain_s": DRAIN_S,
@@ -176,6 +202,9 @@ class ChaosMesh:
         }
         await self._launch(name, "verifier", flags)
 
+    def _strangers(self, role: str) -> list[str]:
+        return [self.strangers[role]] if self.settings.strangers else []
+
     async def _place(self, name: str) -> Place:
         place = Place(quiet_port(), quiet_port())
         proxy = LinkProxy(place.known_port, place.port)
@@ -183,7 +212,11 @@ class ChaosMesh:
         return place
 
     async def _launch(self, name: str, role: str, flags: Flags) -> None:
-        await self._spawn(name, service_command(role, {"redis_url": self._redis_url, **flags}))
+        tls: Flags = {}
+        if files := self.certificates.get(role):
+            tls = {"tls_cert": files.cert, "tls_key": files.key, "tls_ca": files.ca}
+        command = service_command(role, {"redis_url": self._redis_url, **tls, **flags})
+        await self._spawn(name, command)
         await asyncio.to_thread(self.processes[name].wait_ready, READY_S)
 
     async def _spawn(self, name: str, command: Sequence[str]) -> None:
@@ -236,7 +269,7 @@ class ChaosMesh:
         """
         deadline_s = time.monotonic() + WHOLE_S
         for address in self.router_addresses:
-            async with AsyncClient(address, RetryPolicy(1), timeout_s=2.0) as client:
+            async with self.client([address], RetryPolicy(1), timeout_s=2.0) as client:
                 while missing := await self._missing(client):
                     if time.monotonic() > deadline_s:
                         raise MeshError(f"mesh is not whole after {WHOLE_S:g} s: {missing}")

@@ -74,9 +74,9 @@ async def _run(options: argparse.Namespace) -> int:
     works = toy_works(16, options.tokens)
     settings = ChaosSettings(mesh_settings, log_dir, toy_step_s=0.0)
     async with ChaosMesh(settings) as mesh:
-        expected = await undisturbed(mesh.router_addresses, works)
+        expected = await undisturbed(mesh, works)
         before = await take_stock(mesh)
-        async with Load(mesh.router_addresses, works, expected, options.streams) as load:
+        async with Load(mesh, works, expected, options.streams) as load:
             goal = options.requests - done
             samples = await soak(mesh, load, goal, options.limit_s)
         after = await take_stock(mesh)

@@ -43,12 +43,18 @@ class Authority:
         return cls(builder.sign(key, hashes.SHA256()), key)
 
     def issue(
-        self, folder: Path, role: str, hosts: Sequence[str] = LOCAL_HOSTS, days: int = VALID_DAYS
+        self,
+        folder: Path,
+        role: str,
+        hosts: Sequence[str] = LOCAL_HOSTS,
+        days: int = VALID_DAYS,
+        trusted: Sequence[Authority] = (),
     ) -> TlsFiles:
         """Write `<role>.pem`, `<role>.key` and `ca.pem`, each at once; replaces what is there.
 
         Args:
             hosts: names and addresses that clients dial a router by.
+            trusted: authorities whose certificates are accepted; this one alone if none is named.
         """
         key = ec.generate_private_key(ec.SECP256R1())
         issuer, issuer_key = self.certificate.subject, self.key.public_key()
@@ -68,8 +74,13 @@ class Authority:
         files = TlsFiles(folder / f"{role}.pem", folder / f"{role}.key", folder / "ca.pem")
         _replace(folder / f"{role}.key", _pem_of_key(key))
         _replace(folder / f"{role}.pem", _pem(certificate))
-        _replace(folder / "ca.pem", _pem(self.certificate))
+        trust(folder, trusted or [self])
         return files
+
+
+def trust(folder: Path, authorities: Sequence[Authority]) -> None:
+    """Accept the certificates of these alone: write `ca.pem`, at once."""
+    _replace(folder / "ca.pem", b"".join(_pem(one.certificate) for one in authorities))
 
 
 def make_certificates(folder: Path, hosts: Sequence[str] = LOCAL_HOSTS) -> dict[str, TlsFiles]:

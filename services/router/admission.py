@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+from treecast.adapter import Adapter
 from treecast.errors import (
     DeadlineExceeded,
     InvalidRequest,
@@ -19,7 +21,7 @@ from treecast.wire.frames import Hello
 
 from .fleet import Fleet, Verifier, answer
 from .messages import Ask, ChatPrompt, Prompt, TextPrompt
-from .placement import choose_model
+from .placement import adapter_meant, choose_adapter, choose_model
 from .text import ModelText, TextCache
 
 TOKENIZER_TIMEOUT_S = 10.0
@@ -31,9 +33,11 @@ class Checked:
 
     Attributes:
         model: hello of one of the verifiers that serve it.
+        adapter: that it is to be computed with; None for the model alone.
     """
 
     model: Hello
+    adapter: Adapter | None
     text: ModelText
     prompt: tuple[int, ...]
 
@@ -53,12 +57,13 @@ class Admission:
             deadline_s: time of the event loop; None for no limit.
         Raises:
             InvalidRequest: the prompt does not fit the model.
-            NotServed: no such model, revision or law.
+            NotServed: no such model, adapter or revision; the law, or grammars, are not served.
             Unavailable: no verifier was there for the grace period.
             DeadlineExceeded: nor until the deadline.
         """
-        model = await self._find_model(ask, deadline_s)
+        model, adapter = await self._find_model(ask, deadline_s)
         self._check_law(ask, model)
+        self._check_grammar(ask, model)
         text = await self._texts.get(
             model.model, model.model_revision, lambda: self._fetch_tokenizer(model)
         )
@@ -66,36 +71,45 @@ class Admission:
         if ask.truncate_prompt:  # the verifier cuts what is too long still, with the output
             prompt = prompt[-model.context_tokens :]
         check_tokens(ask, prompt, model)
-        return Checked(model, text, prompt)
+        return Checked(model, adapter, text, prompt)
 
     def text_of(self, model: str, revision: str) -> ModelText:
         """The tokenizer of a model that has been checked against before."""
         return self._texts.loaded(model, revision)
 
-    async def _find_model(self, ask: Ask, deadline_s: float | None) -> Hello:
-        def look() -> Hello | None:
-            hellos = self._fleet.open_hellos()
-            return choose_model(ask.model, ask.revision, hellos, self._fleet.models_seen)
+    async def _find_model(self, ask: Ask, deadline_s: float | None) -> tuple[Hello, Adapter | None]:
+        def look() -> tuple[Hello, Adapter | None] | None:
+            return choose(ask, self._fleet.open_hellos(), self._fleet.models_seen)
 
         wait_s = self._grace_s
         if deadline_s is not None:
             wait_s = min(wait_s, deadline_s - asyncio.get_running_loop().time())
-        model = await self._fleet.until(look, wait_s)
-        if model is not None:
-            return model
+        found = await self._fleet.until(look, wait_s)
+        if found is not None:
+            return found
         if wait_s < self._grace_s:
             raise DeadlineExceeded("deadline passed while the request waited for a verifier")
         raise Unavailable(f"no verifier is available; waited {self._grace_s:g} s")
 
     def _check_law(self, ask: Ask, model: Hello) -> None:
-        alike = [hello for hello in self._fleet.open_hellos() if same_model(hello, model)]
-        served = {law for hello in alike for law in hello.laws}
+        served = {law for hello in self._alike(model) for law in hello.laws}
         law = ask.speculation.law
         if law not in served:
             names = ", ".join(sorted(law.name.lower() for law in served))
             raise NotServed(
                 f"law {law.name.lower()} is not served by model {model.model!r}; served: {names}"
             )
+
+    def _check_grammar(self, ask: Ask, model: Hello) -> None:
+        kind = ask.sampling.constraint[0]
+        if kind and not any(hello.keeps_grammars for hello in self._alike(model)):
+            raise NotServed(
+                f"{kind} is not kept by any verifier of model {model.model!r}; one needs the "
+                "package llguidance, and a model with a tokenizer and an end-of-sequence token"
+            )
+
+    def _alike(self, model: Hello) -> list[Hello]:
+        return [hello for hello in self._fleet.open_hellos() if same_model(hello, model)]
 
     async def _fetch_tokenizer(self, model: Hello) -> TokenizerFiles:
         """Ask the model's verifiers, one after the other, until one answers."""
@@ -122,6 +136,29 @@ class Admission:
             if verifier.address not in asked:
                 return verifier
         return None
+
+
+def choose(
+    ask: Ask, hellos: Sequence[Hello], remembered: Collection[str]
+) -> tuple[Hello, Adapter | None] | None:
+    """The model and the adapter that a request means; see `placement`.
+
+    Returns:
+        None if they are not served now but may be again.
+    Raises:
+        InvalidRequest, NotServed: as `choose_model` and `choose_adapter`.
+    """
+    name, adapter = adapter_meant(ask.model, ask.adapter, hellos)
+    if not adapter:
+        model = choose_model(name, ask.revision, hellos, remembered)
+        return None if model is None else (model, None)
+    able = [hello for hello in hellos if any(one.name == adapter for one in hello.adapters)]
+    model = choose_model(name, ask.revision, able or hellos, remembered)
+    if model is None:
+        return None
+    alike = [hello for hello in hellos if same_model(hello, model)]
+    chosen = choose_adapter(adapter, ask.adapter_revision, alike, remembered)
+    return None if chosen is None else (model, chosen)
 
 
 def same_model(one: Hello, other: Hello) -> bool:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from treecast.errors import DeadlineExceeded, Overloaded, TreecastError, Unavailable
 
 from .fleet import Fleet
 from .metrics import RouterMetrics
-from .placement import Candidate, Placement, Wanted, keep_free, place, serves
+from .placement import Candidate, Placement, Wanted, serves
 from .queue import Share, WaitingQueue
 from .seat import Seat
+from .turns import turns
 
 CHARGED = Share("")
 """Of a request that is placed anew: it was charged when it was placed first."""
@@ -113,22 +114,19 @@ class Dispatcher:
     def _pump(self) -> None:
         """Seat whoever can be seated, in order. Called whenever that may have changed.
 
-        One that cannot keeps a verifier free of those behind it; see `keep_free`.
+        Whose turn it is where, `turns` says.
         """
-        candidates = self._fleet.candidates()
-        kept: set[str | None] = set()
-        for ticket in self._queue:
-            if ticket.turn.done():
-                continue
-            left = [one for one in candidates if one.instance_id not in kept]
-            placement = place(left, ticket.wanted)
+        if not self._queue:
+            return
+        there = self._fleet.candidates()
+        for ticket, placement in turns(self._waiting(), self._fleet.candidates):
             if placement is not None:
                 self._seat(ticket, placement)
-                candidates = self._fleet.candidates()
-            else:
-                kept.add(keep_free(left, ticket.wanted))
-            self._watch_grace(ticket, candidates)
+            self._watch_grace(ticket, there)
         self._metrics.queued.set(len(self._queue))
+
+    def _waiting(self) -> Iterator[Ticket]:
+        return (ticket for ticket in self._queue if not ticket.turn.done())
 
     def _seat(self, ticket: Ticket, placement: Placement) -> None:
         slots = range(ticket.wanted.slots)

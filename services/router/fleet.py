@@ -242,6 +242,7 @@ class Fleet:
             link.address, link, next(self._numbers), self._tls, breaker
         )
         self.models_seen.add(link.peer.model)
+        self.models_seen.update(one.name for one in link.peer.adapters)
         self._notify()
 
     def received(self, link: VerifierLink, frame: ServingFrame) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import structlog
 
+from treecast.adapter import Adapter, prefix_salt
 from treecast.errors import HandedOver, StaleLease, TreecastError, Unavailable
 from treecast.sampling.noise import noise_key
 from treecast.telemetry.traces import UNTRACED, Attributes, Span, Tracing
@@ -17,6 +18,7 @@ from treecast.wire.frames import Completed, Failed, FinishReason, Hello, Session
 
 from . import messages
 from .dispatch import Dispatcher
+from .lengths import OWN_ENDS, Expected, LengthPredictor
 from .messages import Ask
 from .metrics import Caller, RouterMetrics
 from .placement import Wanted
@@ -38,16 +40,20 @@ class Job:
 
     Attributes:
         share: its turn in the queue, and what it may cost.
+        expected: how long each output may be; None for no idea.
         caller: whom it is counted for.
         model: hello of one of the verifiers that serve it.
+        adapter: that it is computed with; None for the model alone.
         deadline_s: time of the event loop; None for none.
     """
 
     ask: Ask
     share: Share
+    expected: Expected | None
     caller: Caller
     prompt: tuple[int, ...]
     model: Hello
+    adapter: Adapter | None
     session: Session
     deadline_s: float | None
     arrived_s: float
@@ -55,6 +61,15 @@ class Job:
     token_text: Callable[[int], str]
     writer: Writer
     span: Span = UNTRACED
+
+    @property
+    def adapter_name(self) -> str:
+        return self.adapter.name if self.adapter else ""
+
+    @property
+    def prefix_salt(self) -> str:
+        """Of the prompt's beginnings: whose they are, and what computes them."""
+        return prefix_salt(self.share.tenant, self.adapter_name)
 
 
 @dataclass(slots=True)
@@ -90,6 +105,7 @@ class Generation:
         job: Job,
         dispatcher: Dispatcher,
         prefixes: Prefixes,
+        lengths: LengthPredictor,
         max_placements: int,
         metrics: RouterMetrics,
         tracing: Tracing,
@@ -98,6 +114,7 @@ class Generation:
         self._job = job
         self._dispatcher = dispatcher
         self._prefixes = prefixes
+        self._lengths = lengths
         self._max_placements = max_placements
         self._metrics = metrics
         self._seats: list[Seat] = []
@@ -155,12 +172,14 @@ class Generation:
         """Relay one sample, placing it anew until one verifier sees it through."""
         job = self._job
         seat.start(self._start(sample, seat, key))
-        await job.writer.write(messages.started(sample.index, job.ask, job.prompt, seat.verifier))
+        first = messages.started(sample.index, job.ask, job.prompt, seat.verifier, job.adapter)
+        await job.writer.write(first)
         while True:
             sample.same_numerics &= seat.verifier.fingerprint == sample.fingerprint
             end = await sample.relay.follow(seat)
             if isinstance(end, Completed):
                 placements = sample.num_moves + 1
+                self._learn_length(len(sample.relay.output.tokens), end.finish)
                 await sample.relay.finish(end, placements, sample.same_numerics)
                 if sample.index == 0:
                     job.span.note(_facts(job, end, placements))
@@ -190,8 +209,21 @@ class Generation:
             tenant=job.share.tenant,
             report_rounds=ask.report_rounds,
             traceparent=job.span.traceparent,
+            expected_tokens=self._expected_tokens(sample),
             priority=ask.priority,
+            adapter=job.adapter_name,
         )
+
+    def _expected_tokens(self, sample: Sample) -> int | None:
+        expected = self._job.expected
+        return expected.after(len(sample.relay.output.tokens)) if expected else None
+
+    def _learn_length(self, num_tokens: int, finish: FinishReason) -> None:
+        caller, expected = self._job.caller, self._job.expected
+        self._lengths.learn((caller.tenant, caller.model), expected, num_tokens, finish)
+        if expected is not None and finish in OWN_ENDS:
+            error = self._metrics.length_error.labels(expected.source.value)
+            error.observe(expected.doublings(num_tokens))
 
     def _bear(self, sample: Sample, seat: Seat, end: Failed | Lost) -> None:
         """Note why a placement ended early.
@@ -250,6 +282,8 @@ class Generation:
                 revision=self._job.model.model_revision,
                 spread=self._job.ask.request_id,
                 law=self._job.ask.speculation.law,
+                adapter=self._job.adapter,
+                grammar=bool(self._job.ask.sampling.constraint[0]),
                 slots=slots,
                 holder=where.holder,
                 prefix_holders=await self._near(where.holder),
@@ -267,10 +301,11 @@ class Generation:
 
     async def _near(self, holder: str) -> tuple[str, ...]:
         """Who has the prompt's beginning; not asked where the session's holder is known."""
-        return () if holder else await self._prefixes.find(self._job.share.tenant, self._job.prompt)
+        job = self._job
+        return () if holder else await self._prefixes.find(job.prefix_salt, job.prompt)
 
     async def _note_prefix(self, holder: str) -> None:
-        await self._prefixes.note(self._job.share.tenant, self._job.prompt, holder)
+        await self._prefixes.note(self._job.prefix_salt, self._job.prompt, holder)
 
     async def _wait(self, turn: Awaitable[list[Seat]]) -> list[Seat]:
         """Wait in the queue, and tell for how long."""

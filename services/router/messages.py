@@ -6,6 +6,7 @@ import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from treecast.adapter import NAME_FORM, Adapter, is_adapter_name
 from treecast.drafting.drawn import check_growth
 from treecast.errors import InvalidRequest
 from treecast.sampling.logprobs import TokenLogprobs
@@ -47,7 +48,7 @@ class Ask:
 
     Attributes:
         committed: output that the client has received already.
-        revision: the only one that will do; None for any.
+        revision, adapter_revision: the only one that will do; None for any.
         fingerprint: numerics that produced `committed`; empty if unknown.
     """
 
@@ -65,6 +66,8 @@ class Ask:
     speculation: SpeculationParams
     truncate_prompt: bool
     report_rounds: bool
+    adapter: str
+    adapter_revision: str | None
 
     def largest_cost(self, prompt_tokens: int) -> int:
         """Tokens that it may take: its prompt and all that it may still output."""
@@ -95,6 +98,8 @@ def parse_ask(message: pb.GenerateRequest) -> Ask:
         speculation=codec.decode_speculation(message, max_nodes),
         truncate_prompt=message.truncate_prompt,
         report_rounds=message.report_rounds,
+        adapter=message.adapter,
+        adapter_revision=message.resume.adapter_revision or None,
     )
     _check(ask)
     if message.HasField("resume"):
@@ -127,6 +132,8 @@ def _check(ask: Ask) -> None:
         check_id("session_id", ask.session_id)
     _check_range("priority", ask.priority, -MAX_PRIORITY, MAX_PRIORITY)
     _check_range("num_samples", ask.num_samples, 1, MAX_SAMPLES)
+    if ask.adapter and not is_adapter_name(ask.adapter):
+        raise InvalidRequest(f"adapter is {ask.adapter[:64]!r}; a name has {NAME_FORM}")
     check_growth(ask.speculation)
 
 
@@ -153,7 +160,9 @@ def _check_resume(ask: Ask) -> None:
         )
 
 
-def started(index: int, ask: Ask, prompt: tuple[int, ...], verifier: Hello) -> pb.GenerateResponse:
+def started(
+    index: int, ask: Ask, prompt: tuple[int, ...], verifier: Hello, adapter: Adapter | None
+) -> pb.GenerateResponse:
     body = pb.Started(
         request_id=ask.request_id,
         seed=ask.seed,
@@ -161,6 +170,8 @@ def started(index: int, ask: Ask, prompt: tuple[int, ...], verifier: Hello) -> p
         model=verifier.model,
         model_revision=verifier.model_revision,
         numerics_fingerprint=verifier.fingerprint,
+        adapter=adapter.name if adapter else "",
+        adapter_revision=adapter.revision if adapter else "",
     )
     return pb.GenerateResponse(sample_index=index, started=body)
 

@@ -8,9 +8,11 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from treecast.telemetry.metrics import LATENCY_BUCKETS_S
 
+from .lengths import Source
 from .placement import PlacedBy
 
 _REQUEST_BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0)
+_DOUBLINGS = (0.125, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
 _CALLER = ["tenant", "model"]
 _BREAKDOWNS = ("lost", "handed_over", "stale_lease")
 
@@ -99,6 +101,24 @@ class RouterMetrics:
             self.replacements.labels(why)
         for by in PlacedBy:
             self.placements.labels(by.value)
+        self.length_guesses = Counter(
+            "treecast_router_length_guesses_total",
+            "Guesses of an output's length by what they came from: alike (past prompts like it), "
+            "typical (the median of tenant and model), limit (max_tokens).",
+            ["source"],
+            registry=registry,
+        )
+        self.length_error = Histogram(
+            "treecast_router_length_error_doublings",
+            "How far off the guess of an output's length was, once it ended by itself, as the size "
+            "of log2(actual / guess): 1 is off by a factor of 2. By what the guess came from.",
+            ["source"],
+            buckets=_DOUBLINGS,
+            registry=registry,
+        )
+        for source in Source:
+            self.length_guesses.labels(source.value)
+            self.length_error.labels(source.value)
         self.streams = Gauge(
             "treecast_router_verifier_streams", "Verifiers with an open stream.", registry=registry
         )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from enum import Enum
 from hashlib import blake2b
 
+from treecast.adapter import Adapter, names_of
 from treecast.errors import InvalidRequest, NotServed
 from treecast.sampling.params import Law
 from treecast.wire.frames import Heartbeat, Hello
@@ -61,6 +62,8 @@ class Wanted:
 
     Attributes:
         spread: evens out ties between routers and requests; the request id.
+        adapter: that the model is to be computed with; None for the model alone.
+        grammar: whether the output is to be held to one.
         slots: samples to be placed together.
         holder: instance that has the session's KV cache, empty if unknown.
         prefix_holders: instances that computed a beginning of the prompt, the longest first.
@@ -74,6 +77,8 @@ class Wanted:
     revision: str
     spread: str
     law: Law = Law.REPLAY
+    adapter: Adapter | None = None
+    grammar: bool = False
     slots: int = 1
     holder: str = ""
     prefix_holders: tuple[str, ...] = ()
@@ -119,8 +124,14 @@ def place(candidates: Iterable[Candidate], wanted: Wanted) -> Placement | None:
     if wanted.rendezvous:
         best = max(pool, key=lambda one: _weight(wanted.rendezvous, one))
         return Placement(best.instance_id, PlacedBy.RENDEZVOUS)
-    best = min(pool, key=lambda one: (one.load, one.kv_use, _weight(wanted.spread, one)))
-    return Placement(best.instance_id, PlacedBy.LOAD)
+    return Placement(_least_loaded(pool, wanted.spread).instance_id, PlacedBy.LOAD)
+
+
+def _least_loaded(pool: Sequence[Candidate], spread: str) -> Candidate:
+    """By load, then by the use of its KV pool, then by hash, which only ties are worth."""
+    least = min((one.load, one.kv_use) for one in pool)
+    ties = (one for one in pool if (one.load, one.kv_use) == least)
+    return min(ties, key=lambda one: _weight(spread, one))
 
 
 def _near(pool: Sequence[Candidate], prefix_holders: Sequence[str]) -> Candidate | None:
@@ -141,6 +152,8 @@ def serves(candidate: Candidate, wanted: Wanted) -> bool:
         hello.model == wanted.model
         and hello.model_revision == wanted.revision
         and wanted.law in hello.laws
+        and (wanted.adapter is None or wanted.adapter in hello.adapters)
+        and (hello.keeps_grammars or not wanted.grammar)
         and hello.capacity > 0
         and not candidate.beat.draining
         and candidate.stream not in wanted.avoid
@@ -175,6 +188,57 @@ def _weight(name: str, candidate: Candidate) -> bytes:
     Source: Thaler and Ravishankar 1998, "Using name-based mappings to increase hit rates".
     """
     return blake2b(f"{name}\0{candidate.instance_id}".encode(), digest_size=8).digest()
+
+
+def adapter_meant(
+    name: str | None, adapter: str, hellos: Iterable[Hello]
+) -> tuple[str | None, str]:
+    """The model and adapter that a request names, where an adapter's name may stand for both.
+
+    OpenAI's clients have one field alone for the two; so vLLM's users name an adapter.
+
+    Returns:
+        Names, the model's None for any that has the adapter.
+    """
+    if adapter or name is None:
+        return name, adapter
+    hellos = list(hellos)
+    is_model = any(hello.model == name for hello in hellos)
+    is_adapter = any(one.name == name for hello in hellos for one in hello.adapters)
+    return (None, name) if is_adapter and not is_model else (name, "")
+
+
+def choose_adapter(
+    name: str, revision: str | None, hellos: Sequence[Hello], remembered: Collection[str]
+) -> Adapter | None:
+    """The adapter that a request means, of those that a model's verifiers serve.
+
+    Of several revisions the one with the most verifiers is taken, unless one is asked for.
+
+    Args:
+        hellos: of verifiers of one model and revision, at least one.
+        remembered: adapters served at some time since the router started.
+    Returns:
+        None if it is not served now but may be again.
+    Raises:
+        NotServed: no such adapter, or revision of it; with those that are served.
+    """
+    served = [one for hello in hellos for one in hello.adapters]
+    of_name = [one for one in served if one.name == name]
+    if not of_name and name in remembered:
+        return None
+    if not of_name:
+        raise NotServed(
+            f"adapter {name!r} is not served with model {hellos[0].model!r}; "
+            f"served: {names_of(served)}"
+        )
+    of_revision = [one for one in of_name if revision in (None, one.revision)]
+    if not of_revision:
+        raise NotServed(
+            f"revision {revision!r} of adapter {name!r} is not served any more; "
+            f"served: {', '.join(sorted({one.revision for one in of_name}))}"
+        )
+    return max(sorted(of_revision, key=lambda one: one.revision), key=of_revision.count)
 
 
 def choose_model(

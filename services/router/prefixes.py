@@ -30,12 +30,12 @@ class Prefixes:
         self._redis = redis
         self._ttl_ms = round(ttl_s * 1000)
 
-    async def find(self, tenant: str, prompt: Sequence[int]) -> tuple[str, ...]:
+    async def find(self, salt: str, prompt: Sequence[int]) -> tuple[str, ...]:
         """Instances that computed beginnings of this prompt, the longest first; safe to retry.
 
-        Nobody if Redis is lost.
+        Nobody if Redis is lost. `salt` is of `adapter.prefix_salt`.
         """
-        keys = _keys(tenant, prompt)
+        keys = _keys(salt, prompt)
         if not keys:
             return ()
 
@@ -51,9 +51,9 @@ class Prefixes:
             return ()
         return tuple(dict.fromkeys(holder for holder in found if holder))
 
-    async def note(self, tenant: str, prompt: Sequence[int], holder: str) -> None:
+    async def note(self, salt: str, prompt: Sequence[int], holder: str) -> None:
         """A verifier is computing this prompt. Lost with Redis; safe to retry."""
-        keys = _keys(tenant, prompt)
+        keys = _keys(salt, prompt)
         if not keys:
             return
 
@@ -69,10 +69,10 @@ class Prefixes:
             return
 
 
-def _keys(tenant: str, prompt: Sequence[int]) -> list[str]:
+def _keys(salt: str, prompt: Sequence[int]) -> list[str]:
     """One key for each beginning that is looked up, the shortest first; each with its hash tag."""
     counts = _counts()
-    names = prefix_names(tenant, prompt[: counts[-1] * BLOCK_TOKENS], BLOCK_TOKENS)
+    names = prefix_names(salt, prompt[: counts[-1] * BLOCK_TOKENS], BLOCK_TOKENS)
     found = (names[count - 1] for count in counts if count <= len(names))
     return [f"treecast:prefix:{{{name.hex()}}}" for name in found]
 

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from collections import Counter, defaultdict, deque
+from bisect import insort
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Generic, Literal, TypeVar
 
 from treecast.errors import Overloaded
 
 T = TypeVar("T")
+
+QueueOrder = Literal["fcfs", "shortest"]
+"""Within one tenant's line: first come first served, or the shortest first as far as age allows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,11 +25,39 @@ class Share:
     Attributes:
         priority: the higher goes first, whoever asks.
         cost: tokens that it may take, prompt and output.
+        rank: in its tenant's line of its priority the lowest goes first; see `rank_of`.
     """
 
     tenant: str
     priority: int = 0
     cost: int = 1
+    rank: float = 0.0
+
+
+def rank_of(order: QueueOrder, now_s: float, left_tokens: int | None, give_way_s: float) -> float:
+    """A request's rank: when it came, and as much later as it is expected to be long.
+
+    Shortest first with aging: a request goes ahead of one that came earlier if it is shorter by
+    enough tokens for the time between them. So nobody is passed by one that came more than
+    `left_tokens * give_way_s` later, whatever else comes: no request starves. Ranks never change,
+    which a line is kept in order by.
+
+    Args:
+        left_tokens: output expected from now on; None for no idea, which counts as none to come.
+        give_way_s: how much later another may come and still go first, for each token by which it
+            is shorter.
+    """
+    return now_s if order == "fcfs" else now_s + (left_tokens or 0) * give_way_s
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Place(Generic[T]):
+    """A place in a tenant's line: by rank, then first come first served."""
+
+    rank: float
+    number: int
+    item: T = field(compare=False)
+    cost: int = field(compare=False)
 
 
 @dataclass(slots=True)
@@ -40,16 +72,18 @@ class Level(Generic[T]):
     counters of tokens: Sheng et al. 2024 (arXiv 2401.00588), algorithm 2.
     """
 
-    lines: dict[str, deque[tuple[T, int]]] = field(default_factory=dict)
+    lines: dict[str, list[Place[T]]] = field(default_factory=dict)
     served: defaultdict[str, int] = field(default_factory=lambda: defaultdict(int))
+    joined: int = 0
 
     def join(self, item: T, share: Share) -> None:
         line = self.lines.get(share.tenant)
         if line is None:
             level = min((self.served[tenant] for tenant in self.lines), default=self._newest())
             self.served[share.tenant] = max(self.served[share.tenant], level)
-            line = self.lines[share.tenant] = deque()
-        line.append((item, share.cost))
+            line = self.lines[share.tenant] = []
+        self.joined += 1
+        insort(line, Place(share.rank, self.joined, item, share.cost))
 
     def _newest(self) -> int:
         """With nobody waiting all start level: at the most that anyone has been served."""
@@ -57,7 +91,7 @@ class Level(Generic[T]):
 
     def leave(self, item: T, share: Share) -> None:
         line = self.lines[share.tenant]
-        line.remove((item, share.cost))
+        del line[next(at for at, place in enumerate(line) if place.item is item)]
         if not line:
             del self.lines[share.tenant]
 
@@ -73,16 +107,16 @@ class Level(Generic[T]):
         heapq.heapify(turns)
         while turns:
             served, left, tenant, line = turns[0]
-            item, cost = next(line)
-            yield item
+            place = next(line)
+            yield place.item
             if left > 1:
-                heapq.heapreplace(turns, (served + cost, left - 1, tenant, line))
+                heapq.heapreplace(turns, (served + place.cost, left - 1, tenant, line))
             else:
                 heapq.heappop(turns)
 
 
 class WaitingQueue(Generic[T]):
-    """Items by priority, then fair by tokens between tenants, then first come first served.
+    """Items by priority, then fair by tokens between tenants, then by rank, then as they came.
 
     Not thread-safe.
     """
@@ -103,7 +137,7 @@ class WaitingQueue(Generic[T]):
         return iter([*self._ahead, *itertools.chain.from_iterable(levels)])
 
     def join(self, item: T, share: Share) -> T | None:
-        """Add an item, behind those of the same tenant and priority.
+        """Add an item, where its rank is in the line of its tenant and priority.
 
         A full queue is shared out too: whoever fills most of it gives way to others.
 
@@ -141,7 +175,7 @@ class WaitingQueue(Generic[T]):
         return self._levels.setdefault(share.priority, Level())
 
     def _give_way(self, share: Share) -> T:
-        """Take out the newest item, of the lowest priority, of the tenant that has most of them.
+        """Take out the last item, of the lowest priority, of the tenant that has most of them.
 
         Source: McKenney 1990, "Stochastic fairness queueing": buffers are taken from the longest.
         """
@@ -152,6 +186,6 @@ class WaitingQueue(Generic[T]):
                 f"{share.tenant!r}; the limit is {self._limit}"
             )
         lines = (self._levels[p].lines.get(tenant) for p in sorted(self._levels))
-        item, _ = next(line for line in lines if line)[-1]
-        self.leave(item)
-        return item
+        last = next(line for line in lines if line)[-1].item
+        self.leave(last)
+        return last

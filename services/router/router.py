@@ -49,9 +49,10 @@ class Router:
         """Binds nothing yet.
 
         Raises:
-            SettingsError: a seed or the Redis address is malformed, or an extra is missing that
-                the HTTP edge or the spans need.
+            SettingsError: a seed or the Redis address is malformed, an extra is missing that
+                the HTTP edge or the spans need, or the queue's order needs a predictor.
         """
+        check_order(settings)
         self.metrics = RouterMetrics()
         self._tracing = open_tracing(settings.otlp_endpoint, "router", instance_id)
         tls = tls_of(settings)
@@ -156,6 +157,15 @@ class Router:
 
     async def __aexit__(self, *exc: object) -> None:
         await self.close()
+
+
+def check_order(settings: RouterSettings) -> None:
+    """Raises SettingsError: the queue goes by lengths that nobody guesses."""
+    if settings.queue_order == "shortest" and settings.length_predictor == "none":
+        raise SettingsError(
+            "--queue-order is 'shortest' and --length-predictor is 'none'; it needs 'history' or "
+            "'max-tokens'"
+        )
 
 
 def open_edge(service: RouterService, settings: RouterSettings, tls: Tls | None) -> HttpListener:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,10 +24,11 @@ from .fleet import Fleet
 from .generation import Generation, Job
 from .keys import Key, KeyRing
 from .leases import Leases, epoch_without_redis
+from .lengths import Expected, predictor_of
 from .messages import Ask, check_id, parse_ask
 from .metrics import Caller, RouterMetrics
 from .prefixes import Prefixes
-from .queue import Share
+from .queue import Share, rank_of
 from .quotas import Quotas
 from .sessions import (
     LeasedSession,
@@ -102,6 +103,7 @@ class RouterService(router_pb2_grpc.RouterServiceServicer):
             fleet, settings.queue_limit, settings.verifier_grace_s, metrics
         )
         self._admission = Admission(fleet, settings.verifier_grace_s)
+        self._lengths = predictor_of(settings.length_predictor)
         self._running: dict[RequestName, asyncio.Timeout] = {}
         self._idle = asyncio.Event()
         self._idle.set()
@@ -211,12 +213,15 @@ class RouterService(router_pb2_grpc.RouterServiceServicer):
         checked = await self._admission.check(ask, deadline_s)
         caller.model = checked.model.model
         cost = ask.largest_cost(len(checked.prompt))
+        expected = self._expect(ask, caller, checked.prompt)
         job = Job(
             ask=ask,
-            share=Share(key.tenant, ask.priority, cost),
+            share=Share(key.tenant, ask.priority, cost, self._rank(ask, expected, loop.time())),
+            expected=expected,
             caller=caller,
             prompt=checked.prompt,
             model=checked.model,
+            adapter=checked.adapter,
             session=self._session(ask, key.tenant),
             deadline_s=deadline_s,
             arrived_s=arrived_s,
@@ -227,13 +232,30 @@ class RouterService(router_pb2_grpc.RouterServiceServicer):
         )
         limit = self._settings.max_placements
         generation = Generation(
-            job, self._dispatcher, self._prefixes, limit, self._metrics, self._tracing
+            job,
+            self._dispatcher,
+            self._prefixes,
+            self._lengths,
+            limit,
+            self._metrics,
+            self._tracing,
         )
         async with self._quotas.tokens(key, cost, lambda: generation.spent):
             reason = await generation.run()
         duration = self._metrics.duration.labels(caller.tenant, caller.model)
         duration.observe(loop.time() - arrived_s)
         return reason.name.lower()
+
+    def _expect(self, ask: Ask, caller: Caller, prompt: Sequence[int]) -> Expected | None:
+        expected = self._lengths.expect((caller.tenant, caller.model), prompt, ask.sampling)
+        if expected is not None:
+            self._metrics.length_guesses.labels(expected.source.value).inc()
+        return expected
+
+    def _rank(self, ask: Ask, expected: Expected | None, now_s: float) -> float:
+        left = expected.left(len(ask.committed)) if expected else None
+        settings = self._settings
+        return rank_of(settings.queue_order, now_s, left, settings.queue_give_way_s)
 
     def _deadline(self, left_s: float | None, now_s: float) -> float | None:
         """Ahead of the client's own, so that the last event still gets there."""

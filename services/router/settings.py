@@ -10,6 +10,9 @@ from pydantic import Field
 from treecast.settings import ServiceSettings
 from treecast.wire.registry import Addresses
 
+from .lengths import Predictor
+from .queue import QueueOrder
+
 
 class RouterSettings(ServiceSettings):
     """Give each request its verifier, and relay its tokens as text."""
@@ -23,6 +26,24 @@ class RouterSettings(ServiceSettings):
         "the extra [http]",
     )
     queue_limit: int = Field(256, ge=1, description="requests that may wait for a verifier")
+    queue_order: QueueOrder = Field(
+        "fcfs",
+        description="who goes first of one tenant's requests of one priority: fcfs: who came "
+        "first; shortest: who is expected to be done first, needs a --length-predictor",
+    )
+    queue_give_way_s: float = Field(
+        0.1,
+        ge=0,
+        description="shortest: a request may go ahead of one that came earlier by this time for "
+        "each token that it is expected to be shorter; so nobody is passed by one that came later "
+        "than that, times the expected tokens",
+    )
+    length_predictor: Predictor = Field(
+        "history",
+        description="guess of each output's length, sent to verifiers: history: from the lengths "
+        "of past outputs to alike prompts of the same tenant and model (hashed, in memory); "
+        "max-tokens: what the request allows; none: no guess",
+    )
     api_keys_file: Path | None = Field(
         None, description="TOML file of API keys, see docs/security.md; unset: open to everybody"
     )

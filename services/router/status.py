@@ -32,6 +32,10 @@ def models_of(hellos: Iterable[Hello]) -> list[pb.Model]:
             ),
         )
         model.verifiers += 1
+        known = {(one.name, one.revision) for one in model.adapters}
+        for one in hello.adapters:
+            if (one.name, one.revision) not in known:
+                model.adapters.add(name=one.name, revision=one.revision)
     return [models[key] for key in sorted(models)]
 
 

@@ -12,6 +12,7 @@ import grpc
 
 from treecast.engine.base import Engine
 from treecast.engine.openmp import load_on_thread
+from treecast.sampling.compiler import GrammarCompiler
 from treecast.sampling.grammar import Grammars
 from treecast.sampling.params import Law
 from treecast.telemetry.process import ProcessCollector
@@ -61,7 +62,7 @@ class Speculator(speculator_pb2_grpc.SpeculatorServiceServicer):
             self.metrics,
             instance_id,
             self.tracing,
-            grammars,
+            GrammarCompiler(grammars),
         )
         self._verifiers = Acceptor(SPECULATE, self._hello, self._heartbeat, self.sessions)
         self.metrics.registry.register(
@@ -89,6 +90,7 @@ class Speculator(speculator_pb2_grpc.SpeculatorServiceServicer):
     def close(self) -> None:
         """Stop at once; verifiers decode plainly, or with others' trees."""
         self._verifiers.close("the speculator is stopping")
+        self.sessions.grammars.close()
         self.grower.close()
 
     def _deliver(self, results: Sequence[Result]) -> None:

@@ -12,7 +12,8 @@ import structlog
 
 from treecast.drafting.base import DraftRequest
 from treecast.errors import Overloaded, TreecastError
-from treecast.sampling.grammar import Grammars, draft_matcher
+from treecast.sampling.compiler import GrammarCompiler
+from treecast.sampling.grammar import Matcher
 from treecast.sampling.noise import derived_key
 from treecast.telemetry.traces import NoTracing, Tracing, is_told
 from treecast.wire.frames import (
@@ -79,7 +80,8 @@ class Sessions:
         capacity: sessions that one stream may attach.
         max_sessions: sessions of all streams together.
         instance_id: our own; no two processes draw alike.
-        grammars: of the drafts' tokenizer, so that nothing masked is proposed; None drafts freely.
+        grammars: of the drafts' tokenizer, so that nothing masked is proposed. A session whose
+            grammar is still being compiled drafts freely, and attaches anew once it is there.
     """
 
     submit: Callable[[Sequence[Order]], None]
@@ -88,11 +90,12 @@ class Sessions:
     metrics: SpeculatorMetrics
     instance_id: str
     tracing: Tracing = field(default_factory=NoTracing)
-    grammars: Grammars | None = None
+    grammars: GrammarCompiler = field(default_factory=lambda: GrammarCompiler(None))
     draining: bool = False
     _streams: dict[VerifierLink, dict[int, Session]] = field(default_factory=dict)
     _routes: dict[int, Route] = field(default_factory=dict)
     _numbers: itertools.count[int] = field(default_factory=itertools.count)
+    _waiting: set[asyncio.Task[None]] = field(default_factory=set)
     _orders: list[Order] = field(default_factory=list)
     _none_left: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -149,9 +152,34 @@ class Sessions:
             attach.noise_key,
             attach.speculation,
             derived_key(attach.noise_key, self.instance_id),
-            draft_matcher(self.grammars, attach.sampling),
+            self._grammar(session, attach),
         )
         self._order(Open(session.number, request, attach.node_budget, attach.tokens_per_s))
+
+    def _grammar(self, session: Session, attach: Attach) -> Matcher | None:
+        """To mask drafts by; none yet while it is compiled, none at all where it cannot be."""
+        if not attach.sampling.constraint[0] or not self.grammars.keeps_grammars:
+            return None
+        ready = self.grammars.ready(attach.sampling)
+        if ready is None:
+            waiting = asyncio.create_task(self._attach_anew_with_grammar(session, attach))
+            self._waiting.add(waiting)
+            waiting.add_done_callback(self._waiting.discard)
+        return ready
+
+    async def _attach_anew_with_grammar(self, session: Session, attach: Attach) -> None:
+        try:
+            await self.grammars.matcher(attach.sampling)
+        except TreecastError:
+            return  # what cannot be kept here is left to the target
+        route = self._routes.get(session.number)
+        if route is not None and session.in_sync:
+            self._ask_to_attach_anew(route.link, route.handle, session)
+
+    def _ask_to_attach_anew(self, link: VerifierLink, handle: int, session: Session) -> None:
+        session.in_sync = False
+        self._order(Close(session.number))
+        link.send(NeedSync(handle))
 
     def _check_admission(self, link: VerifierLink, attach: Attach) -> None:
         """Raise what the attach is refused for; it comes back as a failed frame."""
@@ -174,10 +202,8 @@ class Sessions:
             budget, rate = commit.node_budget, commit.tokens_per_s
             self._order(Advance(session.number, commit.tokens, budget, rate))
         elif session.in_sync:
-            session.in_sync = False
             self.metrics.resyncs.inc()
-            self._order(Close(session.number))
-            link.send(NeedSync(commit.handle))
+            self._ask_to_attach_anew(link, commit.handle, session)
 
     def _end(self, link: VerifierLink, handle: int) -> bool:
         """Forget a session, if there is one; tells whether there was."""

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import time
 from collections.abc import Callable, Sequence
 
 import structlog
 
-from treecast.engine.base import Engine
+from treecast.engine.base import Engine, check_adapter
 from treecast.errors import InvalidRequest, PromptTooLong, TreecastError
-from treecast.sampling.grammar import Grammars, matcher_for
+from treecast.sampling.compiler import GrammarCompiler
+from treecast.sampling.grammar import Matcher
 from treecast.sampling.laws import acceptance_rule
 from treecast.sampling.params import Law
 from treecast.sampling.pick import Picker
@@ -23,6 +25,7 @@ from treecast.wire.frames import (
     Cancel,
     Completed,
     Failed,
+    FinishReason,
     Forget,
     Heartbeat,
     RouterFrame,
@@ -50,7 +53,7 @@ class Admission:
         decode: Decode | None,
         check_law: Callable[[Law], None],
         tracing: Tracing,
-        grammars: Grammars | None = None,
+        grammars: GrammarCompiler,
     ) -> None:
         self._engine = engine
         self._steps = steps
@@ -60,12 +63,15 @@ class Admission:
         self._grammars = grammars
         self._handles = itertools.count(1)
         self._requests: dict[RouterLink, dict[int, Request]] = {}
+        self._compiling: dict[tuple[RouterLink, int], asyncio.Task[None]] = {}
 
     def opened(self, link: RouterLink) -> None:
         self._requests[link] = {}
 
     def closed(self, link: RouterLink) -> None:
         """The router is gone: it re-places its requests elsewhere, so they end here."""
+        for handle in [handle for at, handle in self._compiling if at is link]:
+            self._compiling[link, handle].cancel()
         for request in self._requests.pop(link, {}).values():
             self._steps.cancel(request)
 
@@ -94,38 +100,62 @@ class Admission:
         self._steps.forget(session)
 
     def _cancel(self, link: RouterLink, handle: int) -> None:
-        request = self._requests[link].get(handle)
+        request, compiling = self._requests[link].get(handle), self._compiling.get((link, handle))
         if request is not None:
             self._steps.cancel(request)
+        elif compiling is not None and compiling.cancel():
+            link.send(Completed(handle, FinishReason.CANCELLED))
 
     def _start(self, link: RouterLink, start: Start) -> None:
-        if start.handle in self._requests[link]:
+        at = (link, start.handle)
+        if start.handle in self._requests[link] or at in self._compiling:
             raise InvalidRequest(f"handle {start.handle} is in use on this stream")
+        arrived_at = time.monotonic()
+        if not start.sampling.constraint[0]:
+            self._submit(link, start, arrived_at, None)
+            return
+        compiling = asyncio.create_task(self._submit_compiled(link, start, arrived_at))
+        self._compiling[at] = compiling
+        compiling.add_done_callback(lambda _: self._compiling.pop(at, None))
+
+    async def _submit_compiled(self, link: RouterLink, start: Start, arrived_at: float) -> None:
+        """Other requests go on meanwhile; its deadline does too."""
         try:
-            request = self._request(link, start)
+            grammar = await self._grammars.matcher(start.sampling)
+        except TreecastError as error:
+            _refuse(link, start, error)
+            return
+        self._submit(link, start, arrived_at, grammar)
+
+    def _submit(
+        self, link: RouterLink, start: Start, arrived_at: float, grammar: Matcher | None
+    ) -> None:
+        try:
+            request = self._request(link, start, arrived_at, grammar)
             stop = _first_stop(request.stops, start.committed)
             if stop is not None:  # the stream was lost between its last token and its end
                 link.send(Completed(start.handle, stop.reason, request.usage(), stop.characters))
                 return
             self._steps.submit(request)
         except TreecastError as error:
-            log.info("request.refused", request_id=start.request_id, why=error.message)
-            link.send(Failed(start.handle, error))
+            _refuse(link, start, error)
             return
         request.span = self._tracing.begin("treecast.serve", start.traceparent)
         mine = self._requests[link]
         mine[start.handle] = request
         request.on_end = lambda: _ended(mine, request)
 
-    def _request(self, link: RouterLink, start: Start) -> Request:
+    def _request(
+        self, link: RouterLink, start: Start, arrived_at: float, grammar: Matcher | None
+    ) -> Request:
         info, sampling = self._engine.info, start.sampling
         self._check_law(start.speculation.law)
+        check_adapter(info, start.adapter)
         sampling.check_vocabulary(info.vocab_size)
         prompt = fit_prompt(start, info.context_tokens, info.vocab_size)
-        grammar = matcher_for(self._grammars, sampling)
         deadline = None
         if start.deadline_ms is not None:
-            deadline = time.monotonic() + start.deadline_ms / 1000
+            deadline = arrived_at + start.deadline_ms / 1000
         return Request(
             handle=next(self._handles),
             start=start,
@@ -136,7 +166,13 @@ class Admission:
             picker=Picker(sampling, start.noise_key, Context(prompt, start.committed, grammar)),
             stops=StopRules(info.eos_token_ids, sampling, self._decode),
             deadline=deadline,
+            arrived_at=arrived_at,
         )
+
+
+def _refuse(link: RouterLink, start: Start, error: TreecastError) -> None:
+    log.info("request.refused", request_id=start.request_id, why=error.message)
+    link.send(Failed(start.handle, error))
 
 
 def _ended(requests: dict[int, Request], request: Request) -> None:

@@ -21,7 +21,7 @@ from treecast.settings import as_environment
 from treecast.wire.frames import Role
 from treecast.wire.lifecycle import begin, stop_signal
 
-from .loading import model_folder
+from .loading import check_adapters, model_folder
 from .settings import VerifierSettings
 
 _LOOPBACK = "lo"
@@ -40,6 +40,7 @@ async def run_group(settings: VerifierSettings) -> None:
         EngineLost: the group broke before it served; the ranks' own messages say why.
     """
     begin(settings, Role.VERIFIER)
+    check_adapters(settings)
     folder = model_folder(settings)
     check_model_dir(folder)
     settings = settings.model_copy(update={"model": str(folder)})

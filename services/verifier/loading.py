@@ -36,6 +36,7 @@ def load_engine(settings: VerifierSettings, place: Place | None) -> tuple[Path |
         ModelError: the folder is missing or holds no causal LM, or the group cannot divide it.
         EngineLost: another rank of the group is gone.
     """
+    check_adapters(settings)
     if settings.engine == "toy":
         return None, ToyEngine(pool_tokens=settings.pool_tokens, step_s=settings.toy_step_s)
     folder = model_folder(settings)
@@ -61,7 +62,28 @@ def _load(settings: VerifierSettings, folder: Path, place: Place | None) -> Engi
         device=settings.device,
         pool_tokens=settings.pool_tokens,
         threads=settings.torch_threads,
+        adapters=settings.adapter_folders,
     )
+
+
+def check_adapters(settings: VerifierSettings) -> None:
+    """Refuse adapters where they cannot be served, before anything is loaded.
+
+    Raises:
+        ModelError: the model is divided among a group, is the toy, or is called like an adapter.
+    """
+    if not settings.adapters:
+        return
+    if settings.group.size > 1:
+        raise ModelError(
+            f"adapters are given for a group of {settings.group.size} ranks (--tp {settings.tp}, "
+            f"--pp {settings.pp}); they are served by a model in one process alone"
+        )
+    if settings.engine == "toy":
+        raise ModelError("adapters are given for the toy engine, which reads none")
+    name = model_folder(settings).name
+    if name in settings.adapter_folders:
+        raise ModelError(f"adapter {name!r} has the name of the model itself")
 
 
 def follow_rank(settings: VerifierSettings, place: Place) -> None:
@@ -110,10 +132,14 @@ def model_folder(settings: VerifierSettings) -> Path:
 
 
 def _check_exactness(engine: Engine) -> None:
-    """Warn where this machine breaks the promise: texts may then differ in near-ties."""
-    differing = differing_rows(engine)
-    if differing:
-        log.warning("numerics.not_exact", differing_rows=differing)
+    """Warn where this machine breaks the promise: texts may then differ in near-ties.
+
+    Adapters are computed by the same kernels, whichever it is, so one stands for all.
+    """
+    for adapter in ("", *(one.name for one in engine.info.adapters[:1])):
+        differing = differing_rows(engine, adapter=adapter)
+        if differing:
+            log.warning("numerics.not_exact", differing_rows=differing, adapter=adapter)
 
 
 def read_tokenizer(model_dir: Path | None) -> TokenizerFiles:

@@ -16,6 +16,7 @@ from treecast.engine.curve import measure_curve
 from treecast.engine.openmp import load_on_thread
 from treecast.engine.sharding.shape import Place
 from treecast.errors import NotServed, Unavailable
+from treecast.sampling.compiler import GrammarCompiler
 from treecast.sampling.grammar import Grammars
 from treecast.sampling.params import Law
 from treecast.telemetry.process import ProcessCollector
@@ -83,8 +84,9 @@ class Verifier(verifier_pb2_grpc.VerifierServiceServicer):
         )
         info = engine.info
         grammars = Grammars.for_model(tokenizer.definition, info.eos_token_ids, info.vocab_size)
+        self._grammars = GrammarCompiler(grammars, settings.grammar_s)
         admission = Admission(
-            engine, self.steps, tokenizer.decoder(), self._check_law, self._tracing, grammars
+            engine, self.steps, tokenizer.decoder(), self._check_law, self._tracing, self._grammars
         )
         self._routers = Acceptor(SERVE, self._hello, self._heartbeat, admission)
         self._registry = Registry(redis, Role.SPECULATOR, settings.speculators)
@@ -131,6 +133,7 @@ class Verifier(verifier_pb2_grpc.VerifierServiceServicer):
             self._stepping.cancel()
             await asyncio.gather(self._stepping, return_exceptions=True)
         self.steps.close()
+        self._grammars.close()
         await asyncio.to_thread(self._tracing.close)
 
     def _hello(self) -> Hello:
@@ -146,6 +149,8 @@ class Verifier(verifier_pb2_grpc.VerifierServiceServicer):
             model_revision=info.revision,
             fingerprint=info.fingerprint,
             context_tokens=info.context_tokens,
+            adapters=info.adapters,
+            keeps_grammars=self._grammars.keeps_grammars,
         )
 
     @property

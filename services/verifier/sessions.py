@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from prometheus_client import Counter
 
+from treecast.adapter import prefix_salt
 from treecast.engine.base import Engine, KVSequence
 from treecast.errors import Overloaded, StaleLease
 from treecast.prefix import prefix_names
@@ -24,10 +25,13 @@ T = TypeVar("T")
 
 @dataclass(slots=True, eq=False)
 class Retained:
-    """KV of an idle session: `tokens` are the positions that `sequence` holds."""
+    """KV of an idle session: `tokens` are the positions that `sequence` holds, computed with
+    `adapter`.
+    """
 
     sequence: KVSequence
     tokens: list[int]
+    adapter: str
     idle_since: float
 
 
@@ -59,7 +63,8 @@ class SessionStore:
 
     A request takes over what its session retained, or forks the pages of whoever has more of its
     prompt: a running sibling to the token, anybody of its tenant by whole pages. The last of a
-    session's requests to finish leaves its KV here.
+    session's requests to finish leaves its KV here. What was computed with one adapter is of no use
+    with another: it is never shared, and a session that changes its adapter begins anew.
     """
 
     def __init__(self, engine: Engine, ttl_s: float, evicted: Counter) -> None:
@@ -102,15 +107,15 @@ class SessionStore:
         if source is not None and not source.complete:
             return False
         self._require(request, capacity)
-        retained = self._take(request.start.session)
+        retained = self._take(request)
         kept = 0 if retained is None else _common(retained.tokens, request.tokens[:-1])
         if source is not None and source.length > kept:
             self._drop(retained)
-            sequence, kept = self._begin_with(source, capacity)
+            sequence, kept = self._begin_with(source, request, capacity)
         elif retained is not None:
             sequence = self._take_over(retained, kept, capacity)
         else:
-            sequence = self._with_eviction(lambda: self._engine.allocate(capacity))
+            sequence = self._allocate(request, capacity)
         request.sequence, request.cached_tokens = sequence, kept
         self._prefixes.add(request, self._names_of(request))
         return True
@@ -129,10 +134,9 @@ class SessionStore:
         self._engine.trim(sequence)
         self.forget(session)
         tokens = request.tokens[: sequence.length]
-        retained = self._idle[session.name] = Retained(sequence, tokens, time.monotonic())
-        if tenant := request.start.tenant:
-            page_tokens = self._engine.usage.page_tokens
-            self._prefixes.add(retained, prefix_names(tenant, tokens, page_tokens))
+        retained = Retained(sequence, tokens, request.start.adapter, time.monotonic())
+        self._idle[session.name] = retained
+        self._prefixes.add(retained, self._names(request, tokens))
 
     def discard(self, request: Request) -> None:
         """Free a request's sequence and retain nothing."""
@@ -163,7 +167,7 @@ class SessionStore:
     def _best_source(self, request: Request, siblings: Iterable[Request]) -> Source | None:
         """Who has most of the request's prompt, among running siblings and its tenant's texts."""
         text = request.tokens[:-1]
-        mine = [one for one in siblings if one.belongs_to(request.start.session)]
+        mine = [one for one in siblings if _are_siblings(one, request)]
         found = [Source(one, _common(one.tokens, text)) for one in mine if one is not request]
         page_tokens = self._engine.usage.page_tokens
         names = self._names_of(request)[: len(text) // page_tokens]
@@ -175,13 +179,24 @@ class SessionStore:
     def _names_of(self, request: Request) -> Sequence[bytes]:
         """Of the beginnings that it could share, named once: it may ask at every step."""
         if request.prefix_names is None:
-            tenant, page_tokens = request.start.tenant, self._engine.usage.page_tokens
-            request.prefix_names = (
-                prefix_names(tenant, request.tokens, page_tokens) if tenant else ()
-            )
+            request.prefix_names = self._names(request, request.tokens)
         return request.prefix_names
 
-    def _begin_with(self, source: Source, capacity: int) -> tuple[KVSequence, int]:
+    def _names(self, request: Request, tokens: Sequence[int]) -> Sequence[bytes]:
+        """Of a text's beginnings, as this request computes them; none without a tenant."""
+        tenant, adapter = request.start.tenant, request.start.adapter
+        if not tenant:
+            return ()
+        page_tokens = self._engine.usage.page_tokens
+        return prefix_names(prefix_salt(tenant, adapter), tokens, page_tokens)
+
+    def _allocate(self, request: Request, capacity: int) -> KVSequence:
+        adapter = request.start.adapter
+        return self._with_eviction(lambda: self._engine.allocate(capacity, adapter))
+
+    def _begin_with(
+        self, source: Source, request: Request, capacity: int
+    ) -> tuple[KVSequence, int]:
         """A fork of the source, and its length; or an empty sequence for which even an idle source
         must go, since its own pages are those that lack.
         """
@@ -194,7 +209,7 @@ class SessionStore:
         except Overloaded:
             if isinstance(source.holder, Request):
                 raise
-            return self._with_eviction(lambda: self._engine.allocate(capacity)), 0
+            return self._allocate(request, capacity), 0
         return forked, source.length
 
     def _withdraw(self, request: Request) -> KVSequence | None:
@@ -203,8 +218,13 @@ class SessionStore:
         sequence, request.sequence = request.sequence, None
         return sequence
 
-    def _take(self, session: SessionKey | None) -> Retained | None:
+    def _take(self, request: Request) -> Retained | None:
+        """What the request's session retained, for it to go on with."""
+        session = request.start.session
         retained = None if session is None else self._idle.pop(session.name, None)
+        if retained is not None and retained.adapter != request.start.adapter:
+            self._drop(retained)
+            return None
         if retained is not None:
             self._prefixes.discard(retained)
         return retained
@@ -246,6 +266,11 @@ class SessionStore:
             except Overloaded:
                 if not self._evict("pressure", spared):
                     raise
+
+
+def _are_siblings(one: Request, other: Request) -> bool:
+    """Whether they are of one session, and compute alike."""
+    return one.belongs_to(other.start.session) and one.start.adapter == other.start.adapter
 
 
 def _length(holder: Request | Retained) -> int:

@@ -2,14 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from pathlib import Path
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic_settings import NoDecode
 
+from treecast.adapter import MAX_ADAPTERS, NAME_FORM, is_adapter_name
 from treecast.engine.sharding.shape import GroupShape
 from treecast.sampling.params import Law
-from treecast.settings import DType, ServiceSettings, Weights
+from treecast.settings import DType, ServiceSettings, Weights, split_commas
 from treecast.wire.registry import Addresses
+
+
+def _check_adapters(given: tuple[str, ...]) -> tuple[str, ...]:
+    names = [text.partition("=")[0] for text in given]
+    for name, text in zip(names, given, strict=True):
+        if not is_adapter_name(name) or not text.partition("=")[2]:
+            raise ValueError(f"{text!r} is not NAME=FOLDER; a name has {NAME_FORM}")
+        if names.count(name) > 1:
+            raise ValueError(f"adapter {name!r} is given {names.count(name)} times")
+    return given
+
+
+AdapterFolders = Annotated[
+    tuple[str, ...],
+    NoDecode,
+    BeforeValidator(split_commas),
+    AfterValidator(_check_adapters),
+    Field(max_length=MAX_ADAPTERS),
+]
 
 
 class VerifierSettings(ServiceSettings):
@@ -17,6 +39,12 @@ class VerifierSettings(ServiceSettings):
 
     engine: Literal["hf", "toy"] = Field("hf", description="hf: a real model; toy: for tests")
     model: str = Field("default", description="model folder; 'default' is SmolLM2-135M-Instruct")
+    adapters: AdapterFolders = Field(
+        (),
+        description="LoRA adapters in peft's folders, as NAME=FOLDER, at most 32 of rank 256 or "
+        "less; a request names one, and rows of all of them are computed in one step. They stay in "
+        "memory: rank x (inputs + outputs) of each layer that they change",
+    )
     dtype: DType = Field(
         "auto",
         description="weights and activations; auto: bfloat16 where the processor multiplies it, "
@@ -75,9 +103,21 @@ class VerifierSettings(ServiceSettings):
     max_waiting: int = Field(256, ge=0, description="requests waiting for KV pages at most")
     max_nodes: int = Field(24, ge=0, le=256, description="tree nodes of one request in one step")
     max_rows: int = Field(128, ge=2, description="rows of one step: prefill chunks and trees")
+    grammar_s: float = Field(
+        10,
+        gt=0,
+        description="a request whose grammar is not compiled by then is refused; it is compiled "
+        "beside the steps, one at a time, and the latest 64 are kept",
+    )
     session_ttl_s: float = Field(600, gt=0, description="idle sessions keep their KV this long")
     drain_s: float = Field(30, ge=0, description="time to finish running requests when stopping")
     toy_step_s: float = Field(0.0, ge=0, description="toy engine: seconds that one step takes")
+
+    @property
+    def adapter_folders(self) -> dict[str, Path]:
+        """Of the adapters, by name."""
+        pairs = (text.partition("=") for text in self.adapters)
+        return {name: Path(folder) for name, _, folder in pairs}
 
     @property
     def group(self) -> GroupShape:

@@ -9,6 +9,7 @@ import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,35 @@ def weight_files(path: Path) -> list[Path]:
         if (path / index).is_file():
             return _indexed_files(path, path / index)
     raise ModelError(f"model folder {path} has no weights (model.safetensors or its index)")
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor of a safetensors file, and where its bytes lie; `dtype` in the file's own words."""
+
+    name: str
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    num_bytes: int
+
+
+def stored_tensors(path: Path) -> Iterator[StoredTensor]:
+    """The tensors of a folder's safetensors, by their headers alone; none of other files.
+
+    Raises:
+        ModelError: there are no weights, or a header cannot be read.
+    """
+    for file in weight_files(path):
+        if file.suffix != ".safetensors":
+            continue
+        header, begin = _safetensors_header(file)
+        for name, entry in header.items():
+            if name != "__metadata__":
+                first, end = entry["data_offsets"]
+                shape = tuple(entry["shape"])
+                yield StoredTensor(name, file, entry["dtype"], shape, begin + first, end - first)
 
 
 def model_revision(path: Path) -> str:
@@ -144,8 +174,12 @@ def _indexed_files(path: Path, index: Path) -> list[Path]:
     return [path / name for name in names]
 
 
-def _safetensors_header(file: Path) -> dict[str, Any]:
-    """Read the header (8 bytes of length, then JSON) and check that the data it names is there."""
+def _safetensors_header(file: Path) -> tuple[dict[str, Any], int]:
+    """Read the header (8 bytes of length, then JSON) and check that the data it names is there.
+
+    Returns:
+        The header, and where the data begins.
+    """
     size = file.stat().st_size
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
@@ -158,7 +192,7 @@ def _safetensors_header(file: Path) -> dict[str, Any]:
     expected = 8 + length + max(ends, default=0)
     if size != expected:
         raise ModelError(f"{file} has {size} bytes; its header says {expected}")
-    return header
+    return header, 8 + length
 
 
 def _sampled_blocks(file: Path) -> Iterator[bytes]:

@@ -31,7 +31,7 @@ class Bed:
 
     def load(self, **changed: tuple[int, ...]) -> Load:
         expected = self.expected | changed
-        return Load(self.mesh.router_addresses, self.works, expected, WORKERS)
+        return Load(self.mesh, self.works, expected, WORKERS)
 
 
 @pytest_asyncio.fixture(loop_scope="module", scope="module")
@@ -39,7 +39,7 @@ async def bed(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Bed]:
     settings = MeshSettings(engine="toy", num_verifiers=2, speculators=("ngram",))
     works = toy_works(4, 48)
     async with ChaosMesh(ChaosSettings(settings, tmp_path_factory.mktemp("logs"))) as mesh:
-        yield Bed(mesh, works, await undisturbed(mesh.router_addresses, works))
+        yield Bed(mesh, works, await undisturbed(mesh, works))
 
 
 Hurt = Callable[[ChaosMesh, Load], Awaitable[None]]

@@ -87,7 +87,7 @@ async def test_reflection_refuses_garbage_without_a_fault_in_the_log() -> None:
 
 
 async def test_fuzzed_frames_do_no_harm_when_a_request_runs_beside_them() -> None:
-    fuzzer = Fuzzer(Amounts(seed=5), "")
+    fuzzer = Fuzzer(Amounts(seed=5))
     with capture_logs() as logs:
         async with verifier_rig(max_waiting=1000) as rig:
             feeding = asyncio.create_task(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
@@ -127,6 +128,23 @@ async def test_request_is_refused_and_the_server_lives_when_it_is_over_the_cap()
             )
         async with open_channel(address) as channel:
             assert (await RouterServiceStub(channel).Abort(pb.AbortRequest())).aborted
+
+
+async def test_no_call_is_lost_when_more_come_at_once_than_the_loop_takes_up() -> None:
+    """gRPC left to itself drops some from 1,000 on, and calls them cancelled."""
+    async with serving(Router()) as (_, address):
+        options = channel_options(address)
+        channels = [grpc.insecure_channel(address, options=options) for _ in range(16)]
+        calls = [
+            RouterServiceStub(channel).Abort.future(pb.AbortRequest())
+            for channel in channels
+            for _ in range(100)  # of one connection at a time, by gRPC's own bound
+        ]
+        time.sleep(2)  # noqa: ASYNC251  all have come, and the event loop has taken up none
+        answers = [await asyncio.to_thread(call.exception, 30) for call in calls]
+        assert answers == [None] * len(calls)
+        for channel in channels:
+            channel.close()
 
 
 async def test_health_follows_readiness_when_asked() -> None:

@@ -26,6 +26,7 @@ from prometheus_client import CollectorRegistry
 from treecast.engine.base import Segment
 from treecast.engine.toy import ToyEngine
 from treecast.errors import ModelError, SettingsError
+from treecast.sampling.grammar import Grammars
 from treecast.sampling.params import Law, SamplingParams, SpeculationParams
 from treecast.services.speculator.loading import check_tokenizers
 from treecast.services.speculator.server import Speculator
@@ -126,7 +127,9 @@ def value(registry: CollectorRegistry, name: str, **labels: str) -> float:
 
 
 @asynccontextmanager
-async def speculator_rig(engine: ToyEngine | None = None, **fields: Any) -> AsyncIterator[Rig]:
+async def speculator_rig(
+    engine: ToyEngine | None = None, grammars: Grammars | None = None, **fields: Any
+) -> AsyncIterator[Rig]:
     engine = engine or ToyEngine()
     settings = SpeculatorSettings(engine="toy", **({"growth": "<2,1>"} | fields))
     speculator = Speculator(
@@ -134,6 +137,7 @@ async def speculator_rig(engine: ToyEngine | None = None, **fields: Any) -> Asyn
         [engine for spec in settings.specs if spec.kind == "ssm"],
         "spec-1",
         ThreadPoolExecutor(1),
+        grammars,
     )
     engine.num_passes = engine.num_rows = 0  # without those that were timed at start
     server = Server()

@@ -62,11 +62,16 @@ class Mesh:
 
 
 @asynccontextmanager
-async def toy_verifier(certificates: Certificates = {}, **settings: Any) -> AsyncIterator[Worker]:  # noqa: B006
+async def toy_verifier(
+    certificates: Certificates = {},  # noqa: B006
+    shifts: Mapping[str, int] = {},
+    **settings: Any,
+) -> AsyncIterator[Worker]:
+    """`shifts` are the toy's adapters."""
     settings = {"engine": "toy", "metrics_listen": None} | settings
     given = VerifierSettings(**settings, **tls_settings(certificates, "verifier"))
     thread, redis = ThreadPoolExecutor(1), GuardedRedis(given.redis_url)
-    engine = ToyEngine(step_s=given.toy_step_s)
+    engine = ToyEngine(step_s=given.toy_step_s, adapters=shifts)
     name = f"verifier-{next(NUMBERS)}"
     verifier = Verifier(given, engine, TokenizerFiles(), redis, name, thread)
     server = server_of(verifier)

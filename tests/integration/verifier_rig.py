@@ -42,12 +42,14 @@ from treecast.wire.server import Server
 VOCAB = 97
 
 
-def plain(prompt: Sequence[int], sampling: SamplingParams, noise_key: int = 0) -> list[int]:
+def plain(
+    prompt: Sequence[int], sampling: SamplingParams, noise_key: int = 0, shift: int = 0
+) -> list[int]:
     """The oracle: plain decoding of the toy model, without engine, cache or tree."""
     tokens = list(prompt)
     picker = Picker(sampling, noise_key, Context(prompt))
     for _ in range(sampling.max_tokens):
-        token = picker.pick(toy_logits(tokens, VOCAB))
+        token = picker.pick(toy_logits(tokens, VOCAB, shift))
         picker.accept(token)
         tokens.append(token)
     return tokens[len(prompt) :]

@@ -130,7 +130,7 @@ def test_only_one_layers_weights_are_there_twice_when_a_stack_is_taken_over() ->
 
     runner = choose_runner(model, replace(PACKED, linear=packed))
     assert isinstance(runner, LlamaRunner)
-    assert alive == [3, *[3] * 4, *[2] * 4, *[1] * 4]  # the head, then four products a layer
+    assert alive == [*[3] * 4, *[2] * 4, *[1] * 4, 0]  # four products a layer, then the head
     assert not any(source() is not None for source in sources)
 
 

@@ -6,9 +6,11 @@ import random
 from collections import Counter
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from treecast.errors import Overloaded
-from treecast.services.router.queue import Share, WaitingQueue
+from treecast.services.router.queue import Share, WaitingQueue, rank_of
 
 FULL = r"^queue has 2 requests, 2 of them of tenant 't'; the limit is 2$"
 
@@ -178,3 +180,76 @@ def test_longest_line_gives_way_when_the_queue_is_full() -> None:
         join(queue, "light2")
     with pytest.raises(Overloaded, match=r"^queue has 4 requests, 2 of them of tenant 'h'"):
         join(queue, "heavy4")
+
+
+# --- within a tenant's line ---------------------------------------------------------------------
+
+Arrival = tuple[float, int]
+"""Seconds after the one before, and tokens expected."""
+
+ARRIVALS = st.lists(
+    st.tuples(st.floats(0, 20), st.integers(0, 300)), min_size=1, max_size=40
+)  # fmt: skip
+GIVE_WAY_S = 0.1
+
+
+def line_of(arrivals: list[Arrival], order: str = "shortest") -> tuple[list[int], list[float]]:
+    """The numbers of the arrivals as they would be served, and when each came."""
+    queue: WaitingQueue[int] = WaitingQueue(limit=1000)
+    now_s, times = 0.0, []
+    for number, (gap_s, tokens) in enumerate(arrivals):
+        now_s += gap_s
+        times.append(now_s)
+        rank = rank_of(order, now_s, tokens, GIVE_WAY_S)  # type: ignore[arg-type]
+        queue.join(number, Share("t", rank=rank))
+    return list(queue), times
+
+
+@given(ARRIVALS)
+def test_nobody_is_passed_by_one_that_came_later_than_its_tokens_allow(
+    arrivals: list[Arrival],
+) -> None:
+    """No request starves: those that may go ahead of it have all come by a time that is fixed."""
+    line, times = line_of(arrivals)
+    place = {number: at for at, number in enumerate(line)}
+    for number, (_, tokens) in enumerate(arrivals):
+        passed_by = [one for one in line[: place[number]] if one > number]
+        for one in passed_by:
+            assert arrivals[one][1] < tokens
+            assert times[one] - times[number] <= GIVE_WAY_S * (tokens - arrivals[one][1]) + 1e-9
+
+
+@given(ARRIVALS)
+def test_line_is_first_come_first_served_when_the_order_says_so(arrivals: list[Arrival]) -> None:
+    assert line_of(arrivals, "fcfs")[0] == list(range(len(arrivals)))
+
+
+@given(st.lists(st.integers(0, 300), min_size=1, max_size=40))
+def test_shortest_goes_first_when_all_come_at_once(tokens: list[int]) -> None:
+    line, _ = line_of([(0.0, count) for count in tokens])
+    assert line == sorted(range(len(tokens)), key=lambda number: (tokens[number], number))
+
+
+def test_long_request_starves_when_it_does_not_age() -> None:
+    """The negative control: by length alone, it is passed for as long as shorter ones come."""
+    arrivals = [(0.0, 300), *((20.0, 10) for _ in range(30))]
+    assert line_of(arrivals)[0].index(0) == 1  # by those that came within 29 s
+    queue: WaitingQueue[int] = WaitingQueue(limit=1000)
+    for number, (_, count) in enumerate(arrivals):
+        queue.join(number, Share("t", rank=count))
+    assert list(queue)[-1] == 0
+
+
+def test_turns_between_tenants_stay_fair_when_lines_are_ordered_by_length() -> None:
+    queue: WaitingQueue[str] = WaitingQueue(limit=100)
+    for number, rank in enumerate((3.0, 1.0, 2.0)):
+        queue.join(f"a{number}", Share("a", rank=rank))
+        queue.join(f"b{number}", Share("b", rank=-rank))
+    assert list(queue) == ["a1", "b0", "a2", "b2", "a0", "b1"]
+
+
+def test_the_last_in_line_gives_way_when_the_queue_is_full() -> None:
+    queue: WaitingQueue[str] = WaitingQueue(limit=3)
+    for name, rank in (("h0", 9.0), ("h1", 1.0), ("h2", 2.0)):
+        queue.join(name, Share("h", rank=rank))
+    assert queue.join("l0", Share("l")) == "h0"

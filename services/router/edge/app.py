@@ -67,7 +67,10 @@ async def _refuse(request: Request, error: Exception) -> Response:
 
 
 class Models:
-    """`GET /v1/models`: one entry for each name, whichever revisions serve it."""
+    """`GET /v1/models`: one entry for each name, whichever revisions serve it.
+
+    An adapter is a model of its own, as with vLLM: its name is what clients send as the model.
+    """
 
     def __init__(self, service: RouterService) -> None:
         self._service = service
@@ -92,15 +95,21 @@ class Models:
         return JSONResponse(entries[name])
 
     def _entries(self, request: Request) -> dict[str, Json]:
+        entries: dict[str, Json] = {}
+        for model in self._service.models(_authorization(request)):
+            entries[model.name] = self._entry(model.name, model.context_tokens)
+            for one in model.adapters:
+                entry = self._entry(one.name, model.context_tokens) | {"parent": model.name}
+                entries.setdefault(one.name, entry)
+        return entries
+
+    def _entry(self, name: str, context_tokens: int) -> Json:
         return {
-            model.name: {
-                "id": model.name,
-                "object": "model",
-                "created": self._created,
-                "owned_by": "treecast",
-                "max_model_len": model.context_tokens,
-            }
-            for model in self._service.models(_authorization(request))
+            "id": name,
+            "object": "model",
+            "created": self._created,
+            "owned_by": "treecast",
+            "max_model_len": context_tokens,
         }
 
 

@@ -63,7 +63,7 @@ class Envelope:
             "id": self._form.prefix + self._started.request_id,
             "object": kind,
             "created": self._created,
-            "model": self._started.model,
+            "model": self._started.adapter or self._started.model,
             "system_fingerprint": self._started.numerics_fingerprint,
             "choices": list(choices),
             **more,

@@ -86,6 +86,7 @@ class Asked(_Strict):
     top_p: float | None = None
     user: str | None = None
 
+    adapter: str = ""
     ignore_eos: bool = False
     min_p: float | None = None
     priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] = 0
@@ -119,6 +120,7 @@ class Asked(_Strict):
                 num_samples=self.n,
                 session_id=self.session_id,
                 priority=self.priority,
+                adapter=self.adapter,
             )
             self._set_prompt(request)
         except ValueError:

@@ -34,6 +34,7 @@ def chat(
     top_p: options.TopP = 1.0,
     seed: options.Seed = None,
     max_nodes: options.MaxNodes = None,
+    adapter: options.Adapter = None,
     session: options.Session = None,
     router: options.Router = None,
     api_key: options.ApiKey = None,
@@ -56,7 +57,8 @@ def chat(
         temperature=temperature, top_p=top_p, seed=seed, max_tokens=max_tokens
     )
     with Client(router, api_key=api_key) as client:
-        talk = Talk(client, sampling, session or f"chat-{uuid.uuid4()}", system, max_nodes)
+        session_id = session or f"chat-{uuid.uuid4()}"
+        talk = Talk(client, sampling, session_id, system, max_nodes, adapter)
         try:
             _converse(talk, as_json)
         finally:
@@ -73,6 +75,7 @@ class Talk:
         session_id: str,
         system: str | None,
         max_nodes: int | None,
+        adapter: str | None = None,
     ) -> None:
         self._client = client
         self._sampling = sampling
@@ -81,6 +84,7 @@ class Talk:
         if system is not None:
             self._opening.append({"role": "system", "content": system})
         self._max_nodes = max_nodes
+        self._adapter = adapter
         self.messages = list(self._opening)
 
     def restart(self) -> None:
@@ -91,7 +95,11 @@ class Talk:
         """Take one turn; an answer that is not finished leaves no trace in the messages."""
         asked: list[ChatMessage] = [*self.messages, {"role": "user", "content": text}]
         stream = self._client.generate(
-            asked, self._sampling, session_id=self._session_id, max_nodes=self._max_nodes
+            asked,
+            self._sampling,
+            session_id=self._session_id,
+            max_nodes=self._max_nodes,
+            adapter=self._adapter,
         )
         with stream:
             for chunk in stream:

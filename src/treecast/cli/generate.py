@@ -61,6 +61,7 @@ def generate(
             exists=True, dir_okay=False, metavar="FILE", help="The output follows it (Lark)."
         ),
     ] = None,
+    adapter: options.Adapter = None,
     session: options.Session = None,
     priority: Annotated[int, typer.Option(help="-10..10; higher goes first.")] = 0,
     timeout: options.Timeout = None,
@@ -85,6 +86,8 @@ def generate(
         treecast generate "Tell a story." --max-nodes 0   # plain decoding
 
         treecast generate "Describe a cat as JSON." --json-schema cat.schema.json
+
+        treecast generate "Name three rivers." --adapter pirate
 
     With --json, each chunk is a line {"event": "chunk", "sample_index", "text", "token_ids",
     "logprobs"}, and the last line is {"event": "result", ...} with usage, seed and timing.
@@ -114,6 +117,7 @@ def generate(
         stream = client.generate(
             asked,
             sampling,
+            adapter=adapter,
             session_id=session,
             priority=priority,
             timeout_s=timeout,
@@ -217,7 +221,7 @@ def print_summary(result: Result, seconds: float) -> None:
 
 def _result_fields(result: Result) -> dict[str, object]:
     names = ("request_id", "seed", "model", "model_revision", "numerics_fingerprint")
-    more = ("prompt_ids", "resumes", "samples")
+    more = ("adapter", "prompt_ids", "resumes", "samples")
     return {name: getattr(result, name) for name in (*names, *more)}
 
 

@@ -113,10 +113,10 @@ def list_served(
     if as_json:
         write_json(served)
         return
-    table = Table("model", "revision", "vocabulary", "context", "verifiers")
+    table = Table("model", "revision", "vocabulary", "context", "verifiers", "adapters")
     for model in served:
         counts = (model.vocab_size, model.context_tokens, model.verifiers)
-        table.add_row(model.name, model.revision, *map(str, counts))
+        table.add_row(model.name, model.revision, *map(str, counts), ", ".join(model.adapters))
     stdout().print(table)
 
 

@@ -31,6 +31,15 @@ ApiKey = Annotated[
         show_envvar=True,
     ),
 ]
+Adapter = Annotated[
+    str | None,
+    typer.Option(
+        "--adapter",
+        metavar="NAME",
+        help="Compute the model with this LoRA adapter; `treecast models list` names them.",
+        show_default=False,
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines instead of text.")]
 Session = Annotated[
     str | None,

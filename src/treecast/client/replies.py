@@ -15,6 +15,7 @@ def read_models(reply: router_pb2.ListModelsResponse) -> tuple[Model, ...]:
             vocab_size=model.vocab_size,
             context_tokens=model.context_tokens,
             verifiers=model.verifiers,
+            adapters=tuple(one.name for one in model.adapters),
         )
         for model in reply.models
     )

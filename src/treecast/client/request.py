@@ -30,6 +30,7 @@ class RequestOptions:
     Attributes:
         request_id: at most 128 characters; the router mints one otherwise.
         model: name of a served model.
+        adapter: name of a LoRA adapter to compute it with.
         session_id: requests of one session reuse the KV cache of what their prompts share.
         priority: -10..10, higher goes first.
         num_samples: continuations of the same prompt, 1..16.
@@ -40,6 +41,7 @@ class RequestOptions:
 
     request_id: str | None = None
     model: str | None = None
+    adapter: str | None = None
     session_id: str | None = None
     priority: int = 0
     num_samples: int | None = None
@@ -60,6 +62,7 @@ def build_request(
         request = router_pb2.GenerateRequest(
             request_id=options.request_id,
             model=options.model,
+            adapter=options.adapter or "",
             session_id=options.session_id,
             priority=options.priority,
             num_samples=options.num_samples,

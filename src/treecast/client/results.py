@@ -77,6 +77,7 @@ class Result:
     Attributes:
         seed: the seed used, also when the router drew it; the same seed gives the same text.
         prompt_ids: the prompt as the model saw it.
+        adapter: that the model was computed with; empty for none.
         resumes: how often this client had to continue the stream on a new connection.
     """
 
@@ -88,6 +89,7 @@ class Result:
     numerics_fingerprint: str
     samples: tuple[Sample, ...]
     resumes: int = 0
+    adapter: str = ""
 
     @property
     def text(self) -> str:
@@ -116,13 +118,14 @@ class Result:
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A model that can be asked for; `verifiers` serve it."""
+    """A model that can be asked for; `verifiers` serve it, some of them with `adapters` too."""
 
     name: str
     revision: str
     vocab_size: int
     context_tokens: int
     verifiers: int
+    adapters: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -146,6 +146,7 @@ class Client:
         num_samples: int | None = None,
         request_id: str | None = None,
         model: str | None = None,
+        adapter: str | None = None,
         law: Law = Law.REPLAY,
         proposal: Proposal | None = None,
         growth: str = "",
@@ -165,6 +166,7 @@ class Client:
         options = RequestOptions(
             request_id=request_id,
             model=model,
+            adapter=adapter,
             session_id=session_id,
             priority=priority,
             num_samples=num_samples,

@@ -70,12 +70,14 @@ class Transcript:
         request.CopyFrom(self._request)
         request.request_id = self._started.request_id
         request.model = self._started.model
+        request.adapter = self._started.adapter
         request.tokens.ids[:] = self._started.prompt_ids
         request.sampling.seed = self._started.seed
         if len(self._samples) == 1:
             request.resume.committed.extend(self._samples[0].token_ids)
             request.resume.model_revision = self._started.model_revision
             request.resume.numerics_fingerprint = self._started.numerics_fingerprint
+            request.resume.adapter_revision = self._started.adapter_revision
             return request
         for sample in self._samples:
             sample.skip_tokens, sample.skip_characters = len(sample.token_ids), len(sample.text)
@@ -111,6 +113,7 @@ class Transcript:
             model=self._started.model,
             model_revision=self._started.model_revision,
             numerics_fingerprint=self._started.numerics_fingerprint,
+            adapter=self._started.adapter,
             samples=tuple(_sample(at, got) for at, got in enumerate(self._samples)),
             resumes=resumes,
         )

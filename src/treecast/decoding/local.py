@@ -63,6 +63,7 @@ def generate(
     decode: Callable[[Sequence[int]], str] | None = None,
     speculation: SpeculationParams = SpeculationParams(),  # noqa: B008  frozen
     grammars: Grammars | None = None,
+    adapter: str = "",
 ) -> Generation:
     """Answer one prompt; plain decoding when there is no drafter. Blocks.
 
@@ -77,10 +78,12 @@ def generate(
         decode: text of output tokens, for stop strings.
         speculation: the law, and what it asks of the drafter.
         grammars: of the model's tokenizer, for constrained requests.
+        adapter: that the engine computes with; the drafter does without.
 
     Raises:
         InvalidRequest: no prompt, a token id that the model lacks, a constraint that is malformed.
         PromptTooLong: prompt and output do not fit the context.
+        NotServed: the engine has no such adapter.
         Overloaded: too few free pages.
         InvalidTree: the drafter does not serve the law.
     """
@@ -94,7 +97,7 @@ def generate(
     max_nodes = max_nodes if speculation.max_nodes is None else speculation.max_nodes
     law = acceptance_rule(speculation.law)
     draft = _Draft(drafter, request, law)
-    sequence = engine.allocate(len(prompt) + sampling.max_tokens + max_nodes)
+    sequence = engine.allocate(len(prompt) + sampling.max_tokens + max_nodes, adapter)
     try:
         draft.open()
         _prefill(engine, sequence, prompt[:-1], chunk_tokens)

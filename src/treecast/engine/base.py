@@ -9,6 +9,9 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from treecast.adapter import Adapter, names_of
+from treecast.errors import NotServed
+
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
@@ -18,6 +21,7 @@ class ModelInfo:
         fingerprint: equal for engines whose bits are equal for equal rows (model revision, dtype,
             numerics mode, instruction set, library versions, parallelism, KV type).
         tokenizer_hash: empty for a model without a tokenizer.
+        adapters: that sequences may be computed with; their weights are no part of the fingerprint.
     """
 
     name: str
@@ -27,6 +31,7 @@ class ModelInfo:
     eos_token_ids: frozenset[int]
     tokenizer_hash: str
     fingerprint: str
+    adapters: tuple[Adapter, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,10 +102,15 @@ class Engine(Protocol):
     @property
     def usage(self) -> PoolUsage: ...
 
-    def allocate(self, capacity: int) -> KVSequence:
-        """Reserve pages for `capacity` positions and rows.
+    @property
+    def moved_bytes(self) -> int:
+        """Bytes of weights brought to the device for passes so far; 0 where all of them stay."""
+
+    def allocate(self, capacity: int, adapter: str = "") -> KVSequence:
+        """Reserve pages for `capacity` positions and rows, all computed with one adapter or none.
 
         Raises:
+            NotServed: no such adapter.
             Overloaded: not enough free pages.
         """
 
@@ -113,6 +123,8 @@ class Engine(Protocol):
 
     def fork(self, sequence: KVSequence, length: int, capacity: int) -> KVSequence:
         """A new sequence with the first `length` committed positions, sharing their full pages.
+
+        It is computed with the same adapter.
 
         Raises:
             Overloaded: not enough free pages.
@@ -149,3 +161,12 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Let other processes of a group go; the engine must not be used again."""
+
+
+def check_adapter(info: ModelInfo, adapter: str) -> None:
+    """Raise NotServed, with those that are, for an adapter that an engine does not have."""
+    if adapter and adapter not in {one.name for one in info.adapters}:
+        raise NotServed(
+            f"adapter {adapter!r} is not served with model {info.name!r}; "
+            f"served: {names_of(info.adapters)}"
+        )

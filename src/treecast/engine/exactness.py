@@ -20,7 +20,7 @@ _ONE_BY_ONE = 16
 _TREE_NODES = 24
 
 
-def differing_rows(engine: Engine, seed: int = 0) -> int:
+def differing_rows(engine: Engine, seed: int = 0, adapter: str = "") -> int:
     """Compute the same positions in several ways and count the rows whose bits differ.
 
     Positions are prefilled in chunks of several sizes, decoded one by one, and verified as the
@@ -29,17 +29,18 @@ def differing_rows(engine: Engine, seed: int = 0) -> int:
 
     Args:
         engine: with four free pages at least, and a context of 64 tokens.
+        adapter: that all but the other sequence are computed with; empty for none.
     """
     random = np.random.default_rng(seed)
     count = _num_positions(engine)
     tokens = random.integers(0, engine.info.vocab_size, count).tolist()
-    expected = _prefill(engine, tokens, (128,))
+    expected = _prefill(engine, tokens, (128,), adapter)
     differing = 0
     for sizes in _CHUNKS:
         part = _ONE_BY_ONE if sizes == (1,) else count
-        rows = _prefill(engine, tokens[:part], sizes)
+        rows = _prefill(engine, tokens[:part], sizes, adapter)
         differing += _count_differing(rows, expected[:part])
-    return differing + _tree_differing(engine, tokens, expected, random)
+    return differing + _tree_differing(engine, tokens, expected, random, adapter)
 
 
 def _num_positions(engine: Engine) -> int:
@@ -49,9 +50,9 @@ def _num_positions(engine: Engine) -> int:
     return min(_MOST_POSITIONS, engine.info.context_tokens - _TREE_NODES, room)
 
 
-def _prefill(engine: Engine, tokens: list[int], sizes: Sequence[int]) -> list[bytes]:
+def _prefill(engine: Engine, tokens: list[int], sizes: Sequence[int], adapter: str) -> list[bytes]:
     """Bits of every position's logits, computed in chunks of these sizes over and over."""
-    sequence = engine.allocate(len(tokens))
+    sequence = engine.allocate(len(tokens), adapter)
     bits: list[bytes] = []
     turn = 0
     while len(bits) < len(tokens):
@@ -64,12 +65,16 @@ def _prefill(engine: Engine, tokens: list[int], sizes: Sequence[int]) -> list[by
 
 
 def _tree_differing(
-    engine: Engine, tokens: list[int], expected: list[bytes], random: np.random.Generator
+    engine: Engine,
+    tokens: list[int],
+    expected: list[bytes],
+    random: np.random.Generator,
+    adapter: str,
 ) -> int:
     """The text's last positions as a path in a tree of wrong guesses, beside another sequence."""
     depth = 8
     begin = len(tokens) - depth
-    sequence, other = _filled(engine, tokens[:begin]), _filled(engine, tokens[:40])
+    sequence, other = _filled(engine, tokens[:begin], adapter), _filled(engine, tokens[:40])
     guesses, parents, path = _tree_around(tokens[begin:], engine.info.vocab_size, random)
     neighbour = Segment(other, [1, 2, 3], [-1, -1, 0], [])
     tree = Segment(sequence, guesses, parents, path)
@@ -97,8 +102,8 @@ def _tree_around(
     return tokens, parents, spots
 
 
-def _filled(engine: Engine, tokens: list[int]) -> KVSequence:
-    sequence = engine.allocate(len(tokens) + _TREE_NODES)
+def _filled(engine: Engine, tokens: list[int], adapter: str = "") -> KVSequence:
+    sequence = engine.allocate(len(tokens) + _TREE_NODES, adapter)
     engine.forward([Segment.chain(sequence, tokens, [])])
     engine.commit(sequence, range(len(tokens)))
     return sequence

@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from treecast.engine import lora
 from treecast.engine.bridge import KernelPass
 from treecast.engine.kv_pool import PAGE_TOKENS
 from treecast.engine.kv_tensors import KVTensors, LayerShape
 from treecast.engine.loading import LoadOptions, num_layers
+from treecast.engine.residency import ALL_RESIDENT, Residency
 from treecast.engine.runner import Runner, choose_runner, layer_shapes
-from treecast.engine.steps import DeviceSteps, PassInput, PassOutput, paged_attention
+from treecast.engine.steps import (
+    MOST_GRAPHS,
+    DeviceSteps,
+    PassInput,
+    PassOutput,
+    padded_rows,
+    paged_attention,
+)
 from treecast.errors import ModelError
 from treecast.kernels.exact import NORM_COLUMNS, ExactAttention
 from treecast.kernels.fast import FastAttention
@@ -31,12 +41,14 @@ class PackedSegment:
         length: committed positions.
         parents: [rows, old and new] as in `engine.base.Segment`.
         pages: in slot order, those in use.
+        adapter: that the rows are computed with; empty for none.
     """
 
     num_rows: int
     length: int
     parents: tuple[int, ...]
     pages: tuple[int, ...]
+    adapter: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +66,13 @@ class PackedPass:
     wanted: tuple[int, ...]
     segments: tuple[PackedSegment, ...]
 
+    @property
+    def adapters(self) -> list[str]:
+        """[rows] of each row, empty for none; nothing at all if no row has one."""
+        if not any(segment.adapter for segment in self.segments):
+            return []
+        return [one.adapter for one in self.segments for _ in range(one.num_rows)]
+
 
 class Executor(Protocol):
     """A model and the contents of its KV pool; also a `kv_pool.Storage`."""
@@ -67,6 +86,10 @@ class Executor(Protocol):
     def read(self, places: Sequence[int]) -> list[Tensor]:
         """See `KVTensors.read`."""
 
+    @property
+    def moved_bytes(self) -> int:
+        """See `engine.base.Engine.moved_bytes`."""
+
     def check(self) -> None:
         """See `engine.base.Engine.check`."""
 
@@ -78,13 +101,22 @@ class LocalExecutor:
     """The model, or a group's share of it, in this process."""
 
     def __init__(
-        self, runner: Runner, shapes: Sequence[LayerShape], options: LoadOptions, num_pages: int
+        self,
+        runner: Runner,
+        shapes: Sequence[LayerShape],
+        options: LoadOptions,
+        num_pages: int,
+        adapter_rows: lora.AdapterRows | None = None,
+        residency: Residency = ALL_RESIDENT,
     ) -> None:
+        """`adapter_rows` are those that the runner's adapted layers look at."""
+        self._residency = residency
         if options.numerics == "exact" and not options.uses_triton:
             shapes = [replace(s, value_dim=s.value_dim + NORM_COLUMNS) for s in shapes]
         self._device = torch.device(options.device)
         self._tensors = KVTensors(shapes, num_pages * PAGE_TOKENS, options.kv_dtype, self._device)
         self._runner = runner
+        self._adapter_rows = adapter_rows or lora.AdapterRows()
         self._options = options
         self._steps = self._device_steps(shapes) if options.uses_triton else None
 
@@ -95,18 +127,34 @@ class LocalExecutor:
                 f"the model's layers have {len(heads)} shapes of heads; kernels on a device take 1"
             )
         attention = paged_attention(self._options.numerics == "exact", self._device)
-        return DeviceSteps(self._runner, self._tensors, attention, heads.pop(), self._device)
+        most_graphs = 0 if self._residency.moves else MOST_GRAPHS
+        return DeviceSteps(
+            self._runner, self._tensors, attention, heads.pop(), self._device, most_graphs
+        )
 
     @classmethod
-    def of(cls, model: torch.nn.Module, options: LoadOptions, num_pages: int) -> LocalExecutor:
+    def of(
+        cls,
+        model: torch.nn.Module,
+        options: LoadOptions,
+        num_pages: int,
+        adapters: Sequence[lora.AdapterWeights] = (),
+        residency: Residency = ALL_RESIDENT,
+    ) -> LocalExecutor:
         """Of a loaded model, which is changed or no longer needed.
 
         Raises:
-            ModelError: some layer does not reach our attention.
+            ModelError: some layer does not reach our attention, or an adapter does not fit.
         """
-        runner = choose_runner(model, options.row_layers())
-        shapes = layer_shapes(runner, range(num_layers(model)), torch.device(options.device))
-        return cls(runner, shapes, options, num_pages)
+        rows, device = lora.AdapterRows(), torch.device(options.device)
+        lora.attach(model, adapters)
+        runner = choose_runner(model, lora.with_adapters(options.row_layers(), rows), residency)
+        residency.done()
+        shapes = layer_shapes(runner, range(num_layers(model)), device)
+        for one in adapters:  # a layer that cannot tell its rows is found now, not in a request
+            with rows.marked([one.adapter.name] * 2, 2, device):
+                layer_shapes(runner, range(len(shapes)), device)
+        return cls(runner, shapes, options, num_pages, rows, residency)
 
     def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         self._tensors.copy(sources, targets)
@@ -120,8 +168,12 @@ class LocalExecutor:
         with torch.inference_mode():
             if self._steps is None:
                 return PassOutput(self._run_here(packed, layouts), [])
-            given = PassInput(packed.tokens, packed.positions, packed.wanted, layouts)
-            return self._steps.run(given)
+            adapters = packed.adapters
+            given = PassInput(
+                packed.tokens, packed.positions, packed.wanted, layouts, plain=not adapters
+            )
+            with self._marked(adapters, padded_rows(len(packed.tokens))):
+                return self._steps.run(given)
 
     def _run_here(
         self, packed: PackedPass, layouts: Sequence[SegmentLayout]
@@ -133,13 +185,21 @@ class LocalExecutor:
             tokens, positions = tokens * 2, positions * 2
         rows = torch.tensor((tokens, positions), device=self._device)
         wanted = torch.tensor(packed.wanted, dtype=torch.long, device=self._device)
-        return self._runner(rows[0], rows[1], wanted, tree)
+        with self._marked(packed.adapters, len(tokens)):
+            return self._runner(rows[0], rows[1], wanted, tree)
+
+    def _marked(self, adapters: Sequence[str], num_rows: int) -> AbstractContextManager[None]:
+        return self._adapter_rows.marked(adapters, num_rows, self._device)
 
     def check(self) -> None:
         """There is nobody to lose."""
 
+    @property
+    def moved_bytes(self) -> int:
+        return self._residency.moved_bytes
+
     def close(self) -> None:
-        """There is nobody to tell."""
+        self._residency.close()
 
     def _kernel(self, layouts: Sequence[SegmentLayout]) -> LayerAttention:
         if self._options.numerics == "exact":

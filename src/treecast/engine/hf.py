@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import accumulate, pairwise
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -12,7 +14,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from treecast import checkpoints
-from treecast.engine.base import KVSequence, LogitRows, ModelInfo, PoolUsage, Segment
+from treecast.engine.base import (
+    KVSequence,
+    LogitRows,
+    ModelInfo,
+    PoolUsage,
+    Segment,
+    check_adapter,
+)
 from treecast.engine.executor import Executor, LocalExecutor, PackedPass, PackedSegment
 from treecast.engine.kv_pool import PAGE_TOKENS, KVPool, PagedSequence, num_pages
 from treecast.engine.loading import (
@@ -23,11 +32,15 @@ from treecast.engine.loading import (
     load_model,
     resolve_dtype,
 )
+from treecast.engine.lora_folder import read_adapter
+from treecast.engine.offload import RESIDENT, Offload
+from treecast.engine.residency import ALL_RESIDENT, Offloaded
 from treecast.engine.steps import PassOutput
 from treecast.errors import InvalidRequest, ModelError
 from treecast.settings import DType, Weights
 
 DEFAULT_POOL_TOKENS = 16384
+NO_ADAPTERS: Mapping[str, Path | str] = MappingProxyType({})
 
 
 class HFEngine:
@@ -51,6 +64,8 @@ class HFEngine:
         threads: int | None = None,
         kernels: Kernels = "auto",
         weights: Weights = "auto",
+        adapters: Mapping[str, Path | str] = NO_ADAPTERS,
+        offload: Offload = RESIDENT,
     ) -> HFEngine:
         """Read a model folder.
 
@@ -65,9 +80,12 @@ class HFEngine:
             kernels: of attention; `auto` is Triton's on a GPU. Its interpreter runs them on CPU,
                 slowly, for tests.
             weights: in what linear layers' weights are kept on CPU; `auto` is what loses nothing.
+            adapters: folders of LoRA adapters, by the names that sequences ask for.
+            offload: where weights lie that the device is not to hold.
 
         Raises:
-            ModelError: the folder is missing, no causal LM, or one that cannot be served.
+            ModelError: the folder is missing, no causal LM, or one that cannot be served; or an
+                adapter is not served, or does not fit the model.
         """
         folder = Path(path)
         checkpoints.check_model_dir(folder)
@@ -78,11 +96,18 @@ class HFEngine:
             threads,
             kernels=kernels,
             weights=weights,
+            offload=offload,
         )
         model = load_model(folder, options)
-        info = describe(folder, model, options)
+        loaded = [read_adapter(name, Path(where)) for name, where in adapters.items()]
+        info = replace(
+            describe(folder, model, options), adapters=tuple(one.adapter for one in loaded)
+        )
         pages = pages_of(pool_tokens)
-        return cls(LocalExecutor.of(model, options, pages), info, pages)
+        offloads = offload.mode != "none"
+        residency = Offloaded.of(model, folder, options) if offloads else ALL_RESIDENT
+        executor = LocalExecutor.of(model, options, pages, loaded, residency)
+        return cls(executor, info, pages)
 
     @property
     def info(self) -> ModelInfo:
@@ -92,8 +117,9 @@ class HFEngine:
     def usage(self) -> PoolUsage:
         return self._pool.usage
 
-    def allocate(self, capacity: int) -> KVSequence:
-        return self._pool.allocate(capacity)
+    def allocate(self, capacity: int, adapter: str = "") -> KVSequence:
+        check_adapter(self._info, adapter)
+        return self._pool.allocate(capacity, adapter)
 
     def reserve(self, sequence: KVSequence, capacity: int) -> None:
         self._pool.reserve(_paged(sequence), capacity)
@@ -117,6 +143,10 @@ class HFEngine:
         """[planes, committed positions, dim] the sequence's keys and values: for comparisons."""
         paged = _paged(sequence)
         return self._executor.read(paged.places(0, paged.length))
+
+    @property
+    def moved_bytes(self) -> int:
+        return self._executor.moved_bytes
 
     def check(self) -> None:
         self._executor.check()
@@ -223,7 +253,9 @@ def _pack(segments: Sequence[Segment], sequences: Sequence[PagedSequence]) -> Pa
 
 def _pack_segment(num_rows: int, sequence: PagedSequence) -> PackedSegment:
     pages = sequence.pages[: num_pages(sequence.num_slots)]
-    return PackedSegment(num_rows, sequence.length, tuple(sequence.parents), tuple(pages))
+    return PackedSegment(
+        num_rows, sequence.length, tuple(sequence.parents), tuple(pages), sequence.adapter
+    )
 
 
 def pages_of(pool_tokens: int) -> int:

@@ -35,12 +35,16 @@ class PagedSequence:
         length: committed positions.
         parents: [num_rows] parent of each uncommitted row among them, or -1.
         depths: [num_rows] 0 for a row that follows the committed positions.
+        adapter: what its keys and values are computed with, beside the model; empty for none.
     """
 
-    __slots__ = ("_table", "depths", "freed", "length", "pages", "parents")
+    __slots__ = ("_table", "adapter", "depths", "freed", "length", "pages", "parents")
 
-    def __init__(self, table: PageTable, pages: list[int], length: int = 0) -> None:
+    def __init__(
+        self, table: PageTable, pages: list[int], length: int = 0, adapter: str = ""
+    ) -> None:
         self._table = table
+        self.adapter = adapter
         self.pages = pages
         self.length = length
         self.parents: list[int] = []
@@ -99,11 +103,11 @@ class KVPool:
         table = self._table
         return PoolUsage(table.total, table.free, table.used, PAGE_TOKENS)
 
-    def allocate(self, capacity: int) -> PagedSequence:
-        """See `Engine.allocate`."""
+    def allocate(self, capacity: int, adapter: str = "") -> PagedSequence:
+        """See `Engine.allocate`; which adapters there are is not known here."""
         count = num_pages(capacity)
         self._table.require(count, f"a sequence of {capacity} positions")
-        return PagedSequence(self._table, self._table.take(count))
+        return PagedSequence(self._table, self._table.take(count), adapter=adapter)
 
     def reserve(self, sequence: PagedSequence, capacity: int) -> None:
         """See `Engine.reserve`."""
@@ -128,7 +132,8 @@ class KVPool:
         self._table.require(count, f"a fork of {capacity} positions, {length} of them shared,")
         shared = sequence.pages[:full]
         self._table.share(shared)
-        forked = PagedSequence(self._table, shared + self._table.take(count), length)
+        pages = shared + self._table.take(count)
+        forked = PagedSequence(self._table, pages, length, sequence.adapter)
         start = full * PAGE_TOKENS
         self._copy(sequence.places(start, length), forked.places(start, length))
         return forked

@@ -6,17 +6,42 @@ by the modules that a model has, not by its name, and taken only if it then comp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from treecast.engine import lora
 from treecast.engine.bridge import TreePass
 from treecast.engine.linears import RowLayers, replace_linears
 from treecast.engine.sharding.layers import RowLinear
 from treecast.kernels.scores import PLAIN, ScoreRule
+
+Compute = Callable[..., Any]
+Keep = Callable[[int, Any, Callable[[Any], Compute]], Compute]
+"""What computes a layer of this number, made of its module by a builder."""
+
+
+def keep_all(index: int, layer: Any, build: Callable[[Any], Compute]) -> Compute:
+    """Weights stay where they are."""
+    return build(layer)
+
+
+def keep_alone(index: int, layer: Any, build: Callable[[Any], Compute]) -> Compute:
+    """Weights stay where they are, and the layer lets go of its own: it cannot run any more."""
+    compute = build(layer)
+    for module in layer.modules():
+        module._parameters.clear()
+    return compute
+
+
+def make_anew(index: int, layer: Any, build: Callable[[Any], Compute]) -> Compute:
+    """For a trial: a layer is made whenever it is run, so that one alone is there twice."""
+    return lambda *args: build(layer)(*args)
+
 
 NO_RULES: Mapping[int, ScoreRule] = {}
 
@@ -99,29 +124,30 @@ class LlamaRunner:
     """
 
     def __init__(
-        self, model: Any, layers: RowLayers, rules: Mapping[int, ScoreRule] = NO_RULES
+        self,
+        model: Any,
+        layers: RowLayers,
+        rules: Mapping[int, ScoreRule] = NO_RULES,
+        keep: Keep = keep_all,
     ) -> None:
-        """Run a model for which `is_llama_like` holds; each layer is made anew whenever it is run.
+        """Run a model for which `is_llama_like` holds.
 
         Args:
-            model: of a head that is more than a linear layer, the linear layers are replaced.
+            model: may be dropped, or run as before where `keep` leaves its weights; of a head that
+                is more than a linear layer, the linear layers are replaced.
             layers: what linear layers and norms are computed with.
             rules: what layers do to their scores, as its modules told; plain where none is named.
+            keep: see `residency.Residency.keep`.
         """
         decoder = model.model
         self._embedding = layers.embedding(decoder.embed_tokens)
         self._rotary = decoder.rotary_emb
-        self._layers: Iterable[_Layer] = _Layers(decoder.layers, layers, rules)
+        self._layers = [
+            keep(i, layer, partial(_Layer, i, layers, rules.get(i, PLAIN)))
+            for i, layer in enumerate(decoder.layers)
+        ]
         self._norm = _Norm(decoder.norm, layers)
         self._head = _stand_in(model.lm_head, layers)
-
-    def take_over(self, model: Any) -> None:
-        """Make every layer for good, and drop the model's own one by one: it cannot run then."""
-        modules, made = model.model.layers, []
-        for i, layer in enumerate(self._layers):
-            made.append(layer)
-            modules[i] = nn.Identity()
-        self._layers = made
 
     def __call__(self, tokens: Tensor, positions: Tensor, wanted: Tensor, tree: TreePass) -> Tensor:
         hidden = self._embedding(tokens)
@@ -139,21 +165,8 @@ class LlamaRunner:
         return torch.complex(cos[0, :, None, :half], sin[0, :, None, :half])
 
 
-class _Layers:
-    """Layers made one at a time, so that the weights of one alone are there twice."""
-
-    def __init__(
-        self, modules: nn.ModuleList, layers: RowLayers, rules: Mapping[int, ScoreRule]
-    ) -> None:
-        self._modules, self._layers, self._rules = modules, layers, rules
-
-    def __iter__(self) -> Iterator[_Layer]:
-        for i, module in enumerate(self._modules):
-            yield _Layer(module, i, self._layers, self._rules.get(i, PLAIN))
-
-
 class _Layer:
-    def __init__(self, layer: Any, index: int, layers: RowLayers, rule: ScoreRule) -> None:
+    def __init__(self, index: int, layers: RowLayers, rule: ScoreRule, layer: Any) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         dim = attention.head_dim
         self._index, self._head_dim, self._scaling = index, dim, attention.scaling
@@ -220,7 +233,7 @@ def _reorder_heads(linear: nn.Linear, order: Tensor) -> nn.Linear:
     first = torch.arange(heads, device=order.device)[:, None] * len(order)
     rows = (first + order).flatten()
     bias = None if linear.bias is None else linear.bias.detach()[rows]
-    return _linear(linear.weight.detach()[rows], bias)
+    return lora.reordered(_linear(linear.weight.detach()[rows], bias), linear, rows)
 
 
 def _fuse(linears: Sequence[nn.Linear], layers: RowLayers) -> nn.Module:
@@ -228,7 +241,8 @@ def _fuse(linears: Sequence[nn.Linear], layers: RowLayers) -> nn.Module:
     weight = torch.cat([linear.weight.detach() for linear in linears])
     biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
     assert len(biases) in (0, len(linears)), "of q, k and v either all have a bias or none"
-    return layers.linear(_linear(weight, torch.cat(biases) if biases else None))
+    joined = _linear(weight, torch.cat(biases) if biases else None)
+    return layers.linear(lora.fused(joined, linears))
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
+import structlog
 import torch
 from torch import nn
 
@@ -21,10 +22,13 @@ from treecast.engine.linears import (
     RowLayers,
     cpu_layers,
     fixed_layers,
+    packed_layers,
     plain_layers,
     product_dtype,
 )
+from treecast.engine.offload import RESIDENT, Offload
 from treecast.engine.sharding.shape import ALONE, GroupShape
+from treecast.engine.unread import unread_model
 from treecast.errors import ModelError
 from treecast.settings import DType, Weights
 
@@ -41,6 +45,8 @@ _COMPUTATION = 4
 _BLOOM_CONTEXT = 2048
 """Its biases have no end, and its config tells none; so it was trained."""
 
+_log = structlog.get_logger()
+
 
 @dataclass(frozen=True, slots=True)
 class LoadOptions:
@@ -56,6 +62,7 @@ class LoadOptions:
     group: GroupShape = ALONE
     kernels: Kernels = "auto"
     weights: Weights = "auto"
+    offload: Offload = RESIDENT
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -73,6 +80,12 @@ class LoadOptions:
             )
         if self.threads is not None and self.threads < 1:
             raise ModelError(f"threads is {self.threads}; it must be 1 or more")
+        if self.offload.mode == "cpu" and self.on_cpu:
+            raise ModelError("offload cpu is for a GPU's weights; on a CPU there is offload disk")
+        if self.offload.mode != "none" and self.group != ALONE:
+            raise ModelError(f"offload {self.offload.mode} is not for models divided among a group")
+        if self.offload.mode != "none" and self.weights != "auto":
+            raise ModelError(f"weights {self.weights} cannot be offloaded; leave them at auto")
 
     @property
     def on_cpu(self) -> bool:
@@ -96,6 +109,8 @@ class LoadOptions:
             return fixed_layers()
         if not self.on_cpu:
             return plain_layers()
+        if self.offload.mode != "none":
+            return packed_layers(self.min_rows)
         return cpu_layers(self.weights, DTYPES[self.dtype], self.min_rows > 1)
 
     @property
@@ -140,27 +155,39 @@ def load_model(path: Path, options: LoadOptions) -> nn.Module:
     Raises:
         ModelError: the folder is no causal LM, or one that cannot be served.
     """
-    import transformers
+    from transformers import AutoConfig
 
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     bridge.register()
     try:
-        config = transformers.AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path)
         refuse_unservable(config)
-        with _share(options.group) as share:
-            model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-                path,
-                dtype=DTYPES[options.dtype],
-                attn_implementation=adapters.implementation(config.model_type),
-                **share,
-            )
+        model = _read_model(path, config, options)
     except (OSError, ValueError) as error:
         raise ModelError(f"model folder {path} cannot be loaded: {error}") from error
     adapters.adapt(model)
     cut_head(model)
-    loaded: nn.Module = model.eval().to(options.device)
+    loaded: nn.Module = model.eval()._apply(
+        lambda tensor: tensor if tensor.is_meta else tensor.to(options.device)
+    )
     return loaded
+
+
+def _read_model(path: Path, config: Any, options: LoadOptions) -> Any:
+    """The whole of a rank's share; where layers are offloaded, all but those if that can be."""
+    import transformers
+
+    dtype, attention = DTYPES[options.dtype], adapters.implementation(config.model_type)
+    if options.offload.mode != "none":
+        model = unread_model(path, config, dtype, attention)
+        if model is not None:
+            return model
+        _log.info("model.read_whole", reason="its tensors are stored under other names")
+    with _share(options.group) as share:
+        return transformers.AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, attn_implementation=attention, **share
+        )
 
 
 @contextmanager

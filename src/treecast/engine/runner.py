@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from treecast.engine.bridge import TreePass
 from treecast.engine.kv_tensors import LayerShape
-from treecast.engine.linears import RowLayers, plain_layers, replace_linears
-from treecast.engine.llama import LlamaRunner, is_llama_like
+from treecast.engine.linears import RowLayers, plain_layers
+from treecast.engine.llama import LlamaRunner, is_llama_like, make_anew
+from treecast.engine.residency import ALL_RESIDENT, Residency
 from treecast.errors import ModelError
 from treecast.kernels.fast import FastAttention
 from treecast.kernels.plan import SegmentLayout
@@ -54,25 +55,29 @@ class ModuleRunner:
         return logits if self._picks_rows else logits[wanted]
 
 
-def choose_runner(model: Any, layers: RowLayers) -> Runner:
+def choose_runner(model: Any, layers: RowLayers, residency: Residency = ALL_RESIDENT) -> Runner:
     """The quickest runner that computes what a model's own modules do.
 
     The model is changed (its linears are replaced) or no longer needed: layer by layer its weights
     give way to those packed. The fused stack is tried with the weights as they are, so that rounded
     ones need no tolerance of their own.
+
+    Args:
+        residency: where the layers' weights are to be.
     """
     modules = ModuleRunner(model)
     if is_llama_like(model, layers):
         device = next(model.parameters()).device
         rules = _record(modules, device).rules
-        trial = LlamaRunner(model, plain_layers(), rules)
+        if residency.drops:
+            trial = LlamaRunner(model, plain_layers(), rules, make_anew)
+        else:
+            trial = LlamaRunner(model, layers, rules, residency.keep)
         error = relative_error(trial, modules, *_some_text(model))
         if error < _TOLERANCE[next(model.parameters()).dtype]:
-            fused = LlamaRunner(model, layers, rules)
-            fused.take_over(model)
-            return fused
+            return LlamaRunner(model, layers, rules, residency.keep) if residency.drops else trial
         _log.info("model.only_looks_like_llama", model=type(model).__name__, error=error)
-    replace_linears(model, layers)
+    residency.keep_modules(model, layers)
     return modules
 
 

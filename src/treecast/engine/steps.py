@@ -87,12 +87,18 @@ def paged_attention(exact: bool, device: torch.device) -> PagedAttention:
 
 @dataclass(frozen=True, slots=True)
 class PassInput:
-    """One packed pass."""
+    """One packed pass.
+
+    Attributes:
+        plain: whether the model alone computes all rows. Adapters' rows differ from pass to pass,
+            so a pass with some is neither captured nor a replay.
+    """
 
     tokens: Sequence[int]
     positions: Sequence[int]
     wanted: Sequence[int]
     layouts: Sequence[SegmentLayout]
+    plain: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,17 +138,17 @@ class DeviceSteps:
 
     def run(self, given: PassInput) -> PassOutput:
         """Compute a pass. Waits for the device once, if any logits are wanted."""
-        num_rows = _bucket(len(given.tokens))
+        num_rows = padded_rows(len(given.tokens))
         tables, lanes = self._attention.tables(given.layouts, num_rows, self._group, self._kv_heads)
         words = _power_of_2(len(tables.words), _FEWEST_WORDS)
         key = (num_rows, tables.num_items, words, lanes)
-        step = self._steps.get(key)
+        step = self._steps.get(key) if given.plain else None
         if step is None:
             step = _Step(self, key)
-            if len(self._steps) < self._most_graphs:
+            if given.plain and len(self._steps) < self._most_graphs:
                 self._steps[key] = step
         step.load(given, tables)
-        logits, best = step.run(captured=key in self._steps)
+        logits, best = step.run(captured=given.plain and key in self._steps)
         count = len(given.wanted)
         if not count:
             return PassOutput(logits[:0], [])
@@ -241,7 +247,8 @@ def likeliest(logits: Tensor) -> Tensor:
     return torch.where(peak.isfinite(), token, -1)
 
 
-def _bucket(num_rows: int) -> int:
+def padded_rows(num_rows: int) -> int:
+    """Rows that a pass of so many is computed with."""
     return next((size for size in ROW_BUCKETS if size >= num_rows), num_rows)
 
 

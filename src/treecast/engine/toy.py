@@ -3,7 +3,8 @@
 After text t_0 .. t_n the favoured next token is `(3 * t_n + t_(n-1) + 1) mod V` (a token that is
 not there counts as 0), and the token r places above it, modulo V, has logit `-slope * r`, where
 `slope = (4 + S mod 8) / 8` and `S = sum((i + 1) * t_i)`. So greedy output needs the last two
-tokens, and the bits of a row need every token in its place.
+tokens, and the bits of a row need every token in its place. An adapter is a number by which the
+favoured token is moved on.
 
 Rows are computed from token ids that lie in the pool where a real model's keys and values would,
 and by the same accounts: a wrong commit gives wrong logits. Breaches of the contract by the caller
@@ -13,14 +14,23 @@ fail an assertion.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
+from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
 
-from treecast.engine.base import KVSequence, LogitRows, ModelInfo, PoolUsage, Segment
+from treecast.adapter import Adapter
+from treecast.engine.base import (
+    KVSequence,
+    LogitRows,
+    ModelInfo,
+    PoolUsage,
+    Segment,
+    check_adapter,
+)
 from treecast.engine.kv_pool import PAGE_TOKENS, KVPool, PagedSequence
 
 _EMPTY = -1
@@ -39,12 +49,12 @@ class ToyState:
         weighted_sum = self.weighted_sum + (self.length + 1) * token
         return ToyState(self.length + 1, token, self.last, weighted_sum)
 
-    def favoured(self, vocab_size: int) -> int:
-        return (3 * self.last + self.before_last + 1) % vocab_size
+    def favoured(self, vocab_size: int, shift: int = 0) -> int:
+        return (3 * self.last + self.before_last + 1 + shift) % vocab_size
 
-    def logits(self, vocab_size: int) -> NDArray[np.float32]:
-        """[vocab] float32, exact."""
-        rank = (np.arange(vocab_size) - self.favoured(vocab_size)) % vocab_size
+    def logits(self, vocab_size: int, shift: int = 0) -> NDArray[np.float32]:
+        """[vocab] float32, exact; `shift` is the adapter's."""
+        rank = (np.arange(vocab_size) - self.favoured(vocab_size, shift)) % vocab_size
         slope = np.float32((4 + self.weighted_sum % 8) / 8)
         return -slope * rank.astype(np.float32)
 
@@ -54,19 +64,21 @@ def toy_state(tokens: Iterable[int]) -> ToyState:
     return reduce(ToyState.after, tokens, ToyState())
 
 
-def toy_logits(tokens: Iterable[int], vocab_size: int) -> NDArray[np.float32]:
+def toy_logits(tokens: Iterable[int], vocab_size: int, shift: int = 0) -> NDArray[np.float32]:
     """[vocab] float32: the row that follows a text, from the text alone; the engine's oracle."""
-    return toy_state(tokens).logits(vocab_size)
+    return toy_state(tokens).logits(vocab_size, shift)
 
 
 class TokenStorage:
-    """What lies in the toy's pool: one token id per place."""
+    """What lies in the toy's pool: one token id per place, and the shift of its adapter."""
 
     def __init__(self, places: int) -> None:
         self.tokens = np.full(places, _EMPTY, np.int64)
+        self.shifts = np.zeros(places, np.int64)
 
     def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         self.tokens[list(targets)] = self.tokens[list(sources)]
+        self.shifts[list(targets)] = self.shifts[list(sources)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,12 +87,13 @@ class ToyRows:
 
     states: Sequence[ToyState]
     vocab_size: int
+    shift: int = 0
 
     def __len__(self) -> int:
         return len(self.states)
 
     def __getitem__(self, row: int, /) -> NDArray[np.float32]:
-        return self.states[row].logits(self.vocab_size)
+        return self.states[row].logits(self.vocab_size, self.shift)
 
 
 class ToyEngine:
@@ -94,6 +107,7 @@ class ToyEngine:
         step_s: float = 0,
         eos_token_ids: Iterable[int] = (),
         on_forward: Callable[[Sequence[Segment]], None] | None = None,
+        adapters: Mapping[str, int] = MappingProxyType({}),
     ) -> None:
         """Make an engine with an empty pool.
 
@@ -104,6 +118,7 @@ class ToyEngine:
             step_s: how long a pass takes, spent asleep.
             eos_token_ids: what the model's end-of-sequence tokens are said to be.
             on_forward: called at the start of every pass; may block to hold it, or raise.
+            adapters: shifts by name.
         """
         self._info = ModelInfo(
             name="toy",
@@ -113,12 +128,15 @@ class ToyEngine:
             eos_token_ids=frozenset(eos_token_ids),
             tokenizer_hash="",
             fingerprint=f"toy-{vocab_size}",
+            adapters=tuple(Adapter(name, f"shift-{by}") for name, by in adapters.items()),
         )
         num_pages = -(-pool_tokens // PAGE_TOKENS)
         self._storage = TokenStorage(num_pages * PAGE_TOKENS)
         self._pool = KVPool(num_pages, self._storage)
         self._step_s = step_s
+        self._shifts = {"": 0, **adapters}
         self._on_forward = on_forward
+        self.moved_bytes = 0
         self.num_passes = 0
         self.num_rows = 0
 
@@ -130,8 +148,9 @@ class ToyEngine:
     def usage(self) -> PoolUsage:
         return self._pool.usage
 
-    def allocate(self, capacity: int) -> PagedSequence:
-        return self._pool.allocate(capacity)
+    def allocate(self, capacity: int, adapter: str = "") -> PagedSequence:
+        check_adapter(self._info, adapter)
+        return self._pool.allocate(capacity, adapter)
 
     def reserve(self, sequence: KVSequence, capacity: int) -> None:
         self._pool.reserve(_own(sequence), capacity)
@@ -199,14 +218,20 @@ class ToyEngine:
         start = sequence.length + first
         places = sequence.places(start, start + len(segment.tokens))
         self._storage.tokens[places] = segment.tokens
+        shift = self._shifts[sequence.adapter]
+        self._storage.shifts[places] = shift
         self.num_rows += len(segment.tokens)
         states = self._row_states(sequence)
-        return ToyRows([states[first + row] for row in segment.wanted], self.info.vocab_size)
+        wanted = [states[first + row] for row in segment.wanted]
+        return ToyRows(wanted, self.info.vocab_size, shift)
 
     def _row_states(self, sequence: PagedSequence) -> list[ToyState]:
         """The state after each uncommitted row, from what lies in the sequence's places."""
-        tokens = self._storage.tokens[sequence.places(0, sequence.num_slots)].tolist()
+        places = sequence.places(0, sequence.num_slots)
+        tokens = self._storage.tokens[places].tolist()
         assert _EMPTY not in tokens, "a place of the sequence was never written"
+        computed_with = set(self._storage.shifts[places].tolist())
+        assert computed_with <= {self._shifts[sequence.adapter]}, f"{computed_with=}"
         committed = toy_state(tokens[: sequence.length])
         states: list[ToyState] = []
         for token, parent in zip(tokens[sequence.length :], sequence.parents, strict=True):

@@ -136,12 +136,17 @@ def matcher_for(grammars: Grammars | None, sampling: SamplingParams) -> Matcher 
     """
     if not sampling.constraint[0]:
         return None
+    return require_grammars(grammars, sampling).matcher(sampling)
+
+
+def require_grammars(grammars: Grammars | None, sampling: SamplingParams) -> Grammars:
+    """Raise InvalidRequest, and why, where nothing can keep a request's constraint."""
     if grammars is None:
         raise InvalidRequest(
             f"{sampling.constraint[0]} cannot be kept here: it needs the package llguidance, and a "
             "model with a tokenizer and an end-of-sequence token"
         )
-    return grammars.matcher(sampling)
+    return grammars
 
 
 def draft_matcher(grammars: Grammars | None, sampling: SamplingParams) -> Matcher | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, replace
 from enum import Enum
 
+from treecast.adapter import Adapter
 from treecast.errors import InvalidFrame, TreecastError
 from treecast.sampling.logprobs import TokenLogprobs
 from treecast.sampling.params import Law, SamplingParams, SpeculationParams
@@ -37,6 +38,8 @@ class Hello:
     fingerprint: str = ""
     context_tokens: int = 0
     shares_cores: bool = False
+    adapters: tuple[Adapter, ...] = ()
+    keeps_grammars: bool = False
     protocol_version: int = PROTOCOL_VERSION
 
 
@@ -146,6 +149,7 @@ class Start:
     traceparent: str = ""
     expected_tokens: int | None = None
     priority: int = 0
+    adapter: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,11 @@ HEARTBEAT_S = 0.25
 SILENCE_S = 1.0
 """A peer that sends nothing for so long is dead, whatever TCP says."""
 
+FRAMES_PER_TURN = 32
+"""Frames of one message that are delivered in a row. Each wakes somebody, and a verifier's step may
+have one for each of hundreds of requests: what else the event loop has to do waits no longer.
+"""
+
 Out = TypeVar("Out")
 In = TypeVar("In")
 HandlerOut = TypeVar("HandlerOut")
@@ -178,8 +183,10 @@ class Link(Generic[Out, In]):
         try:
             async for message in messages:
                 self._silent_beats = 0
-                for frame in self._end.decode(message, self._limits):
+                for number, frame in enumerate(self._end.decode(message, self._limits), start=1):
                     self._deliver(frame)
+                    if number % FRAMES_PER_TURN == 0:
+                        await asyncio.sleep(0)
         except grpc.RpcError as error:
             raise from_rpc_error(error) from None
         self.close("peer ended the stream")

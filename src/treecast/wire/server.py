@@ -33,11 +33,21 @@ _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 
+MAX_PENDING_CALLS = 16_384
+"""Calls that have come and wait for the event loop to take them up.
+
+Left to itself gRPC drops some of them at random from 1,000 on, as if their callers had cancelled
+them. A queue of ours refuses by name what is too much.
+"""
+
+
 def server_options(max_answer_bytes: int = MAX_MESSAGE_BYTES) -> Options:
     return [
         ("grpc.max_send_message_length", max_answer_bytes),
         ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
         *PATIENT,
+        ("grpc.server.max_pending_requests", MAX_PENDING_CALLS),
+        ("grpc.server.max_pending_requests_hard_limit", MAX_PENDING_CALLS),
         ("grpc.http2.min_ping_interval_without_data_ms", PROMPT_MS // 2),
         # Two processes on one port would share its connections instead of failing at start.
         ("grpc.so_reuseport", 0),

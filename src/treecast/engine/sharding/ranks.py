@@ -113,6 +113,11 @@ class Leader:
         """Of rank 0's part alone."""
         return self._local.read(places)
 
+    @property
+    def moved_bytes(self) -> int:
+        """Of rank 0 alone."""
+        return self._local.moved_bytes
+
     def run(self, packed: PackedPass) -> PassOutput:
         with self._all_ranks():
             self._line.send(Compute(tuple(self._copies), packed))

@@ -6,6 +6,7 @@ from typing import Protocol
 
 import numpy as np
 
+from treecast.adapter import MAX_ADAPTERS, NAME_FORM, Adapter, is_adapter_name
 from treecast.errors import InvalidFrame, InvalidRequest
 from treecast.sampling.logprobs import TokenLogprobs
 from treecast.sampling.params import Law, Proposal, SamplingParams, SpeculationParams
@@ -179,6 +180,8 @@ def encode_hello(hello: Hello) -> pair_pb2.Hello:
         numerics_fingerprint=hello.fingerprint,
         context_tokens=hello.context_tokens,
         shares_cores=hello.shares_cores,
+        adapters=[pair_pb2.Adapter(name=one.name, revision=one.revision) for one in hello.adapters],
+        keeps_grammars=hello.keeps_grammars,
     )
 
 
@@ -194,6 +197,7 @@ def decode_hello(message: pair_pb2.Hello) -> Hello:
         raise InvalidFrame(f"hello has role {message.role}; known: 1..{len(Role)}")
     check_at_most(len(message.laws), _MAX_LAWS, "number of laws in hello")
     check_at_most(len(message.proposers), MAX_PROPOSERS, "number of proposers in hello")
+    check_at_most(len(message.adapters), MAX_ADAPTERS, "number of adapters in hello")
     known = {law.value for law in Law}
     return Hello(
         protocol_version=message.protocol_version,
@@ -209,7 +213,16 @@ def decode_hello(message: pair_pb2.Hello) -> Hello:
         fingerprint=check_text(message.numerics_fingerprint, "numerics_fingerprint"),
         context_tokens=message.context_tokens,
         shares_cores=message.shares_cores,
+        adapters=tuple(decode_adapter(one) for one in message.adapters),
+        keeps_grammars=message.keeps_grammars,
     )
+
+
+def decode_adapter(message: pair_pb2.Adapter) -> Adapter:
+    """Raises InvalidFrame for a name that no adapter may have."""
+    if not is_adapter_name(message.name):
+        raise InvalidFrame(f"an adapter in hello has no name of {NAME_FORM}")
+    return Adapter(message.name, check_text(message.revision, "an adapter's revision"))
 
 
 def encode_heartbeat(beat: Heartbeat) -> pair_pb2.Heartbeat:

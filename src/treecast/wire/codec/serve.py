@@ -95,6 +95,7 @@ def encode_start(start: Start) -> pb.Start:
         traceparent=start.traceparent,
         expected_tokens=start.expected_tokens,
         priority=start.priority,
+        adapter=start.adapter,
     )
 
 
@@ -125,6 +126,7 @@ def decode_start(message: pb.Start, limits: Limits) -> Start:
         traceparent=check_text(message.traceparent, "traceparent", MAX_TRACEPARENT_CHARACTERS),
         expected_tokens=message.expected_tokens if message.HasField("expected_tokens") else None,
         priority=_check_priority(message.priority),
+        adapter=check_text(message.adapter, "adapter"),
     )
 
 

@@ -1,0 +1,170 @@
+"""Grammars are compiled beside the event loop: through real ports, with the compiler held up."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from treecast.engine.toy import ToyEngine
+from treecast.errors import InvalidRequest
+from treecast.sampling.compiler import GrammarCompiler
+from treecast.sampling.grammar import Grammars, Matcher
+from treecast.sampling.params import SamplingParams
+from treecast.sampling.stops import FinishReason
+from treecast.text.tokenizer import TokenizerFiles
+from treecast.wire.frames import Attach, NeedSync
+
+from ..byte_tokenizer import EOS, byte_tokenizer
+from .test_speculator import attach, speculator_rig
+from .verifier_rig import verifier_rig
+
+VOCAB = 258
+DEFINITION = byte_tokenizer().to_str().encode()
+HELD = SamplingParams(temperature=0, max_tokens=16, regex="[a-f]{3}")
+FREE = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)
+
+
+class Gate:
+    """Holds up the real compiler's thread, and counts what it compiles."""
+
+    def __init__(self) -> None:
+        self.open, self.entered = threading.Event(), threading.Event()
+        self.open.set()
+        self.compiled: list[str] = []
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
+    made, compile_ = Gate(), Grammars.matcher
+
+    def held(self: Grammars, sampling: SamplingParams) -> Matcher:
+        made.compiled.append(sampling.constraint[1])
+        made.entered.set()
+        assert made.open.wait(60)
+        return compile_(self, sampling)
+
+    monkeypatch.setattr(Grammars, "matcher", held)
+    yield made
+    made.open.set()
+
+
+def compiler(**options: float) -> GrammarCompiler:
+    return GrammarCompiler(Grammars(DEFINITION, [EOS], VOCAB), **options)  # type: ignore[arg-type]
+
+
+def engine() -> ToyEngine:
+    return ToyEngine(vocab_size=VOCAB, eos_token_ids=[EOS])
+
+
+FILES = TokenizerFiles(DEFINITION)
+
+
+async def entered(gate: Gate) -> None:
+    assert await asyncio.to_thread(gate.entered.wait, 60)
+
+
+async def test_requests_go_on_while_a_grammar_is_compiled(gate: Gate) -> None:
+    async with verifier_rig(engine(), FILES) as rig:
+        gate.open.clear()
+        _, held = rig.router.start([5, 6], HELD)
+        await entered(gate)
+        free = await rig.router.run([5, 6], FREE)
+        assert len(free.tokens) == 16
+        assert (held.tokens, held.error) == ([], None)
+        gate.open.set()
+        text = bytes((await held.end()).tokens[:-1])
+        assert len(text) == 3
+        assert set(text) <= set(b"abcdef")
+
+
+async def test_a_request_can_be_cancelled_while_its_grammar_is_compiled(gate: Gate) -> None:
+    async with verifier_rig(engine(), FILES) as rig:
+        gate.open.clear()
+        handle, held = rig.router.start([5, 6], HELD)
+        await entered(gate)
+        rig.router.cancel(handle)
+        await held.end()
+        assert held.completed is not None
+        assert held.completed.finish is FinishReason.CANCELLED
+        gate.open.set()
+        assert (await rig.router.run([5, 6], HELD)).completed is not None
+        assert held.tokens == []
+
+
+async def test_a_deadline_goes_on_while_a_grammar_is_compiled(gate: Gate) -> None:
+    async with verifier_rig(engine(), FILES) as rig:
+        gate.open.clear()
+        _, held = rig.router.start([5, 6], HELD, deadline_ms=1)
+        await entered(gate)
+        await asyncio.sleep(0.01)
+        gate.open.set()
+        error = (await held.end()).error
+        assert error is not None
+        assert error.message.startswith("deadline of 1 ms passed")
+
+
+async def test_a_grammar_that_is_not_compiled_in_time_is_refused_by_name(gate: Gate) -> None:
+    async with verifier_rig(engine(), FILES, grammar_s=0.01) as rig:
+        gate.open.clear()
+        error = (await rig.router.run([5, 6], HELD)).error
+        assert isinstance(error, InvalidRequest)
+        assert error.message == "regex of 8 characters was not compiled in 0.01 s"
+        assert len((await rig.router.run([5, 6], FREE)).tokens) == 16
+
+
+async def test_verifiers_tell_whether_they_keep_grammars() -> None:
+    async with verifier_rig(engine(), FILES) as rig:
+        assert rig.router.link.peer.keeps_grammars
+    async with verifier_rig() as rig:  # without a tokenizer
+        assert not rig.router.link.peer.keeps_grammars
+
+
+async def test_a_grammar_is_compiled_once_for_all_who_ask(gate: Gate) -> None:
+    one = compiler()
+    gate.open.clear()
+    waiting = [asyncio.create_task(one.matcher(HELD)) for _ in range(5)]
+    await entered(gate)
+    waiting[0].cancel()
+    gate.open.set()
+    found = (await asyncio.gather(*waiting, return_exceptions=True))[1:]
+    assert gate.compiled == ["[a-f]{3}"]
+    assert len({id(matcher) for matcher in found}) == 4
+    first, second = found[:2]
+    assert isinstance(first, Matcher)
+    assert isinstance(second, Matcher)
+    first.accept(ord("a"))
+    first.accept(ord("b"))
+    assert second.allowed(b"abc")[EOS]
+    assert not second.allowed(b"ab")[EOS]  # it stands at its own beginning
+
+
+async def test_no_more_are_kept_than_allowed_and_failures_not_at_all(gate: Gate) -> None:
+    one = compiler(most_kept=2)
+    for regex in ("a", "b", "c", "b", "c", "a"):
+        await one.matcher(SamplingParams(regex=regex))
+    assert gate.compiled == ["a", "b", "c", "a"]
+    for _ in range(2):
+        with pytest.raises(InvalidRequest, match=r"^regex of 1 characters cannot be used"):
+            await one.matcher(SamplingParams(regex="("))
+    assert gate.compiled[4:] == ["(", "("]
+    assert one.ready(SamplingParams(regex="a")) is not None
+    assert one.ready(SamplingParams(regex="(")) is None
+
+
+async def test_a_draft_is_masked_once_its_grammar_is_compiled(gate: Gate) -> None:
+    grammars = Grammars(DEFINITION, [EOS], VOCAB)
+    async with speculator_rig(engine(), grammars=grammars) as rig, rig.verifier(vocab=VOCAB) as v:
+        gate.open.clear()
+        asked: Attach = attach(1, 1, 2, sampling=HELD)
+        v.send(asked)
+        assert (await v.draft(1, base_len=2)).tokens[0] == 8  # the model's own: 3*2 + 1 + 1
+        await entered(gate)
+        gate.open.set()
+        await v.hear(NeedSync, 1, lambda frame: True)
+        v.recorder.frames.clear()
+        v.send(asked)
+        masked = await v.draft(1, base_len=2)
+        assert set(masked.tokens) <= set(b"abcdef")
