@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 from treecast.engine import linears
-from treecast.engine.linears import PackedLinear, cpu_layers, packed_layers
+from treecast.engine.linears import PackedLinear, cpu_layers, packed_layers, replace_linears
 from treecast.engine.loading import LoadOptions, fingerprint
 from treecast.engine.narrow import (
     STABLE_ROWS,
@@ -199,6 +200,20 @@ def test_auto_packs_bfloat16_where_the_processor_multiplies_it(
     assert cpu_layers("auto", torch.bfloat16, exact=True) is packed
     assert cpu_layers("bfloat16", torch.bfloat16, exact=True) is packed
     assert cpu_layers("bfloat16", torch.float32, exact=True) is not packed
+
+
+@pytest.mark.parametrize("family", ["Llama", "Qwen3"])
+def test_a_head_keeps_sixteen_bits_when_the_layers_have_four(family: str) -> None:
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(
+        vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=1,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16, max_position_embeddings=64,
+    )  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    made = cpu_layers("int4", torch.float32, exact=True)
+    assert replace_linears(model, made) == 8
+    kinds = [type(module) for module in model.modules() if hasattr(module, "out_features")]
+    assert kinds == [*[Int4Linear] * 7, HalfLinear]
 
 
 def test_kernels_that_torch_lacks_are_named(monkeypatch: pytest.MonkeyPatch) -> None:

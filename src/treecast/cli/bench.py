@@ -12,6 +12,8 @@ import typer
 from treecast.errors import InvalidRequest
 
 from . import options
+from .bench_arrivals import write_arrivals
+from .bench_profile import write_profile
 from .bench_report import SECTIONS, write_report
 from .output import stderr, stdout, write_json
 from .up import (
@@ -87,6 +89,29 @@ def bench(
     max_nodes: Annotated[
         int, typer.Option(min=1, max=256, help="Of --report: nodes of a tree as served.")
     ] = 24,
+    profile: Annotated[
+        bool,
+        typer.Option("--profile", help="Print where the time of a step goes instead, by phase."),
+    ] = False,
+    arrivals: Annotated[
+        str | None,
+        typer.Option(
+            metavar="poisson:RATE",
+            help="Offer load instead: RATE requests a second arrive at random, however busy the "
+            "mesh is; latencies count from the planned arrival, so all queueing is in them.",
+        ),
+    ] = None,
+    levels: Annotated[
+        str,
+        typer.Option(
+            metavar="A,B",
+            help="Of --arrivals: most requests in one step, a mesh and the same arrivals for each.",
+        ),
+    ] = "1,2,4,8,16,32",
+    seconds: Annotated[
+        float, typer.Option(min=1, help="Of --arrivals: how long requests arrive.")
+    ] = 60.0,
+    seed: Annotated[int, typer.Option(help="Of --arrivals: same seed, same arrivals.")] = 0,
 ) -> None:
     """Measure transformers and treecast on the same prompts, data type and threads.
 
@@ -103,9 +128,21 @@ def bench(
         treecast bench --contenders treecast-plain,treecast --numerics fast
 
         treecast bench --report trees/ --prompts specbench.jsonl --limit 26 --max-tokens 80
+
+        treecast bench --profile --weights int8
+
+        treecast bench --arrivals poisson:0.5 --levels 1,4,16 --max-tokens 64 --out load/
     """
+    modes = [name for name in ("report", "profile", "arrivals") if context.params[name]]
+    if len(modes) > 1:
+        raise InvalidRequest(f"--{modes[0]} and --{modes[1]} measure different things; choose one")
     if report is not None:
         write_report(context, report)
+    elif profile:
+        write_profile(context)
+    elif arrivals is not None:
+        write_arrivals(context, arrivals)
+    if modes:
         return
     from treecast.bench.prompts import DEFAULT_PROMPTS, read_prompts
     from treecast.engine.loading import resolve_dtype

@@ -114,12 +114,18 @@ class RowLayers:
         rms_norm: of rows, a weight and epsilon.
         fits: whether layers of a type of weights can be replaced.
         embedding: makes the stand-in of a fused stack's embedding, or gives it back.
+        head: as `linear`, for the layer that gives logits; None for the same.
     """
 
     linear: Callable[[nn.Linear], nn.Module]
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     fits: Callable[[torch.dtype], bool]
     embedding: Callable[[nn.Module], nn.Module] = field(default=lambda module: module)
+    head: Callable[[nn.Linear], nn.Module] | None = None
+
+    def of_head(self) -> RowLayers:
+        """These layers as a head is to be computed with them."""
+        return replace(self, linear=self.head or self.linear)
 
 
 def packed_layers(min_rows: int) -> RowLayers:
@@ -131,7 +137,8 @@ def cpu_layers(weights: Weights, dtype: torch.dtype, exact: bool) -> RowLayers:
     """For CPU, with weights of some number of bits (see `engine.narrow`).
 
     `auto` packs weights of type `dtype` where the processor multiplies bfloat16; where it does not,
-    it keeps 16 bits of layers whose weights bfloat16 holds exactly, and float32 of the others.
+    it keeps 16 bits of layers whose weights bfloat16 holds exactly, and float32 of the others. With
+    `int4` the head keeps 16 bits: in 4 it alone changed an eighth of SmolLM2's likeliest tokens.
 
     Args:
         weights: kind asked for.
@@ -151,7 +158,12 @@ def cpu_layers(weights: Weights, dtype: torch.dtype, exact: bool) -> RowLayers:
         return packed
     if weights == "float32":
         return replace(packed, linear=partial(_float32_linear, min_rows=2 if exact else 1))
-    return replace(packed, linear=_narrow_linear(weights, exact), embedding=narrow_embedding)
+    return replace(
+        packed,
+        linear=_narrow_linear(weights, exact),
+        embedding=narrow_embedding,
+        head=_narrow_linear("bfloat16", exact) if weights == "int4" else None,
+    )
 
 
 def _narrow_linear(weights: Weights, exact: bool) -> Callable[[nn.Linear], nn.Module]:
@@ -192,8 +204,12 @@ def replace_linears(model: nn.Module, layers: RowLayers) -> int:
         for name, child in parent.named_children()
         if (type(child) is nn.Linear or _is_conv1d(child)) and layers.fits(child.weight.dtype)
     ]
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    of_head = set() if head is None else set(head.modules())
     for parent, name in found:  # one at a time: what is replaced is no longer held
-        setattr(parent, name, layers.linear(_as_linear(getattr(parent, name))))
+        child = getattr(parent, name)
+        made = layers.of_head() if child in of_head else layers
+        setattr(parent, name, made.linear(_as_linear(child)))
     return len(found)
 
 

@@ -147,7 +147,7 @@ class LlamaRunner:
             for i, layer in enumerate(decoder.layers)
         ]
         self._norm = _Norm(decoder.norm, layers)
-        self._head = _stand_in(model.lm_head, layers)
+        self._head = _stand_in(model.lm_head, layers.of_head())
 
     def __call__(self, tokens: Tensor, positions: Tensor, wanted: Tensor, tree: TreePass) -> Tensor:
         hidden = self._embedding(tokens)
