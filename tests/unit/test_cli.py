@@ -186,6 +186,11 @@ def test_the_exit_code_tells_the_kind_when_a_request_is_refused(error, code):
         (["bench", "--contenders", "other"], "--contenders is 'other'; known: transformers"),
         (["bench", "--model", "m"], "--model and --draft go together: a draft fits one model"),
         (["bench", "--speculators", "ngram"], "the comparison needs ssm in it"),
+        (
+            ["bench", "--peer", "other=/x"],
+            "--peer is 'other=/x'; NAME=PATH, each name once, of vllm",
+        ),
+        (["bench", "--peer-model", "vllm=/x"], "--peer-model names vllm, which no --peer names"),
         (["bench", "--arrivals", "even:3"], "--arrivals is 'even:3'; poisson:RATE, RATE above 0"),
         (["bench", "--arrivals", "poisson:0"], "--arrivals is 'poisson:0'; poisson:RATE"),
         (["bench", "--arrivals", "poisson:1", "--levels", "0"], "--levels is '0'; numbers from 1"),
