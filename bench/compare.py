@@ -33,6 +33,7 @@ class Summary:
     Attributes:
         overall_tokens_per_s: all tokens by all seconds, so that long answers weigh more.
         same_tokens_as: by each other contender, prompts answered with the very same tokens.
+        times_as_fast_as: by each other contender, tokens per second over its own, answer by answer.
     """
 
     contender: str
@@ -41,6 +42,7 @@ class Summary:
     step_ms: Spread | None
     tokens_per_step: Spread
     same_tokens_as: Mapping[str, int]
+    times_as_fast_as: Mapping[str, Spread]
     num_prompts: int
 
 
@@ -71,23 +73,23 @@ def interleave(
 
 def summarize(runs: Sequence[Run], contenders: Sequence[str]) -> list[Summary]:
     """One summary per contender, in the order given."""
-    answers: dict[str, dict[str, tuple[int, ...]]] = {name: {} for name in contenders}
-    for run in runs:
-        answers[run.contender][run.prompt_id] = run.token_ids
-    return [
-        _summarize(name, [run for run in runs if run.contender == name], answers)
-        for name in contenders
-    ]
+    by_name = {name: [run for run in runs if run.contender == name] for name in contenders}
+    return [_summarize(name, by_name) for name in contenders]
 
 
-def _summarize(
-    name: str, runs: Sequence[Run], answers: Mapping[str, Mapping[str, tuple[int, ...]]]
-) -> Summary:
-    mine = answers[name]
+def _summarize(name: str, by_name: Mapping[str, Sequence[Run]]) -> Summary:
+    runs = by_name[name]
+    mine = _last_answers(runs)
+    others = {other: theirs for other, theirs in by_name.items() if other != name}
     same = {
-        other: sum(theirs[prompt_id] == mine[prompt_id] for prompt_id in mine)
-        for other, theirs in answers.items()
-        if other != name
+        other: sum(_last_answers(theirs)[prompt_id] == mine[prompt_id] for prompt_id in mine)
+        for other, theirs in others.items()
+    }
+    ratios = {
+        other: [
+            ours.tokens_per_s / each.tokens_per_s for ours, each in zip(runs, theirs, strict=True)
+        ]
+        for other, theirs in others.items()
     }
     step_ms = [run.step_ms for run in runs if run.step_ms is not None]
     return Summary(
@@ -97,5 +99,10 @@ def _summarize(
         step_ms=Spread.of(step_ms) if step_ms else None,
         tokens_per_step=Spread.of([run.tokens_per_step for run in runs]),
         same_tokens_as=same,
+        times_as_fast_as={other: Spread.of(each) for other, each in ratios.items()},
         num_prompts=len(mine),
     )
+
+
+def _last_answers(runs: Sequence[Run]) -> dict[str, tuple[int, ...]]:
+    return {run.prompt_id: run.token_ids for run in runs}

@@ -12,13 +12,12 @@ import argparse
 import asyncio
 import json
 import time
-import urllib.request
 from dataclasses import asdict, dataclass
 
 import numpy as np
-from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 
+from treecast.bench.mesh_phases import phase_sums
 from treecast.checkpoints import default_cache_dir
 from treecast.client.aio import AsyncClient
 from treecast.sampling.params import SamplingParams
@@ -80,16 +79,8 @@ async def _stream(client: AsyncClient, tokens: int) -> _Timeline:
 
 def _engine_s(mesh: LocalMesh) -> tuple[float, float]:
     """Seconds in the engine, and steps."""
-    url = f"http://{mesh.processes['verifier-0'].metrics_address}/metrics"
-    with urllib.request.urlopen(url, timeout=5) as reply:
-        families = text_string_to_metric_families(reply.read().decode())
-    seconds = steps = 0.0
-    for sample in (sample for family in families for sample in family.samples):
-        if sample.name == "treecast_verifier_step_phase_seconds_sum":
-            seconds += sample.value if sample.labels["phase"] in _ENGINE_PHASES else 0
-        elif sample.name == "treecast_verifier_step_phase_seconds_count":
-            steps = max(steps, sample.value if sample.labels["phase"] == "forward" else 0)
-    return seconds, steps
+    sums = phase_sums(mesh)
+    return sum(sums[phase].seconds for phase in _ENGINE_PHASES), sums["forward"].count
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Our side of the transformers process."""
+"""Our side of a peer's process: transformers in our own Python, others in one of theirs."""
 
 from __future__ import annotations
 
@@ -8,41 +8,140 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from treecast.errors import TreecastError
+from treecast.checkpoints import DEFAULT_TARGET, default_cache_dir
+from treecast.default_target import find_gguf
+from treecast.errors import InvalidRequest, TreecastError
 from treecast.services.local import MeshSettings
 
 from .run import Run
 
 
-class TransformersPeer:
-    """A process that runs transformers; a context manager. It computes only while it is asked."""
+@dataclass(frozen=True, slots=True)
+class PeerKind:
+    """Another engine.
 
-    def __init__(self, settings: MeshSettings) -> None:
-        self._settings = settings
+    Attributes:
+        script: in the folder `peers`; runs in the Python that has its package.
+        takes_gguf: whether it reads a GGUF file rather than a folder as transformers does.
+    """
+
+    script: str
+    takes_gguf: bool
+
+
+PEERS = {
+    "vllm": PeerKind("vllm_peer.py", takes_gguf=False),
+    "openvino": PeerKind("openvino_genai_peer.py", takes_gguf=True),
+    "llama_cpp": PeerKind("llama_cpp_peer.py", takes_gguf=True),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class PeerChoice:
+    """A peer to run.
+
+    Attributes:
+        python: the interpreter that has its package.
+        model: its weights; None for those of the mesh's model.
+    """
+
+    name: str
+    python: str
+    model: str | None = None
+
+    @classmethod
+    def parse(cls, peers: Sequence[str], models: Sequence[str]) -> list[PeerChoice]:
+        """Of NAME=PYTHON and NAME=MODEL.
+
+        Raises:
+            InvalidRequest: an unknown name, one given twice, or a model of no peer.
+        """
+        pythons, paths = (_by_name(*each) for each in (("--peer", peers), ("--peer-model", models)))
+        idle = [name for name in paths if name not in pythons]
+        if idle:
+            raise InvalidRequest(f"--peer-model names {idle[0]}, which no --peer names")
+        return [cls(name, python, paths.get(name)) for name, python in pythons.items()]
+
+    def process(self, settings: MeshSettings) -> PeerProcess:
+        """The process that will run it on what the mesh runs on.
+
+        Raises:
+            InvalidRequest: it reads GGUF files, and none is known for the model.
+        """
+        kind = PEERS[self.name]
+        model = self.model or (gguf_of(settings, self.name) if kind.takes_gguf else settings.model)
+        script = Path(__file__).resolve().parent / "peers" / kind.script
+        threads = settings.torch_threads
+        flags = ["--model", model, "--dtype", settings.dtype, "--threads", str(threads)]
+        return PeerProcess(self.name, [self.python, str(script), *flags], threads)
+
+
+def gguf_of(settings: MeshSettings, name: str) -> str:
+    """The file that the default model was made of.
+
+    Raises:
+        InvalidRequest: another model is served.
+    """
+    if Path(settings.model) != default_cache_dir() / DEFAULT_TARGET:
+        raise InvalidRequest(
+            f"--peer {name} reads GGUF files; name one with the weights of {settings.model}: "
+            f"--peer-model {name}=FILE.gguf"
+        )
+    return str(find_gguf(default_cache_dir(), lambda text: None))
+
+
+def _by_name(flag: str, items: Sequence[str]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for item in items:
+        name, _, value = item.partition("=")
+        if name not in PEERS or not value or name in found:
+            raise InvalidRequest(
+                f"{flag} is {item!r}; NAME=PATH, each name once, of {', '.join(PEERS)}"
+            )
+        found[name] = value
+    return found
+
+
+class PeerProcess:
+    """A process that runs another engine; a context manager. It computes only while it is asked."""
+
+    def __init__(self, name: str, command: Sequence[str], threads: int) -> None:
+        self._name = name
+        self._command = list(command)
+        self._threads = threads
         self.versions: dict[str, Any] = {}
 
     def __enter__(self) -> Self:
-        """Start the process and wait until its models are loaded."""
-        settings, threads = self._settings, str(self._settings.torch_threads)
+        """Start the process and wait until its models are loaded.
+
+        Raises:
+            TreecastError: it cannot be started, lacks the peer's package, or ended.
+        """
         self._errors = tempfile.TemporaryFile()
-        self._process = subprocess.Popen(
-            [
-                *(sys.executable, "-m", "treecast.bench.transformers_peer"),
-                *("--model", settings.model, "--draft", settings.draft),
-                *("--dtype", settings.dtype, "--device", settings.device),
-                *("--threads", threads),
-            ],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            text=True,
-            env=os.environ | {"OMP_NUM_THREADS": threads},
-        )
+        try:
+            self._process = subprocess.Popen(
+                self._command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._errors,
+                text=True,
+                env=os.environ | {"OMP_NUM_THREADS": str(self._threads)},
+            )
+        except OSError as error:
+            raise TreecastError(
+                f"peer {self._name} cannot be run by {self._command[0]}: {error.strerror}"
+            ) from error
         self.versions = self._read()
-        del self.versions["event"]
+        if self.versions.pop("event") == "missing":
+            raise TreecastError(
+                f"peer {self._name} needs the package {self.versions['package']}, which "
+                f"{self._command[0]} lacks: {self.versions['error']}"
+            )
         return self
 
     def __exit__(
@@ -84,13 +183,27 @@ class TransformersPeer:
         self._errors.seek(0)
         said = self._errors.read().decode(errors="replace").strip().splitlines()[-10:]
         ending = "\n".join(said)
-        return TreecastError(f"the transformers process ended with status {status}:\n{ending}")
+        return TreecastError(f"peer {self._name} ended with status {status}:\n{ending}")
+
+
+def transformers_peer(settings: MeshSettings) -> PeerProcess:
+    """Transformers in our own Python, with the mesh's model and draft."""
+    flags = {
+        "--model": settings.model,
+        "--draft": settings.draft,
+        "--dtype": settings.dtype,
+        "--device": settings.device,
+        "--threads": str(settings.torch_threads),
+    }
+    command = [sys.executable, "-m", "treecast.bench.transformers_peer"]
+    command += [part for flag in flags.items() for part in flag]
+    return PeerProcess("transformers", command, settings.torch_threads)
 
 
 class PeerContender:
-    """`generate` or `assisted` of the transformers process."""
+    """A peer, or one mode of it: `generate` or `assisted` of transformers."""
 
-    def __init__(self, name: str, peer: TransformersPeer, mode: str) -> None:
+    def __init__(self, name: str, peer: PeerProcess, mode: str = "generate") -> None:
         self.name = name
         self._peer = peer
         self._mode = mode

@@ -44,6 +44,7 @@ class Report:
             "model": Path(mesh.model).name,
             "draft": Path(mesh.draft).name,
             "dtype": mesh.dtype,
+            "weights": mesh.weights,
             "numerics": mesh.numerics,
             "device": mesh.device,
             "planner": mesh.planner,

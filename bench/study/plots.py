@@ -41,7 +41,7 @@ def check_matplotlib() -> None:
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise InvalidRequest(
-            "--report draws plots with matplotlib, which is not installed; "
+            "plots are drawn with matplotlib, which is not installed; "
             "run `pip install 'treecast[bench]'`"
         ) from error
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from treecast.settings import DType
+from treecast.settings import DType, Weights
 
 Flags = Mapping[str, object]
 """Settings of a service by their field names; None leaves one at its default."""
@@ -21,6 +21,7 @@ class MeshSettings:
     Attributes:
         model: model folder of the LLM; "default" is SmolLM2-135M-Instruct.
         draft: model folder of the `ssm` speculator's draft; "default" is the one that ships.
+        weights: of the LLM's linear layers; a draft's are the speculators' own setting.
         speculators: drafters, a process each, a kind more than once if so wished, a draft model
             by its folder as ssm=FOLDER; none decodes plainly.
         router_listen: address of the router; port 0 picks one.
@@ -38,6 +39,7 @@ class MeshSettings:
     draft: str = "default"
     engine: Literal["hf", "toy"] = "hf"
     dtype: DType = "auto"
+    weights: Weights = "auto"
     numerics: Literal["exact", "fast", "oracle"] = "exact"
     device: str = "cpu"
     num_verifiers: int = 1
@@ -73,6 +75,7 @@ def verifier_flags(settings: MeshSettings, speculators: Sequence[str]) -> Flags:
         "engine": settings.engine,
         "model": settings.model,
         "dtype": settings.dtype,
+        "weights": settings.weights,
         "numerics": settings.numerics,
         "device": settings.device,
         "planner": settings.planner,

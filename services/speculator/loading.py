@@ -101,6 +101,7 @@ def _load(settings: SpeculatorSettings, model: str, threads: int | None) -> Engi
     engine = HFEngine.load(
         folder,
         dtype=settings.dtype,
+        weights=settings.weights,
         numerics=settings.numerics,
         device=settings.device,
         pool_tokens=settings.pool_tokens,

@@ -13,7 +13,7 @@ from pydantic_settings import NoDecode, SettingsConfigDict
 from treecast.drafting.growth import FORM, parse_growth
 from treecast.drafting.merge import MAX_DRAFTERS
 from treecast.errors import InvalidRequest
-from treecast.settings import DType, ServiceSettings, split_commas
+from treecast.settings import DType, ServiceSettings, Weights, split_commas
 
 KINDS = ("ssm", "ngram", "suffix")
 
@@ -71,6 +71,12 @@ class SpeculatorSettings(ServiceSettings):
         "auto",
         description="weights and activations; auto: bfloat16 where the processor multiplies it, "
         "else float32",
+    )
+    weights: Weights = Field(
+        "auto",
+        description="of linear layers on CPU, whatever the dtype; bfloat16, int8 and int4 take a "
+        "half, a quarter and a sixth of float32's memory, which steps of few rows wait for; auto: "
+        "16 bits where they lose nothing",
     )
     device: str = Field(
         "cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="cpu, cuda, or one of several: cuda:1"

@@ -61,6 +61,7 @@ def _load(settings: VerifierSettings, folder: Path, place: Place | None) -> Engi
     return HFEngine.load(
         folder,
         dtype=settings.dtype,
+        weights=settings.weights,
         numerics=settings.numerics,
         device=settings.device,
         pool_tokens=None if settings.pool_tokens == "auto" else settings.pool_tokens,
@@ -132,6 +133,7 @@ def _member(settings: VerifierSettings, folder: Path, place: Place) -> Member:
             swap_dtype=settings.swap_dtype,
             offload=_offload(settings),
             kept_kv=settings.kv_dtype,
+            weights=settings.weights,
         ),
         settings.pool_tokens,
         settings.rendezvous,

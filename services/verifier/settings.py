@@ -11,7 +11,7 @@ from pydantic_settings import NoDecode
 from treecast.adapter import MAX_ADAPTERS, NAME_FORM, is_adapter_name
 from treecast.engine.sharding.shape import GroupShape
 from treecast.sampling.params import Law
-from treecast.settings import DType, KVDType, ServiceSettings, split_commas
+from treecast.settings import DType, KVDType, ServiceSettings, Weights, split_commas
 from treecast.wire.registry import Addresses
 
 
@@ -53,6 +53,12 @@ class VerifierSettings(ServiceSettings):
         "auto",
         description="weights and activations; auto: bfloat16 where the processor multiplies it, "
         "else float32",
+    )
+    weights: Weights = Field(
+        "auto",
+        description="of linear layers on CPU, whatever the dtype; bfloat16, int8 and int4 take a "
+        "half, a quarter and a sixth of float32's memory, which steps of few rows wait for; auto: "
+        "16 bits where they lose nothing",
     )
     device: str = Field(
         "cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="cpu, cuda, or one of several: cuda:1"

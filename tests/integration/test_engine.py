@@ -303,6 +303,15 @@ def test_bits_do_not_depend_on_chunks_trees_or_neighbours(
     assert engine.usage.used == 0
 
 
+@pytest.mark.parametrize("weights", ["auto", "float32", "bfloat16", "int8", "int4"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3"])
+def test_bits_do_not_depend_on_what_is_beside_them_when_weights_are_narrow(
+    weights: Any, family: str, folders: dict[str, Path]
+) -> None:
+    engine = HFEngine.load(folders[family], weights=weights, numerics="exact", threads=2)
+    assert differing_rows(engine) == 0
+
+
 @pytest.mark.model
 @pytest.mark.parametrize(
     "seeds", [1, pytest.param(10, marks=pytest.mark.slow)], ids=["one", "many"]

@@ -73,6 +73,7 @@ def test_summaries_compare_each_with_the_others():
     plain, trees = summarize(runs, ["a", "b"])
     assert (plain.same_tokens_as, trees.same_tokens_as) == ({"b": 1}, {"a": 1})
     assert trees.num_prompts == 2
+    assert trees.times_as_fast_as == {"a": Spread(1.625, 1.1875, 2.0625)}  # 5 / 2 and 3 / 4
     assert plain.overall_tokens_per_s == pytest.approx(14 / 6)
     assert trees.overall_tokens_per_s == pytest.approx(16 / 4)
     assert trees.tokens_per_step == Spread(2.0, 2.0, 2.0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -72,10 +74,9 @@ def test_logits_are_those_of_the_modules(family: str, options: dict[str, Any]) -
 
 
 def test_the_comparison_sees_one_wrong_norm() -> None:
-    model = tiny("Llama")
-    fused = LlamaRunner(model, PACKED)
-    model.model.layers[1].input_layernorm.variance_epsilon = 0.1
-    assert relative_error(fused, ModuleRunner(model), TEXT, PLACES) > 1e-3
+    model, other = tiny("Llama"), tiny("Llama")
+    other.model.layers[1].input_layernorm.variance_epsilon = 0.1
+    assert relative_error(LlamaRunner(model, PACKED), ModuleRunner(other), TEXT, PLACES) > 1e-3
 
 
 def test_another_activation_is_left_to_its_modules() -> None:
@@ -116,6 +117,21 @@ def test_a_llama_is_run_fused_when_its_head_is_cut() -> None:
     model.config.head_token_ids = list(range(0, 128, 3))
     cut_head(model)
     assert isinstance(choose_runner(model, PACKED), LlamaRunner)
+
+
+def test_only_one_layers_weights_are_there_twice_when_a_stack_is_taken_over() -> None:
+    model = tiny("Llama")
+    sources = [weakref.ref(layer.mlp.down_proj.weight) for layer in model.model.layers]
+    alive: list[int] = []
+
+    def packed(linear: torch.nn.Linear) -> torch.nn.Module:
+        alive.append(sum(source() is not None for source in sources))
+        return PACKED.linear(linear)
+
+    runner = choose_runner(model, replace(PACKED, linear=packed))
+    assert isinstance(runner, LlamaRunner)
+    assert alive == [*[3] * 4, *[2] * 4, *[1] * 4, 0]  # four products a layer, then the head
+    assert not any(source() is not None for source in sources)
 
 
 def test_a_head_cut_elsewhere_is_seen() -> None:

@@ -1,9 +1,9 @@
-"""`treecast bench`: transformers and treecast, side by side on the same prompts."""
+"""`treecast bench`: transformers, other engines and treecast, side by side on the same prompts."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,12 +12,15 @@ import typer
 from treecast.errors import InvalidRequest
 
 from . import options
+from .bench_arrivals import write_arrivals
+from .bench_profile import write_profile
 from .bench_report import SECTIONS, write_report
 from .output import stderr, stdout, write_json
 from .up import (
     Dtype,
     Numerics,
     Speculators,
+    WeightsKind,
     parse_speculators,
     running_mesh,
     termination_as_interrupt,
@@ -27,7 +30,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from treecast.bench.compare import Spread, Summary
-    from treecast.bench.peer import TransformersPeer
+    from treecast.bench.peer import PeerChoice, PeerProcess
     from treecast.bench.prompts import BenchPrompt
     from treecast.bench.report import Report
     from treecast.bench.run import Contender, Run
@@ -59,11 +62,30 @@ def bench(
     contenders: Annotated[
         str, typer.Option(metavar="A,B", help=f"Some of: {', '.join(CONTENDERS)}.")
     ] = ",".join(CONTENDERS),
+    peer: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=PYTHON",
+            help="Another engine beside them, run by the Python that has its package: vllm, "
+            "openvino (openvino_genai) or llama_cpp; repeatable. Same prompts and threads.",
+            show_default=False,
+        ),
+    ] = None,
+    peer_model: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=PATH",
+            help="A peer's weights, where it cannot read the model's folder: a GGUF file. Default: "
+            "of the default model, the file that it was made of.",
+            show_default=False,
+        ),
+    ] = None,
     model: options.Model = "default",
     draft: options.Draft = "default",
     speculators: Speculators = "ssm,ngram",
     numerics: Numerics = "exact",
     dtype: Dtype = "auto",
+    weights: WeightsKind = "auto",
     device: options.Device = "cpu",
     planner: options.Planner = "goodput",
     threads: options.Threads = 2,
@@ -85,6 +107,29 @@ def bench(
     max_nodes: Annotated[
         int, typer.Option(min=1, max=256, help="Of --report: nodes of a tree as served.")
     ] = 24,
+    profile: Annotated[
+        bool,
+        typer.Option("--profile", help="Print where the time of a step goes instead, by phase."),
+    ] = False,
+    arrivals: Annotated[
+        str | None,
+        typer.Option(
+            metavar="poisson:RATE",
+            help="Offer load instead: RATE requests a second arrive at random, however busy the "
+            "mesh is; latencies count from the planned arrival, so all queueing is in them.",
+        ),
+    ] = None,
+    levels: Annotated[
+        str,
+        typer.Option(
+            metavar="A,B",
+            help="Of --arrivals: most requests in one step, a mesh and the same arrivals for each.",
+        ),
+    ] = "1,2,4,8,16,32",
+    seconds: Annotated[
+        float, typer.Option(min=1, help="Of --arrivals: how long requests arrive.")
+    ] = 60.0,
+    seed: Annotated[int, typer.Option(help="Of --arrivals: same seed, same arrivals.")] = 0,
 ) -> None:
     """Measure transformers and treecast on the same prompts, data type and threads.
 
@@ -101,16 +146,31 @@ def bench(
         treecast bench --contenders treecast-plain,treecast --numerics fast
 
         treecast bench --report trees/ --prompts specbench.jsonl --limit 26 --max-tokens 80
+
+        treecast bench --peer openvino=/opt/openvino/bin/python --weights int4
+
+        treecast bench --profile --weights int8
+
+        treecast bench --arrivals poisson:0.5 --levels 1,4,16 --max-tokens 64 --out load/
     """
+    modes = [name for name in ("report", "profile", "arrivals") if context.params[name]]
+    if len(modes) > 1:
+        raise InvalidRequest(f"--{modes[0]} and --{modes[1]} measure different things; choose one")
     if report is not None:
         write_report(context, report)
+    elif profile:
+        write_profile(context)
+    elif arrivals is not None:
+        write_arrivals(context, arrivals)
+    if modes:
         return
+    from treecast.bench.peer import PeerChoice
     from treecast.bench.prompts import DEFAULT_PROMPTS, read_prompts
     from treecast.engine.loading import resolve_dtype
     from treecast.sampling.params import SpeculationParams
     from treecast.services.local import MeshSettings
 
-    names = _check_names(contenders)
+    names, choices = _check_names(contenders), PeerChoice.parse(peer or (), peer_model or ())
     check_draft(model, draft, speculators)
     chosen = read_prompts(prompts or DEFAULT_PROMPTS, limit)
     settings = MeshSettings(
@@ -120,12 +180,13 @@ def bench(
         numerics=numerics,
         device=device,
         dtype=resolve_dtype(dtype, device),
+        weights=weights,
         torch_threads=threads,
         planner=planner,
     )
     speculation = SpeculationParams.of(options.law_of(law), options.proposal_of(proposal), growth)
     with termination_as_interrupt():
-        compared = _measure(settings, speculation, names, chosen, max_tokens, rounds)
+        compared = _measure(settings, speculation, names, chosen, max_tokens, rounds, choices)
     if out is not None:
         stderr().print(f"saved to {compared.save(out)}", soft_wrap=True)
     if as_json:
@@ -141,23 +202,30 @@ def _measure(
     prompts: Sequence[BenchPrompt],
     max_tokens: int,
     rounds: int,
+    choices: Sequence[PeerChoice],
 ) -> Report:
-    """Start the mesh and the transformers process, and let the contenders answer."""
+    """Start the mesh and the peers' processes, and let the contenders answer."""
     from treecast.bench.compare import interleave
-    from treecast.bench.peer import TransformersPeer
+    from treecast.bench.peer import PeerContender, transformers_peer
     from treecast.bench.report import Report
     from treecast.client import Client
 
     with (
         running_mesh(settings) as mesh,
         Client(mesh.router_address) as client,
-        TransformersPeer(mesh.settings) as peer,
+        transformers_peer(mesh.settings) as peer,
+        ExitStack() as others,
     ):
         prompt_ids = {prompt.id: peer.encode(prompt.text) for prompt in prompts}
-        field = _contenders(names, client, peer, speculation)
+        field, versions = _contenders(names, client, peer, speculation), dict(peer.versions)
+        for choice in choices:
+            other = others.enter_context(choice.process(mesh.settings))
+            field.append(PeerContender(choice.name, other))
+            versions |= other.versions
         with _progress(len(prompts) * len(field) * rounds) as show:
             runs = interleave(field, prompt_ids, max_tokens, rounds, show)
-        return Report.of(mesh.settings, speculation, max_tokens, rounds, names, runs, peer.versions)
+        every = [one.name for one in field]
+        return Report.of(mesh.settings, speculation, max_tokens, rounds, every, runs, versions)
 
 
 def _check_names(text: str) -> list[str]:
@@ -181,7 +249,7 @@ def check_draft(model: str, draft: str, speculators: str) -> None:
 
 
 def _contenders(
-    names: Sequence[str], client: Client, peer: TransformersPeer, speculation: SpeculationParams
+    names: Sequence[str], client: Client, peer: PeerProcess, speculation: SpeculationParams
 ) -> list[Contender]:
     from treecast.bench.peer import PeerContender
     from treecast.bench.run import MeshContender
@@ -225,12 +293,14 @@ def render(report: Report) -> Table:
     table = Table(title=title)
     table.add_column("contender")
     agreement = [f"same as {name}" for name in references]
-    for name in ("tokens/s", "overall", "step ms", "tokens per step", *agreement):
+    first = report.summaries[0].contender
+    for name in ("tokens/s", f"times {first}", "overall", "step ms", "tokens per step", *agreement):
         table.add_column(name, justify="right")
     for summary in report.summaries:
         table.add_row(
             summary.contender,
             _spread(summary.tokens_per_s, 1),
+            _spread(ratio, 2) if (ratio := summary.times_as_fast_as.get(first)) else "",
             f"{summary.overall_tokens_per_s:.1f}",
             _spread(summary.step_ms, 1) if summary.step_ms else "",
             _spread(summary.tokens_per_step, 2),

@@ -53,12 +53,15 @@ def write_report(context: typer.Context, out: Path) -> None:
         stdout().print(f"wrote {page}", soft_wrap=True)
 
 
-def check_options(context: typer.Context) -> None:
-    """Refuse options that a report would not heed: it measures all laws, and starts no mesh."""
-    for name in _OF_THE_COMPARISON:
+def check_options(
+    context: typer.Context, mode: str = "--report", names: Sequence[str] = _OF_THE_COMPARISON
+) -> None:
+    """Refuse options that a mode would not heed: a report, say, measures all laws."""
+    for name in names:
         source = context.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE":
-            raise InvalidRequest(f"--{name} is of the comparison; --report does not heed it")
+            flag = name.replace("_", "-")
+            raise InvalidRequest(f"--{flag} is of the comparison; {mode} does not heed it")
 
 
 def parse_sections(text: str) -> list[Section]:

@@ -15,7 +15,7 @@ import typer
 
 from treecast.address import parse_address
 from treecast.errors import SettingsError
-from treecast.settings import DType
+from treecast.settings import DType, Weights
 from treecast.wire.guarded_redis import redacted
 
 from . import options
@@ -35,6 +35,13 @@ Dtype = Annotated[
     typer.Option(
         help="Weights and activations; auto: bfloat16 where the processor multiplies it, "
         "else float32."
+    ),
+]
+WeightsKind = Annotated[
+    Weights,
+    typer.Option(
+        help="Of the LLM's linear layers on CPU: bfloat16, int8, int4 take a half, a quarter, a "
+        "sixth of float32's memory; auto: 16 bits where they lose nothing."
     ),
 ]
 Speculators = Annotated[
@@ -67,6 +74,7 @@ def up(
     numerics: Numerics = "exact",
     device: options.Device = "cpu",
     dtype: Dtype = "auto",
+    weights: WeightsKind = "auto",
     planner: options.Planner = "goodput",
     policy: Annotated[
         Literal["tree", "spin", "vote"],
@@ -177,6 +185,7 @@ def up(
         draft=draft,
         engine=engine,
         dtype=dtype,
+        weights=weights,
         numerics=numerics,
         device=device,
         num_verifiers=verifiers,

@@ -46,7 +46,7 @@ from treecast.engine.offload import RESIDENT, Offload
 from treecast.engine.residency import ALL_RESIDENT, Offloaded
 from treecast.engine.steps import PassOutput
 from treecast.errors import InvalidRequest, ModelError
-from treecast.settings import DType, KVDType
+from treecast.settings import DType, KVDType, Weights
 
 DEFAULT_POOL_TOKENS = 16384
 NO_ADAPTERS: Mapping[str, Path | str] = MappingProxyType({})
@@ -72,6 +72,7 @@ class HFEngine:
         pool_tokens: int | None = DEFAULT_POOL_TOKENS,
         threads: int | None = None,
         kernels: Kernels = "auto",
+        weights: Weights = "auto",
         adapters: Mapping[str, Path | str] = NO_ADAPTERS,
         offload: Offload = RESIDENT,
         swap_dtype: SwapDType = "same",
@@ -90,6 +91,7 @@ class HFEngine:
             threads: torch's number of threads, for the whole process; None leaves it.
             kernels: of attention; `auto` is Triton's on a GPU. Its interpreter runs them on CPU,
                 slowly, for tests.
+            weights: in what linear layers' weights are kept on CPU; `auto` is what loses nothing.
             adapters: folders of LoRA adapters, by the names that sequences ask for.
             offload: where weights lie that the device is not to hold.
             swap_dtype: what swapped-out KV is kept as; `int8` is lossy.
@@ -107,6 +109,7 @@ class HFEngine:
             device,
             threads,
             kernels=kernels,
+            weights=weights,
             offload=offload,
             swap_dtype=swap_dtype,
             kept_kv=kv_dtype,

@@ -12,29 +12,43 @@ packed in float32: the products are exact, the sum is rounded to bfloat16 at the
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from treecast.engine.narrow import (
+    STABLE_ROWS,
+    HalfLinear,
+    Int4Linear,
+    Int8Linear,
+    has_fbgemm,
+    is_bfloat16,
+    narrow_embedding,
+)
+from treecast.errors import ModelError
+from treecast.settings import Weights
+
 
 class PackedLinear(nn.Module):
     """y = x W^T + b over oneDNN's packed weights; stands in for `nn.Linear` at inference."""
 
-    def __init__(self, linear: nn.Linear, min_rows: int) -> None:
+    def __init__(self, linear: nn.Linear, min_rows: int, dtype: torch.dtype | None = None) -> None:
         """Pack a layer's weights.
 
         Args:
             linear: is left as it is.
             min_rows: fewer rows than this are filled up with copies (2 where bits must not depend
                 on the number of rows, else 1).
+            dtype: in which to keep and multiply them; None for `product_dtype` of their own.
         """
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self._min_rows = min_rows
-        self._dtype = product_dtype(linear.weight.dtype)
+        self._dtype = dtype or product_dtype(linear.weight.dtype)
         weight = linear.weight.detach().to(self._dtype)
         self._packed = _OPS._reorder_linear_weight(weight, None)
         self._bias = None if linear.bias is None else linear.bias.detach().to(self._dtype)
@@ -99,16 +113,75 @@ class RowLayers:
         linear: makes the stand-in of a layer; the layer is left as it is.
         rms_norm: of rows, a weight and epsilon.
         fits: whether layers of a type of weights can be replaced.
+        embedding: makes the stand-in of a fused stack's embedding, or gives it back.
+        head: as `linear`, for the layer that gives logits; None for the same.
     """
 
     linear: Callable[[nn.Linear], nn.Module]
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     fits: Callable[[torch.dtype], bool]
+    embedding: Callable[[nn.Module], nn.Module] = field(default=lambda module: module)
+    head: Callable[[nn.Linear], nn.Module] | None = None
+
+    def of_head(self) -> RowLayers:
+        """These layers as a head is to be computed with them."""
+        return replace(self, linear=self.head or self.linear)
 
 
 def packed_layers(min_rows: int) -> RowLayers:
     """For CPU; `min_rows` as in `PackedLinear`."""
     return RowLayers(lambda linear: PackedLinear(linear, min_rows), _rms_norm, can_pack)
+
+
+def cpu_layers(weights: Weights, dtype: torch.dtype, exact: bool) -> RowLayers:
+    """For CPU, with weights of some number of bits (see `engine.narrow`).
+
+    `auto` packs weights of type `dtype` where the processor multiplies bfloat16; where it does not,
+    it keeps 16 bits of layers whose weights bfloat16 holds exactly, and float32 of the others. With
+    `int4` the head keeps 16 bits: in 4 it alone changed an eighth of SmolLM2's likeliest tokens.
+
+    Args:
+        weights: kind asked for.
+        dtype: of activations.
+        exact: whether a row's bits must not depend on the rows beside it.
+
+    Raises:
+        ModelError: kernels that this build of torch lacks.
+    """
+    if weights in ("bfloat16", "int8") and not has_fbgemm():
+        raise ModelError(f"weights {weights} need FBGEMM's kernels, which this torch does not have")
+    packed = packed_layers(2 if exact else 1)
+    native = multiplies_bfloat16()
+    if weights == "auto" and (native or not has_fbgemm()):
+        return packed
+    if weights == "bfloat16" and native and dtype == torch.bfloat16:
+        return packed
+    if weights == "float32":
+        return replace(packed, linear=partial(_float32_linear, min_rows=2 if exact else 1))
+    return replace(
+        packed,
+        linear=_narrow_linear(weights, exact),
+        embedding=narrow_embedding,
+        head=_narrow_linear("bfloat16", exact) if weights == "int4" else None,
+    )
+
+
+def _narrow_linear(weights: Weights, exact: bool) -> Callable[[nn.Linear], nn.Module]:
+    half = partial(HalfLinear, row_step=STABLE_ROWS if exact else 1)
+    wide = partial(_float32_linear, min_rows=2 if exact else 1)
+    match weights:
+        case "int8":
+            return Int8Linear
+        case "int4":
+            return Int4Linear
+        case "bfloat16":
+            return half
+        case _:
+            return lambda linear: (half if is_bfloat16(linear.weight) else wide)(linear)
+
+
+def _float32_linear(linear: nn.Linear, min_rows: int) -> nn.Module:
+    return PackedLinear(linear, min_rows, torch.float32)
 
 
 def plain_layers() -> RowLayers:
@@ -124,16 +197,35 @@ def fixed_layers() -> RowLayers:
 
 
 def replace_linears(model: nn.Module, layers: RowLayers) -> int:
-    """Replace every `nn.Linear` of a model, in place; returns how many were replaced."""
+    """Replace every linear layer of a model, in place; returns how many were replaced."""
     found = [
-        (parent, name, child)
+        (parent, name)
         for parent in model.modules()
         for name, child in parent.named_children()
-        if type(child) is nn.Linear and layers.fits(child.weight.dtype)
+        if (type(child) is nn.Linear or _is_conv1d(child)) and layers.fits(child.weight.dtype)
     ]
-    for parent, name, child in found:
-        setattr(parent, name, layers.linear(child))
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    of_head = set() if head is None else set(head.modules())
+    for parent, name in found:  # one at a time: what is replaced is no longer held
+        child = getattr(parent, name)
+        made = layers.of_head() if child in of_head else layers
+        setattr(parent, name, made.linear(_as_linear(child)))
     return len(found)
+
+
+def _is_conv1d(module: Any) -> bool:
+    """Whether it is the linear layer of GPT-2 and its kin, whose weight lies transposed."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def _as_linear(module: Any) -> nn.Linear:
+    if type(module) is nn.Linear:
+        return module
+    inputs, outputs = module.weight.shape
+    made = nn.Linear(inputs, outputs, device="meta")
+    made.weight = nn.Parameter(module.weight.detach().T.contiguous(), requires_grad=False)
+    made.bias = nn.Parameter(module.bias.detach(), requires_grad=False)
+    return made
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -30,6 +30,19 @@ def keep_all(index: int, layer: Any, build: Callable[[Any], Compute]) -> Compute
     return build(layer)
 
 
+def keep_alone(index: int, layer: Any, build: Callable[[Any], Compute]) -> Compute:
+    """Weights stay where they are, and the layer lets go of its own: it cannot run any more."""
+    compute = build(layer)
+    for module in layer.modules():
+        module._parameters.clear()
+    return compute
+
+
+def make_anew(index: int, layer: Any, build: Callable[[Any], Compute]) -> Compute:
+    """For a trial: a layer is made whenever it is run, so that one alone is there twice."""
+    return lambda *args: build(layer)(*args)
+
+
 NO_RULES: Mapping[int, ScoreRule] = {}
 
 _MODEL = {"model", "lm_head"}
@@ -117,23 +130,24 @@ class LlamaRunner:
         rules: Mapping[int, ScoreRule] = NO_RULES,
         keep: Keep = keep_all,
     ) -> None:
-        """Take over the weights of a model for which `is_llama_like` holds.
+        """Run a model for which `is_llama_like` holds.
 
         Args:
-            model: may be dropped; of a head that is more than a linear layer, those are replaced.
+            model: may be dropped, or run as before where `keep` leaves its weights; of a head that
+                is more than a linear layer, the linear layers are replaced.
             layers: what linear layers and norms are computed with.
             rules: what layers do to their scores, as its modules told; plain where none is named.
             keep: see `residency.Residency.keep`.
         """
         decoder = model.model
-        self._embedding = decoder.embed_tokens
+        self._embedding = layers.embedding(decoder.embed_tokens)
         self._rotary = decoder.rotary_emb
         self._layers = [
             keep(i, layer, partial(_Layer, i, layers, rules.get(i, PLAIN)))
             for i, layer in enumerate(decoder.layers)
         ]
         self._norm = _Norm(decoder.norm, layers)
-        self._head = _stand_in(model.lm_head, layers)
+        self._head = _stand_in(model.lm_head, layers.of_head())
 
     def __call__(self, tokens: Tensor, positions: Tensor, wanted: Tensor, tree: TreePass) -> Tensor:
         hidden = self._embedding(tokens)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import structlog
 import torch
@@ -21,6 +21,7 @@ from treecast.engine.cut_head import cut_head
 from treecast.engine.kv_dtype import KV_FORMATS, KVFormat
 from treecast.engine.linears import (
     RowLayers,
+    cpu_layers,
     fixed_layers,
     packed_layers,
     plain_layers,
@@ -31,12 +32,13 @@ from treecast.engine.progress import reading_told
 from treecast.engine.sharding.shape import ALONE, GroupShape
 from treecast.engine.unread import unread_model
 from treecast.errors import ModelError
-from treecast.settings import DType, KVDType
+from treecast.settings import DType, KVDType, Weights
 
 Numerics = Literal["exact", "fast", "oracle"]
 
 DTYPES: dict[str, torch.dtype] = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 NUMERICS = ("exact", "fast", "oracle")
+WEIGHTS = get_args(Weights)
 Kernels = Literal["auto", "torch", "triton"]
 SwapDType = Literal["same", "int8"]
 
@@ -64,6 +66,7 @@ class LoadOptions:
     threads: int | None
     group: GroupShape = ALONE
     kernels: Kernels = "auto"
+    weights: Weights = "auto"
     offload: Offload = RESIDENT
     swap_dtype: SwapDType = "same"
     kept_kv: KVDType = "auto"
@@ -83,7 +86,14 @@ class LoadOptions:
             raise ModelError(
                 f"swap dtype {self.swap_dtype} is for KV dtype auto, not for {self.kept_kv}"
             )
+        if self.weights not in WEIGHTS:
+            known = ", ".join(WEIGHTS)
+            raise ModelError(f"weights {self.weights!r} are unknown; known are {known}")
         check_device(self.device)
+        if self.weights != "auto" and not (self.on_cpu and not self.uses_triton):
+            raise ModelError(
+                f"weights {self.weights} are for CPU; on {self.device} weights are of the dtype"
+            )
         if self.threads is not None and self.threads < 1:
             raise ModelError(f"threads is {self.threads}; it must be 1 or more")
         if self.kept_kv != "auto" and self.uses_triton:
@@ -94,6 +104,8 @@ class LoadOptions:
             raise ModelError("offload cpu is for a GPU's weights; on a CPU there is offload disk")
         if self.offload.mode != "none" and self.group != ALONE:
             raise ModelError(f"offload {self.offload.mode} is not for models divided among a group")
+        if self.offload.mode != "none" and self.weights != "auto":
+            raise ModelError(f"weights {self.weights} cannot be offloaded; leave them at auto")
 
     @property
     def on_cpu(self) -> bool:
@@ -115,7 +127,11 @@ class LoadOptions:
         """What linear layers and norms are computed with."""
         if self.uses_triton and self.numerics == "exact":
             return fixed_layers()
-        return packed_layers(self.min_rows) if self.on_cpu else plain_layers()
+        if not self.on_cpu:
+            return plain_layers()
+        if self.offload.mode != "none":
+            return packed_layers(self.min_rows)
+        return cpu_layers(self.weights, DTYPES[self.dtype], self.min_rows > 1)
 
     @property
     def kv_format(self) -> KVFormat:
@@ -276,6 +292,7 @@ def fingerprint(revision: str, options: LoadOptions) -> str:
         "revision": revision,
         "computation": _COMPUTATION,
         "dtype": options.dtype,
+        "weights": options.weights,
         "numerics": options.numerics,
         "kv": f"{options.kv_dtype} of {options.kv_format.dtype}",
         "kernels": _triton_version() if options.uses_triton else "torch",

@@ -14,7 +14,7 @@ from torch import nn
 from treecast.checkpoints import default_cache_dir
 from treecast.engine.layer_stores import DiskStore, LayerStore, PinnedStore
 from treecast.engine.linears import RowLayers, replace_linears
-from treecast.engine.llama import Compute, keep_all
+from treecast.engine.llama import Compute, keep_alone
 from treecast.engine.loading import LoadOptions
 from treecast.engine.memory import LayerPlan, plan_layers
 from treecast.engine.offload import HostFence, LayerStream, StreamFence, places_of
@@ -25,6 +25,10 @@ _log = structlog.get_logger()
 
 class Residency(Protocol):
     """Where a runner's layers have their weights."""
+
+    @property
+    def drops(self) -> bool:
+        """Whether `keep` takes a layer's own weights from it."""
 
     @property
     def moves(self) -> bool:
@@ -50,9 +54,10 @@ class Residency(Protocol):
 class AllResident:
     """All weights are where they are computed with."""
 
+    drops = True
     moves = False
     moved_bytes = 0
-    keep = staticmethod(keep_all)
+    keep = staticmethod(keep_alone)
 
     def keep_modules(self, model: nn.Module, layers: RowLayers) -> None:
         replace_linears(model, layers)
@@ -67,6 +72,8 @@ ALL_RESIDENT = AllResident()
 
 class Offloaded:
     """Layers that the plan does not keep on the device are streamed."""
+
+    drops = False
 
     def __init__(self, model: nn.Module, source: LayerSource, options: LoadOptions) -> None:
         """Plan; `source` is closed with the choice of a runner (`done`).

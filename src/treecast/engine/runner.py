@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from treecast.engine.bridge import TreePass
 from treecast.engine.kv_tensors import LayerShape
-from treecast.engine.linears import RowLayers
-from treecast.engine.llama import LlamaRunner, is_llama_like
+from treecast.engine.linears import RowLayers, plain_layers
+from treecast.engine.llama import LlamaRunner, is_llama_like, make_anew
 from treecast.engine.residency import ALL_RESIDENT, Residency
 from treecast.errors import ModelError
 from treecast.kernels.fast import FastAttention
@@ -58,7 +58,9 @@ class ModuleRunner:
 def choose_runner(model: Any, layers: RowLayers, residency: Residency = ALL_RESIDENT) -> Runner:
     """The quickest runner that computes what a model's own modules do.
 
-    The model is changed (its linears are replaced) or no longer needed.
+    The model is changed (its linears are replaced) or no longer needed: layer by layer its weights
+    give way to those packed. The fused stack is tried with the weights as they are, so that rounded
+    ones need no tolerance of their own.
 
     Args:
         residency: where the layers' weights are to be.
@@ -66,10 +68,14 @@ def choose_runner(model: Any, layers: RowLayers, residency: Residency = ALL_RESI
     modules = ModuleRunner(model)
     if is_llama_like(model, layers):
         device = next(model.parameters()).device
-        fused = LlamaRunner(model, layers, _record(modules, device).rules, residency.keep)
-        error = relative_error(fused, modules, *_some_text(model))
+        rules = _record(modules, device).rules
+        if residency.drops:
+            trial = LlamaRunner(model, plain_layers(), rules, make_anew)
+        else:
+            trial = LlamaRunner(model, layers, rules, residency.keep)
+        error = relative_error(trial, modules, *_some_text(model))
         if error < _TOLERANCE[next(model.parameters()).dtype]:
-            return fused
+            return LlamaRunner(model, layers, rules, residency.keep) if residency.drops else trial
         _log.info("model.only_looks_like_llama", model=type(model).__name__, error=error)
     residency.keep_modules(model, layers)
     return modules

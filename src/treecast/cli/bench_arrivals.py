@@ -1,0 +1,164 @@
+"""`treecast bench --arrivals poisson:RATE`: latencies under open-loop load."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from treecast.errors import InvalidRequest
+
+from .bench_report import check_options
+from .output import stderr, stdout, write_json
+from .up import parse_speculators, running_mesh, termination_as_interrupt
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from treecast.bench.arrivals import Load, LoadSummary, Poisson
+    from treecast.sampling.params import SpeculationParams
+    from treecast.services.local import MeshSettings
+
+
+def write_arrivals(context: typer.Context, arrivals: str) -> None:
+    """Offer the same arrivals at each level, and print and save what became of them.
+
+    Raises:
+        InvalidRequest: arrivals or levels that cannot be read, or no matplotlib for `--out`.
+    """
+    from treecast.bench.arrivals import Poisson
+    from treecast.bench.study.plots import check_matplotlib
+    from treecast.sampling.params import SpeculationParams
+
+    from . import options
+
+    check_options(context, "--arrivals", ("rounds", "peer"))
+    asked = context.params
+    poisson, levels = Poisson.parse(arrivals), parse_levels(asked["levels"])
+    if asked["out"] is not None:
+        check_matplotlib()
+    speculation = SpeculationParams.of(
+        options.law_of(asked["law"]), options.proposal_of(asked["proposal"]), asked["growth"]
+    )
+    if asked["contenders"] == "treecast-plain":
+        speculation = replace(speculation, max_nodes=0)
+    settings = _settings(asked)
+    loads = []
+    with termination_as_interrupt():
+        for level in levels:
+            stderr().print(f"at most {level} requests in a step")
+            loads.append(_offer(settings, level, poisson, speculation, asked))
+    report = _report(asked, arrivals, loads)
+    summaries = [load.summary() for load in loads]
+    if asked["out"] is not None:
+        _save(report, summaries, arrivals, asked["out"])
+    if asked["as_json"]:
+        write_json(report)
+    else:
+        stdout().print(arrivals_table(summaries, arrivals))
+
+
+def parse_levels(text: str) -> list[int]:
+    """Of comma-separated numbers.
+
+    Raises:
+        InvalidRequest: none, or one that is no number from 1 to 256.
+    """
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not parts or any(not part.isdigit() or not 1 <= int(part) <= 256 for part in parts):
+        raise InvalidRequest(f"--levels is {text!r}; numbers from 1 to 256, commas between")
+    return [int(part) for part in parts]
+
+
+def _settings(asked: dict[str, Any]) -> MeshSettings:
+    from treecast.services.local import MeshSettings
+
+    names = ("model", "draft", "numerics", "device", "dtype", "weights", "planner")
+    return MeshSettings(
+        speculators=parse_speculators(asked["speculators"]),
+        torch_threads=asked["threads"],
+        **{name: asked[name] for name in names},
+    )
+
+
+def _offer(
+    settings: MeshSettings,
+    level: int,
+    poisson: Poisson,
+    speculation: SpeculationParams,
+    asked: dict[str, Any],
+) -> Load:
+    from treecast.bench.arrivals import Load, offer
+    from treecast.bench.prompts import DEFAULT_PROMPTS, read_prompts
+
+    prompts = [p.text for p in read_prompts(asked["prompts"] or DEFAULT_PROMPTS, asked["limit"])]
+    planned = poisson.plan(asked["seconds"], asked["seed"])
+    with running_mesh(replace(settings, verifier_flags={"max_running": level})) as mesh:
+
+        def run(at: Sequence[float]) -> list[Any]:
+            return asyncio.run(
+                offer(mesh.router_address, prompts, at, asked["max_tokens"], speculation)
+            )
+
+        run([0.0])  # the first request of a mesh is no measure of the others
+        return Load(level, run(planned))
+
+
+def _report(asked: dict[str, Any], arrivals: str, loads: Sequence[Load]) -> dict[str, Any]:
+    """All that is known, for machines."""
+    from treecast.bench.machine import describe_machine
+
+    names = ("seconds", "seed", "max_tokens", "weights", "numerics", "threads", "speculators")
+    return {
+        "arrivals": arrivals,
+        "machine": describe_machine(),
+        "settings": {name: asked[name] for name in names},
+        "levels": [
+            asdict(load.summary()) | {"answers": [asdict(one) for one in load.answers]}
+            for load in loads
+        ],
+    }
+
+
+def _save(
+    report: dict[str, Any], summaries: Sequence[LoadSummary], arrivals: str, folder: Path
+) -> None:
+    from treecast.bench.arrival_plots import draw_arrivals
+
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "arrivals.json").write_text(json.dumps(report, indent=1) + "\n")
+    draw_arrivals(summaries, arrivals, folder / "arrivals.png")
+    stderr().print(f"saved arrivals.json and arrivals.png in {folder}", soft_wrap=True)
+
+
+def arrivals_table(summaries: Sequence[LoadSummary], arrivals: str) -> Table:
+    """A row per level; latencies from the planned arrival."""
+    from rich.table import Table
+
+    table = Table(title=f"{arrivals} a second; p50 / p90 / p95 / p99, ms from planned arrivals")
+    for name in ("batch", "offered", "failed", "tokens/s"):
+        table.add_column(name, justify="right")
+    for name in ("first token", "last token", "between tokens", "sent late"):
+        table.add_column(name, justify="right")
+    for one in summaries:
+        table.add_row(
+            str(one.level),
+            str(one.offered),
+            str(one.failed),
+            f"{one.tokens_per_s:.1f}",
+            *(
+                " / ".join(f"{ms:.0f}" for ms in figures.values())
+                for figures in (
+                    one.first_token_ms,
+                    one.latency_ms,
+                    one.per_token_ms,
+                    one.sent_late_ms,
+                )
+            ),
+        )
+    return table
