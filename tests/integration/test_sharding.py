@@ -144,13 +144,13 @@ def swapped_in_bytes(mesh: LocalMesh) -> float:
 def test_tokens_are_those_of_one_process_when_ranks_swap_out_what_they_share(
     folders, tmp_path, shape
 ):
-    """Two texts of 5 pages each in 6: one is paused, and its KV leaves every rank's pool."""
-    sampling = replace(SAMPLED, max_tokens=260)
+    """Two texts of 8 pages each in 8: one is paused, and its KV leaves every rank's pool."""
+    sampling = replace(SAMPLED, max_tokens=500)
     whole = HFEngine.load(folders["llama"], dtype="float32", threads=1)
     prompts = PROMPTS[0], PROMPTS[0][:-1]
     expected = [generate(whole, prompt, sampling, noise_key(20, 0)).tokens for prompt in prompts]
     with (
-        LocalMesh(settings(folders["llama"], (), tmp_path, pool_tokens=384, **shape)) as mesh,
+        LocalMesh(settings(folders["llama"], (), tmp_path, pool_tokens=512, **shape)) as mesh,
         Client(mesh.router_address) as client,
     ):
         with ThreadPoolExecutor() as threads:  # a stream begins when it is read
