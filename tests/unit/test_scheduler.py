@@ -5,12 +5,15 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from treecast.bench.turns import VOCAB, Turns
+from treecast.bench.turns import VOCAB, Foretold, Turns
+from treecast.bench.turns import serve as serve_all
+from treecast.bench.turns import traffic as arrivals
 from treecast.engine.toy import toy_logits
 from treecast.errors import Overloaded
 from treecast.sampling.pick import Picker
@@ -236,3 +239,12 @@ def test_endings_leave_nothing_when_a_broken_request_was_paused() -> None:
     assert loop.engine.usage.used == 0
     assert isinstance(loop.router.sent[-1], Completed)
     assert Stop(FinishReason.LENGTH).reason is loop.router.sent[-1].finish
+
+
+def test_requests_end_sooner_on_average_when_shorter_ones_go_first() -> None:
+    fcfs = serve_all(arrivals(1, 30, "not"), "fcfs")
+    cases: list[Foretold] = ["exactly", "roughly", "not"]
+    for foretold in cases:
+        by_length = serve_all(arrivals(1, 30, foretold), "length")
+        assert fmean(by_length.steps) < 0.9 * fmean(fcfs.steps)
+        assert by_length.preemptions > 0 == fcfs.preemptions
