@@ -16,7 +16,7 @@ from treecast.engine.hf import HFEngine
 from treecast.engine.host_kv import HostKV
 from treecast.engine.kv_tensors import KVTensors, LayerShape
 from treecast.engine.loading import LoadOptions, fingerprint
-from treecast.errors import ModelError
+from treecast.errors import EngineLost, ModelError
 
 from .tiny_target import tiny_target
 
@@ -105,6 +105,21 @@ def test_rows_come_back_within_half_a_step_when_they_were_rounded_to_int8() -> N
     assert bool(((plane - before).abs() <= bound * 1.001).all())
     assert not torch.equal(plane, before)
     assert host.position_bytes == 4 * (8 + 4)
+
+
+def test_the_engine_is_lost_when_the_host_has_no_memory_for_what_is_swapped(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Not the step's error: other sequences may lie in those pages by now."""
+
+    def refuse(*size: object, **options: object) -> Tensor:
+        raise RuntimeError("can't allocate memory")
+
+    tensors = filled()
+    tensors.save(1, range(3))
+    monkeypatch.setattr("treecast.engine.host_kv.torch.empty", refuse)
+    with pytest.raises(EngineLost, match="no host memory for 336 bytes of swapped KV"):
+        tensors.settle()
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from treecast.services.verifier.schedule import (
@@ -154,6 +154,7 @@ def cost_of(claim: Claim) -> int | None:
     return None if kind == 6 and claim.state is W else 1 + kind
 
 
+@settings(deadline=None)
 @given(CLAIMS, POLICIES, st.integers(1, 6), st.integers(0, 40))
 def test_slots_and_pages_are_never_exceeded(
     claims: list[Claim], policy: Policy, slots: int, pages: int
@@ -170,6 +171,7 @@ def begun(claim: Claim) -> Claim:
     return claim if claim.is_running else replace(claim, state=R, ran_steps=0)
 
 
+@settings(deadline=None)
 @given(CLAIMS, POLICIES, st.integers(1, 6), st.integers(0, 60))
 def test_nothing_changes_when_nothing_has_changed(
     claims: list[Claim], policy: Policy, slots: int, pages: int
@@ -188,6 +190,7 @@ def test_nothing_changes_when_nothing_has_changed(
     assert not again.preempted
 
 
+@settings(deadline=None)
 @given(CLAIMS, st.integers(1, 6))
 def test_who_runs_is_no_longer_than_who_waits_when_nobody_has_aged_or_begun(
     claims: list[Claim], slots: int
@@ -254,6 +257,7 @@ def jobs_of(given: list[tuple[int, int, float, int]]) -> list[Job]:
     return [Job(handle, *job) for handle, job in enumerate(ordered, 1)]
 
 
+@settings(deadline=None)
 @given(JOBS, st.integers(1, 4))
 def test_nobody_starves_beyond_the_bound_whatever_arrives(
     given_jobs: list[tuple[int, int, float, int]], slots: int

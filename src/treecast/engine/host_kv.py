@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from treecast.errors import EngineLost
+
 _CHUNK = 1024
 """Positions that are gathered on the device at a time: its memory is full when this is needed."""
 _ALIGN = 16
@@ -35,10 +37,12 @@ class HostKV:
         )
 
     def save(self, key: int, places: Sequence[int]) -> None:
-        """Read places, in their order."""
-        pinned = self._planes[0].device.type == "cuda"
-        size = self._buffer_bytes(len(places))
-        buffer = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
+        """Read places, in their order.
+
+        Raises:
+            EngineLost: there is no host memory; their pages may have been given to others already.
+        """
+        buffer = self._buffer(len(places))
         for plane, at, piece in self._pieces(places, buffer):
             rows = plane.index_select(1, at)
             if self._lossy:
@@ -85,10 +89,15 @@ class HostKV:
         row = plane.shape[2] + 4 if self._lossy else _row_bytes(plane)
         return plane.shape[0] * count * row
 
-    def _buffer_bytes(self, num_places: int) -> int:
+    def _buffer(self, num_places: int) -> Tensor:
         chunks = [min(_CHUNK, num_places - at) for at in range(0, num_places, _CHUNK)]
         pieces = [self._piece_bytes(plane, count) for count in chunks for plane in self._planes]
-        return sum(-(-piece // _ALIGN) * _ALIGN for piece in pieces)
+        size = sum(-(-piece // _ALIGN) * _ALIGN for piece in pieces)
+        pinned = self._planes[0].device.type == "cuda"
+        try:
+            return torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
+        except RuntimeError as error:
+            raise EngineLost(f"no host memory for {size} bytes of swapped KV: {error}") from error
 
 
 def _row_bytes(plane: Tensor) -> int:
