@@ -81,7 +81,7 @@ def test_float32_under_float32_is_the_pool_as_ever(folder: Path) -> None:
     assert np.array_equal(logits_of(load(folder, "auto")), logits_of(load(folder, "float32")))
 
 
-@pytest.mark.parametrize("kv_dtype", ("int8", "fp8", "bfloat16"))
+@pytest.mark.parametrize("kv_dtype", ["int8", "fp8", "bfloat16"])
 def test_bits_do_not_depend_on_tree_or_batch(folder: Path, kv_dtype: str) -> None:
     assert differing_rows(load(folder, kv_dtype)) == 0
 
@@ -116,8 +116,8 @@ def test_rows_read_unrounded_by_their_own_pass_are_seen(
     assert differing_rows(load(folder, "fp8")) > 0
 
 
-@pytest.mark.parametrize("kv_dtype", ("int8", "fp8"))
-@pytest.mark.parametrize("temperature", (0.0, 1.0))
+@pytest.mark.parametrize("kv_dtype", ["int8", "fp8"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_trees_change_no_token(folder: Path, kv_dtype: str, temperature: float) -> None:
     engine = load(folder, kv_dtype)
     sampling = SamplingParams(temperature=temperature, max_tokens=40, ignore_eos=True)
