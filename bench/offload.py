@@ -25,6 +25,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import structlog
+
 from treecast.bench.compare import Spread
 from treecast.bench.machine import describe_machine
 from treecast.bench.offload_memory import MemoryWatch
@@ -41,6 +43,8 @@ from treecast.engine.offload import GIB, Offload
 from treecast.sampling.params import SamplingParams
 
 _POOL_TOKENS = 1024
+_CHUNK_TOKENS = 256
+"""Prompt rows of a pass: each moves the weights once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +82,9 @@ class Local:
     def answer(self, prompt_id: str, prompt_ids: Sequence[int], max_tokens: int) -> Answer:
         sampling = SamplingParams(temperature=0, max_tokens=max_tokens)
         moved, begun = self._engine.moved_bytes, time.perf_counter()
-        done = generate(self._engine, prompt_ids, sampling, 0, self._drafter, self._nodes)
+        done = generate(
+            self._engine, prompt_ids, sampling, 0, self._drafter, self._nodes, _CHUNK_TOKENS
+        )
         seconds = time.perf_counter() - begun
         moved = self._engine.moved_bytes - moved
         return Answer(self.name, prompt_id, tuple(done.tokens), done.steps, seconds, moved)
@@ -243,6 +249,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--peer", choices=("none", "warm", "cold"), default="none")
     flags = parser.parse_args()
+    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
     report = measure(flags.model or ensure_default_target(), flags)
     asked = {name: str(value) for name, value in vars(flags).items()}
     label = "throttled disk" if flags.gib_per_s else "the disk as it is"

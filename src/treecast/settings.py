@@ -113,7 +113,7 @@ def as_environment(settings: ServiceSettings) -> dict[str, str]:
 
 def _first_fault(error: ValidationError) -> str:
     fault = error.errors()[0]
-    name = ".".join(str(part) for part in fault["loc"])
+    name = str(fault["loc"][0])  # behind it, which item, or which of a field's forms
     flag = f"--{name.replace('_', '-')} (or {ENV_PREFIX}{name.upper()})"
     return f"{flag} is {fault['input']!r}: {fault['msg']}"
 

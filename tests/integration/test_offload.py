@@ -115,6 +115,23 @@ def test_no_bit_differs_from_the_resident_model(
         assert engine.moved_bytes > before
 
 
+@pytest.mark.parametrize("numerics", NUMERICS)
+def test_no_bit_differs_under_the_kernels_of_a_device(
+    save: Save, tmp_path: Path, numerics: str
+) -> None:
+    """By Triton's interpreter; weights lie there as they do on a GPU."""
+    folder = save("llama")
+    tokens = list(range(3, 12))
+    found = []
+    with offloaded(folder, tmp_path, numerics=numerics, kernels="triton") as engine:
+        for one in (load(folder, numerics, kernels="triton"), engine):
+            sequence = one.allocate(64)
+            (rows,) = one.forward([Segment.chain(sequence, tokens, [7, 8])])
+            found.append([rows[i] for i in range(2)])
+        assert engine.moved_bytes > 0
+    assert np.array_equal(found[0], found[1])
+
+
 def refuse(folder: Path) -> None:
     raise AssertionError(f"{folder} was read whole")
 

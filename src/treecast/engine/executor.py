@@ -19,7 +19,6 @@ from treecast.engine.loading import LoadOptions, num_layers
 from treecast.engine.residency import ALL_RESIDENT, Residency
 from treecast.engine.runner import Runner, choose_runner, layer_shapes
 from treecast.engine.steps import (
-    MOST_GRAPHS,
     DeviceSteps,
     PassInput,
     PassOutput,
@@ -152,9 +151,13 @@ class LocalExecutor:
                 f"the model's layers have {len(heads)} shapes of heads; kernels on a device take 1"
             )
         attention = paged_attention(self._options.numerics == "exact", self._device)
-        most_graphs = 0 if self._residency.moves else MOST_GRAPHS
         return DeviceSteps(
-            self._runner, self._tensors, attention, heads.pop(), self._device, most_graphs
+            self._runner,
+            self._tensors,
+            attention,
+            heads.pop(),
+            self._device,
+            captures=not self._residency.moves,
         )
 
     @classmethod
