@@ -162,7 +162,8 @@ class Swapping:
         root = self._settings.drafts_root
         if root is None or not Path(model).resolve().is_relative_to(root.resolve()):
             raise PermissionDenied(
-                f"draft folder {model[:256]!r} may not be named; allowed: below --drafts-root, {root}"
+                f"draft folder {model[:256]!r} may not be named; "
+                f"allowed: below --drafts-root, {root}"
             )
 
 
