@@ -145,7 +145,7 @@ class Verifier(verifier_pb2_grpc.VerifierServiceServicer):
             vocab_size=info.vocab_size,
             tokenizer_hash=info.tokenizer_hash,
             laws=tuple(self._laws),
-            capacity=self._settings.max_running,
+            capacity=self._settings.capacity,
             model=info.name,
             model_revision=info.revision,
             fingerprint=info.fingerprint,

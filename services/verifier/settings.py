@@ -179,6 +179,12 @@ class VerifierSettings(ServiceSettings):
         return GroupShape(self.tp, self.pp)
 
     @property
+    def capacity(self) -> int:
+        """Requests that one router sends at most: by length twice what runs, to choose from."""
+        further = min(self.max_running, self.max_waiting) if self.schedule == "length" else 0
+        return self.max_running + further
+
+    @property
     def laws(self) -> tuple[Law, ...]:
         """Laws served; `mss` only where somebody's draws are trusted."""
         return tuple(Law) if self.trusted_speculators else (Law.REPLAY,)

@@ -28,3 +28,10 @@ def test_what_is_moved_is_told_as_it_is_when_asked() -> None:
     moved[0] = 7
     told = generate_latest(metrics.registry).decode()
     assert "treecast_verifier_weights_moved_bytes_total 7.0" in told
+
+
+def test_more_requests_are_sent_than_run_when_their_order_is_by_length() -> None:
+    """To go by length there must be some to choose from; first come first served needs none."""
+    assert VerifierSettings(max_running=32).capacity == 32
+    assert VerifierSettings(max_running=32, schedule="length").capacity == 64
+    assert VerifierSettings(max_running=32, max_waiting=5, schedule="length").capacity == 37
