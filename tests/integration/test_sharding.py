@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -153,8 +152,10 @@ def test_tokens_are_those_of_one_process_when_ranks_swap_out_what_they_share(
         LocalMesh(settings(folders["llama"], (), tmp_path, pool_tokens=512, **shape)) as mesh,
         Client(mesh.router_address) as client,
     ):
-        with ThreadPoolExecutor() as threads:  # a stream begins when it is read
-            results = threads.map(lambda p: client.generate(p, sampling).result(), prompts)
+        streams = [client.generate(prompt, sampling) for prompt in prompts]
+        for stream in streams:
+            next(stream)  # a stream begins when it is read
+        results = [stream.result() for stream in streams]
         assert [list(result.token_ids) for result in results] == expected
         position_bytes = whole.usage.position_bytes
         assert swapped_in_bytes(mesh) >= 64 * position_bytes
