@@ -176,7 +176,8 @@ class LocalExecutor:
         """
         rows, device = lora.AdapterRows(), torch.device(options.device)
         lora.attach(model, adapters)
-        runner = choose_runner(model, lora.with_adapters(options.row_layers(), rows), residency)
+        layers, thin = options.row_layers(), options.lossless.row_layers()
+        runner = choose_runner(model, lora.with_adapters(layers, thin, rows), residency)
         residency.done()
         shapes = layer_shapes(runner, range(num_layers(model)), device)
         for one in adapters:  # a layer that cannot tell its rows is found now, not in a request

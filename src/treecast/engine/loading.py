@@ -6,7 +6,7 @@ import hashlib
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
@@ -122,6 +122,11 @@ class LoadOptions:
     def min_rows(self) -> int:
         """Rows that a linear layer computes at least; a lone row may take another code path."""
         return 2 if self.numerics == "exact" and not self.uses_triton else 1
+
+    @property
+    def lossless(self) -> LoadOptions:
+        """The same, with weights that lose nothing: an adapter's are few, and are not narrowed."""
+        return replace(self, weights="auto")
 
     def row_layers(self) -> RowLayers:
         """What linear layers and norms are computed with."""
