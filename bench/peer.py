@@ -187,7 +187,7 @@ class PeerProcess:
 
 
 def transformers_peer(settings: MeshSettings) -> PeerProcess:
-    """transformers in our own Python, with the mesh's model and draft."""
+    """That of transformers in our own Python, with the mesh's model and draft."""
     flags = {
         "--model": settings.model,
         "--draft": settings.draft,

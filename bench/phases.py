@@ -26,6 +26,7 @@ from treecast.engine.runner import Runner
 from treecast.sampling.laws import AcceptanceRule, acceptance_rule, walk
 from treecast.sampling.params import Law, SamplingParams
 from treecast.sampling.pick import Picker
+from treecast.sampling.transforms import Context
 from treecast.tree import ROOT, TokenTree
 
 if TYPE_CHECKING:
@@ -190,7 +191,7 @@ class _Step:
     def __call__(self) -> Seconds:
         """Seconds by phase, and of `wall`."""
         engine, tree = self._engine, self._tree
-        picker = Picker([], 0, SamplingParams(temperature=0), 0)
+        picker = Picker(SamplingParams(temperature=0), 0, Context([_TOKEN]))
         self._laps.take()
         clock = time.perf_counter
         began = clock()
