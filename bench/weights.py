@@ -22,7 +22,7 @@ import numpy as np
 import psutil
 from numpy.typing import NDArray
 
-from treecast.bench.machine import describe_machine
+from treecast.bench.machine import describe_machine, measure_ceilings
 from treecast.bench.prompts import DEFAULT_PROMPTS, read_prompts
 from treecast.checkpoints import ensure_default_target
 from treecast.engine.base import Engine, KVSequence, Segment
@@ -202,11 +202,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f"--cpu-time counts one thread; --threads is {given.threads}")
     clock = time.thread_time if given.cpu_time else time.perf_counter
     found = weigh(folder, given.kinds, texts, given.threads, given.repeats, clock=clock)
+    ceilings = measure_ceilings(clock)
     if given.json:
-        print(json.dumps({"machine": describe_machine(), "found": [asdict(one) for one in found]}))
+        machine = describe_machine() | {"ceilings": asdict(ceilings)}
+        print(json.dumps({"machine": machine, "found": [asdict(one) for one in found]}))
         return
     print(
         f"{describe_machine()['processor']}, {given.threads} threads, {sum(map(len, texts))} tokens"
+    )
+    print(
+        f"memory is read at {ceilings.read_bytes_per_s / 1e9:.1f} GB/s, float32 multiplied and "
+        f"added {ceilings.products_per_s / 1e9:.1f} billion times a second"
     )
     for one in found:
         steps = " / ".join(f"{ms:.1f}" for ms in one.step_ms.values())
