@@ -159,7 +159,8 @@ class Int4Weights:
         come back as they were, if bfloat16 holds scale and offset.
         """
         parts = [
-            _best_grid(rows.float().view(len(rows), -1, INT4_GROUP)) for rows in _in_parts(weight)
+            _best_grid(rows.float().reshape(len(rows), -1, INT4_GROUP))
+            for rows in _in_parts(weight)
         ]
         values, scales, offsets = (torch.cat(each) for each in zip(*parts, strict=True))
         return cls(values.flatten(1), scales, offsets)
