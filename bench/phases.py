@@ -26,6 +26,7 @@ from treecast.engine.runner import Runner
 from treecast.sampling.laws import AcceptanceRule, acceptance_rule, walk
 from treecast.sampling.params import Law, SamplingParams
 from treecast.sampling.pick import Picker
+from treecast.sampling.transforms import Context
 from treecast.tree import ROOT, TokenTree
 
 if TYPE_CHECKING:
@@ -126,19 +127,19 @@ def load_timed(folder: Path, options: LoadOptions, laps: Laps) -> HFEngine:
 
     model = load_model(folder, options)
     info, count = describe(folder, model, options), num_layers(model)
-    runner = choose_runner(model, _timed_layers(options.row_layers(), laps, info.vocab_size))
+    runner = choose_runner(model, _timed_layers(options.row_layers(), laps))
     shapes = layer_shapes(runner, range(count), torch.device(options.device))
     pages = pages_of(POOL_TOKENS)
     executor = LocalExecutor(_TimedRunner(runner, laps), shapes, options, pages)
     return HFEngine(executor, info, pages)
 
 
-def _timed_layers(layers: RowLayers, laps: Laps, vocab_size: int) -> RowLayers:
-    def linear(given: nn.Linear) -> nn.Module:
-        phase = "head" if given.out_features == vocab_size else "linears"
-        return _TimedLinear(layers.linear(given), laps, phase)
+def _timed_layers(layers: RowLayers, laps: Laps) -> RowLayers:
+    def timed(make: Callable[[nn.Linear], nn.Module], phase: str) -> Callable[..., nn.Module]:
+        return lambda given: _TimedLinear(make(given), laps, phase)
 
-    return replace(layers, linear=linear)
+    head = timed(layers.of_head().linear, "head")
+    return replace(layers, linear=timed(layers.linear, "linears"), head=head)
 
 
 class _TimedLinear(nn.Module):
@@ -190,7 +191,7 @@ class _Step:
     def __call__(self) -> Seconds:
         """Seconds by phase, and of `wall`."""
         engine, tree = self._engine, self._tree
-        picker = Picker([], 0, SamplingParams(temperature=0), 0)
+        picker = Picker(SamplingParams(temperature=0), 0, Context([_TOKEN]))
         self._laps.take()
         clock = time.perf_counter
         began = clock()

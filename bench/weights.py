@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import gc
 import json
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
@@ -22,7 +23,7 @@ import numpy as np
 import psutil
 from numpy.typing import NDArray
 
-from treecast.bench.machine import describe_machine
+from treecast.bench.machine import describe_machine, measure_ceilings
 from treecast.bench.prompts import DEFAULT_PROMPTS, read_prompts
 from treecast.checkpoints import ensure_default_target
 from treecast.engine.base import Engine, KVSequence, Segment
@@ -39,6 +40,7 @@ CONTEXT = 192
 POOL_TOKENS = 1024
 _MIB = 2**20
 
+Clock = Callable[[], float]
 Rows = NDArray[np.float32]
 
 
@@ -67,6 +69,7 @@ def weigh(
     threads: int,
     repeats: int,
     rows: Sequence[int] = ROWS,
+    clock: Clock = time.perf_counter,
 ) -> list[Weighed]:
     """Load and measure each kind; blocks for long.
 
@@ -74,14 +77,16 @@ def weigh(
         kinds: `float32`, which the others are held against, is loaded in any case.
         texts: token ids.
         repeats: timed steps of each number of rows.
+        clock: by which steps are timed.
     """
     ordered = [REFERENCE, *(kind for kind in kinds if kind != REFERENCE)]
+    _load(folder, REFERENCE, threads)  # libraries come with the first one
     engines, grown = {}, {}
     for kind in ordered:
         before = _resident_mib()
         engines[kind] = _load(folder, kind, threads)
         grown[kind] = _resident_mib() - before
-    times = _step_times(engines, rows, repeats)
+    times = _step_times(engines, rows, repeats, clock)
     expected = [_log_probs(engines[REFERENCE], text) for text in texts]
     found = []
     for kind, engine in engines.items():
@@ -97,13 +102,14 @@ def _load(folder: Path, kind: Weights, threads: int) -> HFEngine:
 
 
 def _resident_mib() -> float:
-    """Of this process, after what was freed has been given back."""
+    """Of this process, after what is not used has been given back."""
+    gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     return float(psutil.Process().memory_info().rss / _MIB)
 
 
 def _step_times(
-    engines: Mapping[Weights, Engine], rows: Sequence[int], repeats: int
+    engines: Mapping[Weights, Engine], rows: Sequence[int], repeats: int, clock: Clock
 ) -> dict[Weights, dict[int, float]]:
     prefixes = {kind: _prefix(engine) for kind, engine in engines.items()}
     times: dict[Weights, dict[int, list[float]]] = {
@@ -112,7 +118,7 @@ def _step_times(
     for turn in range(repeats + 1):  # the first does not count
         for count in rows:
             for kind, engine in engines.items():
-                seconds = _step_s(engine, prefixes[kind], count)
+                seconds = _step_s(engine, prefixes[kind], count, clock)
                 if turn:
                     times[kind][count].append(seconds)
     return {
@@ -129,12 +135,12 @@ def _prefix(engine: Engine) -> KVSequence:
     return sequence
 
 
-def _step_s(engine: Engine, sequence: KVSequence, rows: int) -> float:
+def _step_s(engine: Engine, sequence: KVSequence, rows: int, clock: Clock) -> float:
     """A step of siblings, all of them wanted."""
     segment = Segment(sequence, [7] * rows, [-1] * rows, range(rows))
-    began = time.perf_counter()
+    began = clock()
     engine.forward([segment])
-    seconds = time.perf_counter() - began
+    seconds = clock() - began
     engine.truncate(sequence, sequence.length)
     return seconds
 
@@ -183,17 +189,32 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--max-tokens", type=int, default=96, help="of each prompt")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=25, help="timed steps of each size")
+    parser.add_argument(
+        "--cpu-time",
+        action="store_true",
+        help="count one thread's time on the processor, as other processes take theirs; with "
+        "--threads 1",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     given = parser.parse_args(argv)
     folder = given.model or ensure_default_target()
     spin_briefly()
     texts = held_out(folder, given.prompts, given.limit, given.max_tokens)
-    found = weigh(folder, given.kinds, texts, given.threads, given.repeats)
+    if given.cpu_time and given.threads != 1:
+        parser.error(f"--cpu-time counts one thread; --threads is {given.threads}")
+    clock = time.thread_time if given.cpu_time else time.perf_counter
+    found = weigh(folder, given.kinds, texts, given.threads, given.repeats, clock=clock)
+    ceilings = measure_ceilings(clock)
     if given.json:
-        print(json.dumps({"machine": describe_machine(), "found": [asdict(one) for one in found]}))
+        machine = describe_machine() | {"ceilings": asdict(ceilings)}
+        print(json.dumps({"machine": machine, "found": [asdict(one) for one in found]}))
         return
     print(
         f"{describe_machine()['processor']}, {given.threads} threads, {sum(map(len, texts))} tokens"
+    )
+    print(
+        f"memory is read at {ceilings.read_bytes_per_s / 1e9:.1f} GB/s, float32 multiplied and "
+        f"added {ceilings.products_per_s / 1e9:.1f} billion times a second"
     )
     for one in found:
         steps = " / ".join(f"{ms:.1f}" for ms in one.step_ms.values())

@@ -1,8 +1,8 @@
 """What every peer's script does: load, say so, and answer JSON lines. Imports nothing of treecast.
 
-Scripts run in the Python that has their package, with this folder as the first on its path. One that
-is loaded says {"event": "ready", NAME: VERSION}; {"mode", "prompt_ids", "max_tokens"} is answered
-with a timed, greedy answer. A package that is missing is said by name.
+Scripts run in the Python that has their package, with this folder as the first on its path. One
+that is loaded says {"event": "ready", NAME: VERSION}; {"mode", "prompt_ids", "max_tokens"} is
+answered with a timed, greedy answer. A package that is missing is said by name.
 """
 
 import argparse

@@ -12,7 +12,7 @@ import transformers
 
 from treecast.engine import bridge
 from treecast.engine.cut_head import cut_head
-from treecast.engine.linears import packed_layers
+from treecast.engine.linears import packed_layers, plain_layers
 from treecast.engine.llama import LlamaRunner, is_llama_like
 from treecast.engine.runner import ModuleRunner, choose_runner, relative_error
 
@@ -117,6 +117,12 @@ def test_a_llama_is_run_fused_when_its_head_is_cut() -> None:
     model.config.head_token_ids = list(range(0, 128, 3))
     cut_head(model)
     assert isinstance(choose_runner(model, PACKED), LlamaRunner)
+
+
+def test_layers_that_stand_in_for_themselves_keep_their_weights() -> None:
+    runner = choose_runner(tiny("Llama"), plain_layers())
+    assert isinstance(runner, LlamaRunner)
+    assert relative_error(runner, ModuleRunner(tiny("Llama")), TEXT, PLACES) < 1e-5
 
 
 def test_only_one_layers_weights_are_there_twice_when_a_stack_is_taken_over() -> None:

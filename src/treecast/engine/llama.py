@@ -33,8 +33,7 @@ def keep_all(index: int, layer: Any, build: Callable[[Any], Compute]) -> Compute
 def keep_alone(index: int, layer: Any, build: Callable[[Any], Compute]) -> Compute:
     """Weights stay where they are, and the layer lets go of its own: it cannot run any more."""
     compute = build(layer)
-    for module in layer.modules():
-        module._parameters.clear()
+    layer._modules.clear()  # what `compute` has of them stays
     return compute
 
 

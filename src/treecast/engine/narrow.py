@@ -158,16 +158,14 @@ class Int4Weights:
         without an offset whose -8 is its largest weight. So the weights of a Q4_1 or Q4_0 block
         come back as they were, if bfloat16 holds scale and offset.
         """
-        parts = [
-            _best_grid(rows.float().unflatten(1, (-1, INT4_GROUP)))
-            for rows in weight.split(_ROWS_AT_ONCE)
-        ]
+        groups = weight.reshape(len(weight), -1, INT4_GROUP)
+        parts = [_best_grid(part.float()) for part in _in_parts(groups)]
         values, scales, offsets = (torch.cat(each) for each in zip(*parts, strict=True))
         return cls(values.flatten(1), scales, offsets)
 
     def floats(self) -> Tensor:
         """[out_features, in_features] float32: the weights that these stand for."""
-        groups = self.values.unflatten(1, (-1, INT4_GROUP))
+        groups = self.values.view(len(self.values), -1, INT4_GROUP)
         return _on_grid(groups, self.scales, self.offsets).flatten(1)
 
 
@@ -227,8 +225,14 @@ class _NarrowEmbedding(nn.Module):
 
 def is_bfloat16(weight: Tensor) -> bool:
     """Whether bfloat16 holds every weight exactly: it does those of most published models."""
-    weight = weight.detach()
-    return all(torch.equal(part.bfloat16().to(part.dtype), part) for part in weight.split(4096))
+    parts = _in_parts(weight.detach())
+    return all(torch.equal(part.bfloat16().to(part.dtype), part) for part in parts)
+
+
+def _in_parts(weight: Tensor) -> Iterator[Tensor]:
+    """A few rows at a time, so that what is made of them stays small."""
+    for begin in range(0, len(weight), _ROWS_AT_ONCE):
+        yield weight[begin : begin + _ROWS_AT_ONCE]
 
 
 def has_fbgemm() -> bool:
