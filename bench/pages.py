@@ -47,13 +47,23 @@ class Tally:
 
 
 class _Counted:
-    """A pool's contents that count what is copied."""
+    """A pool's contents that count what is copied; nothing is swapped out here."""
 
     def __init__(self) -> None:
         self.moved = 0
 
+    position_bytes = 0
+
     def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         self.moved += len(sources)
+
+    def save(self, key: int, places: Sequence[int]) -> None:
+        raise NotImplementedError
+
+    load = save
+
+    def forget(self, key: int) -> None:
+        raise NotImplementedError
 
 
 def measure(page_tokens: int, seed: int = 0) -> Tally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,14 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from treecast.bench.families.configs import make_config
-from treecast.engine import memory, progress
+from treecast.engine import memory, narrow, progress
 from treecast.engine.free_memory import free_host_bytes
 from treecast.engine.hf import HFEngine
 from treecast.engine.loading import LoadOptions
 from treecast.engine.memory import MemoryNeed, estimate
 from treecast.engine.progress import LoadProgress
 from treecast.errors import ModelError
+from treecast.settings import Weights
 
 OPTIONS = LoadOptions("float32", "exact", "cpu", None)
 MEMINFO = "MemTotal: 1000 kB\nMemAvailable:    100 kB\n"
@@ -42,6 +44,20 @@ def test_weights_are_counted_as_they_are_computed_with(folder: Path) -> None:
     packed_again = model.get_output_embeddings().weight.nbytes if tied else 0
     need = estimate(folder, OPTIONS, 640)
     assert (need.weights, need.loading) == (own + packed_again, own)
+
+
+@pytest.mark.parametrize(("outputs", "inputs"), [(40, 70), (64, 64)])
+def test_narrow_weights_are_counted_as_they_are_kept(outputs: int, inputs: int) -> None:
+    kept = narrow.Int4Linear(torch.nn.Linear(inputs, outputs))
+    assert narrow.kept_bytes("int4", outputs, inputs) == kept._packed.nbytes + kept._scales.nbytes
+    assert narrow.kept_bytes("int8", outputs, inputs) == outputs * inputs + 4 * outputs
+
+
+def test_fewer_bits_need_less_memory(folder: Path) -> None:
+    kinds: tuple[Weights, ...] = ("float32", "bfloat16", "int8", "int4")
+    needs = [estimate(folder, replace(OPTIONS, weights=kind), 640).weights for kind in kinds]
+    assert needs == sorted(needs, reverse=True)
+    assert needs[0] > needs[1] > needs[2]
 
 
 def test_what_cannot_fit_is_refused_before_it_is_read(

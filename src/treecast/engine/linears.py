@@ -202,7 +202,7 @@ def replace_linears(model: nn.Module, layers: RowLayers) -> int:
         (parent, name)
         for parent in model.modules()
         for name, child in parent.named_children()
-        if _is_linear(child) and layers.fits(next(child.parameters()).dtype)
+        if is_linear(child) and layers.fits(next(child.parameters()).dtype)
     ]
     head = getattr(model, "get_output_embeddings", lambda: None)()
     of_head = set() if head is None else set(head.modules())
@@ -213,7 +213,7 @@ def replace_linears(model: nn.Module, layers: RowLayers) -> int:
     return len(found)
 
 
-def _is_linear(module: nn.Module) -> bool:
+def is_linear(module: nn.Module) -> bool:
     """Whether it is a linear layer: torch's, or GPT-2's, whose weight lies transposed."""
     return type(module) is nn.Linear or (
         type(module).__name__ == "Conv1D" and hasattr(module, "nf")

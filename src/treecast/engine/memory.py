@@ -7,15 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import structlog
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from treecast.engine.free_memory import free_bytes
-from treecast.engine.linears import can_pack, product_dtype
+from treecast.engine.linears import can_pack, is_linear, product_dtype
 from treecast.engine.loading import DTYPES, LoadOptions, read_servable_config
+from treecast.engine.narrow import kept_bytes
 from treecast.engine.offload import GIB, NUM_BUFFERS
 from treecast.engine.unread import decoder_layers, empty_model, matching
 from treecast.errors import ModelError
 from treecast.kernels.exact import NORM_COLUMNS
+from treecast.settings import Weights
 
 _log = structlog.get_logger()
 
@@ -205,18 +208,30 @@ def least_share(model: nn.Module, options: LoadOptions) -> int:
     return around + (NUM_BUFFERS + options.on_cpu) * max(layers)
 
 
-def computed_bytes(model: nn.Module, options: LoadOptions) -> int:
+def computed_bytes(model: Any, options: LoadOptions) -> int:
     """Bytes of a model's weights in the form that they are computed with.
 
-    A head that is tied to the embedding counts twice on CPU, where it is packed.
+    A head that is tied to the embedding counts twice on CPU, where it is packed. Weights of 16 bits
+    that `auto` finds to be enough count in full: they must be read to be known.
     """
     sizes: dict[tuple[int, bool], int] = {}
+    head = getattr(model, "get_output_embeddings", lambda: None)()
     for module in model.modules():
-        packed = options.on_cpu and type(module) is nn.Linear and can_pack(module.weight.dtype)
+        packed = options.on_cpu and is_linear(module) and can_pack(module.weight.dtype)
         for weight in module.parameters(recurse=False):
-            dtype = product_dtype(weight.dtype) if packed else weight.dtype
-            sizes[id(weight), packed] = weight.numel() * dtype.itemsize
+            if packed and weight.dim() == 2:
+                size = _packed_bytes(weight, options.weights, module is head)
+            else:
+                size = weight.nbytes
+            sizes[id(weight), packed] = size
     return sum(sizes.values())
+
+
+def _packed_bytes(weight: Tensor, kind: Weights, is_head: bool) -> int:
+    if kind in ("auto", "float32"):
+        dtype = torch.float32 if kind == "float32" else product_dtype(weight.dtype)
+        return weight.numel() * dtype.itemsize
+    return kept_bytes("bfloat16" if kind == "int4" and is_head else kind, *weight.shape)
 
 
 def gib(count: float) -> str:

@@ -25,6 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from treecast.settings import Weights
+
 INT4_GROUP = 32
 """Inputs that share a scale: that of GGUF's blocks."""
 
@@ -204,6 +206,19 @@ def _rounded(groups: Tensor, scales: Tensor, offsets: Tensor) -> _Grid:
 
 def _on_grid(values: Tensor, scales: Tensor, offsets: Tensor) -> Tensor:
     return values * scales.float()[..., None] + offsets.float()[..., None]
+
+
+def kept_bytes(kind: Weights, out_features: int, in_features: int) -> int:
+    """Bytes of a layer's weights of a kind of this module: values, scales and offsets."""
+    match kind:
+        case "int8":
+            return out_features * (in_features + 4)
+        case "int4":
+            groups = -(-in_features // INT4_GROUP)
+            outputs = -(-out_features // _OUTPUT_STEP) * _OUTPUT_STEP
+            return outputs * groups * (INT4_GROUP // 2 + 4)
+        case _:
+            return out_features * in_features * 2
 
 
 def narrow_embedding(embedding: nn.Module) -> nn.Module:
