@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from treecast.bench.arrivals import LoadSummary
 from treecast.bench.study.plots import COLOURS, MARKERS
 
-_FIGURES = {
+_FIGURES: dict[str, Callable[[LoadSummary], Mapping[int, float]]] = {
     "first token": lambda one: one.first_token_ms,
     "last token": lambda one: one.latency_ms,
     "between tokens": lambda one: one.per_token_ms,

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -122,9 +123,22 @@ class PeerProcess:
         Raises:
             TreecastError: it cannot be started, lacks the peer's package, or ended.
         """
-        self._errors = tempfile.TemporaryFile()
+        with ExitStack() as opened:
+            self._errors = opened.enter_context(tempfile.TemporaryFile())
+            self._process = self._start()
+            opened.callback(self._end)
+            self.versions = self._read()
+            if self.versions.pop("event") == "missing":
+                raise TreecastError(
+                    f"peer {self._name} needs the package {self.versions['package']}, which "
+                    f"{self._command[0]} lacks: {self.versions['error']}"
+                )
+            self._opened = opened.pop_all()
+        return self
+
+    def _start(self) -> subprocess.Popen[str]:
         try:
-            self._process = subprocess.Popen(
+            return subprocess.Popen(
                 self._command,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -136,13 +150,10 @@ class PeerProcess:
             raise TreecastError(
                 f"peer {self._name} cannot be run by {self._command[0]}: {error.strerror}"
             ) from error
-        self.versions = self._read()
-        if self.versions.pop("event") == "missing":
-            raise TreecastError(
-                f"peer {self._name} needs the package {self.versions['package']}, which "
-                f"{self._command[0]} lacks: {self.versions['error']}"
-            )
-        return self
+
+    def _end(self) -> None:
+        self._process.kill()
+        self._process.communicate()
 
     def __exit__(
         self,
@@ -150,9 +161,7 @@ class PeerProcess:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._process.kill()
-        self._process.communicate()
-        self._errors.close()
+        self._opened.close()
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a chat with one user turn."""

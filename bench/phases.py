@@ -127,19 +127,19 @@ def load_timed(folder: Path, options: LoadOptions, laps: Laps) -> HFEngine:
 
     model = load_model(folder, options)
     info, count = describe(folder, model, options), num_layers(model)
-    runner = choose_runner(model, _timed_layers(options.row_layers(), laps, info.vocab_size))
+    runner = choose_runner(model, _timed_layers(options.row_layers(), laps))
     shapes = layer_shapes(runner, range(count), torch.device(options.device))
     pages = pages_of(POOL_TOKENS)
     executor = LocalExecutor(_TimedRunner(runner, laps), shapes, options, pages)
     return HFEngine(executor, info, pages)
 
 
-def _timed_layers(layers: RowLayers, laps: Laps, vocab_size: int) -> RowLayers:
-    def linear(given: nn.Linear) -> nn.Module:
-        phase = "head" if given.out_features == vocab_size else "linears"
-        return _TimedLinear(layers.linear(given), laps, phase)
+def _timed_layers(layers: RowLayers, laps: Laps) -> RowLayers:
+    def timed(make: Callable[[nn.Linear], nn.Module], phase: str) -> Callable[..., nn.Module]:
+        return lambda given: _TimedLinear(make(given), laps, phase)
 
-    return replace(layers, linear=linear)
+    head = timed(layers.of_head().linear, "head")
+    return replace(layers, linear=timed(layers.linear, "linears"), head=head)
 
 
 class _TimedLinear(nn.Module):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import gc
 import json
 import statistics
 import time
@@ -101,7 +102,8 @@ def _load(folder: Path, kind: Weights, threads: int) -> HFEngine:
 
 
 def _resident_mib() -> float:
-    """Of this process, after what was freed has been given back."""
+    """Of this process, after what is not used has been given back."""
+    gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     return float(psutil.Process().memory_info().rss / _MIB)
 

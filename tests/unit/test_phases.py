@@ -59,8 +59,8 @@ class Slow(nn.Module):
 def test_slow_products_are_seen_as_linears(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     inner = phases._timed_layers
 
-    def slowed(layers: RowLayers, laps: phases.Laps, vocab_size: int) -> RowLayers:
-        return inner(replace(layers, linear=Slow), laps, vocab_size)
+    def slowed(layers: RowLayers, laps: phases.Laps) -> RowLayers:
+        return inner(replace(layers, linear=Slow), laps)
 
     monkeypatch.setattr(phases, "_timed_layers", slowed)
     (found,) = profile_steps(folder, OPTIONS, rows=(2,), steps=4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -49,7 +50,7 @@ def write_profile(context: typer.Context) -> None:
     asked = context.params
     spin_briefly()
     settings = _settings(asked)
-    folder = ensure_default_target() if settings.model == "default" else settings.model
+    folder = ensure_default_target() if settings.model == "default" else Path(settings.model)
     options = LoadOptions(
         resolve_dtype(settings.dtype, settings.device),
         settings.numerics,

@@ -158,9 +158,8 @@ class Int4Weights:
         without an offset whose -8 is its largest weight. So the weights of a Q4_1 or Q4_0 block
         come back as they were, if bfloat16 holds scale and offset.
         """
-        parts = [
-            _best_grid(rows.float().view(len(rows), -1, INT4_GROUP)) for rows in _in_parts(weight)
-        ]
+        groups = weight.reshape(len(weight), -1, INT4_GROUP)
+        parts = [_best_grid(part.float()) for part in _in_parts(groups)]
         values, scales, offsets = (torch.cat(each) for each in zip(*parts, strict=True))
         return cls(values.flatten(1), scales, offsets)
 
