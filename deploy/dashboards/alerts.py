@@ -97,13 +97,14 @@ ALERTS = (
     ),
     Alert(
         "TreecastKVPressure",
-        f"max by ({_WHO}) (treecast_verifier_waiting_requests{{}}) > 0 and "
+        f"max by ({_WHO}) (treecast_verifier_waiting_requests{{}} + "
+        "treecast_verifier_paused_requests{}) > 0 and "
         f'sum by ({_WHO}) (treecast_verifier_kv_pages{{state="free"}}) / '
         f"sum by ({_WHO}) (treecast_verifier_kv_pages{{}}) < 0.2",
         "5m",
         "warning",
         "Requests wait for KV pages of {{ $labels.pod }}",
-        "Requests have been at a verifier for minutes without room for their text.",
+        "For minutes requests have waited at a verifier, not begun or paused, and pages are few.",
         "Raise --pool-tokens if the device has memory left, add verifiers, or lower "
         "--session-ttl-s if idle sessions hold the pages.",
     ),

@@ -54,12 +54,32 @@ _KV = Row(
         ),
         Panel(
             "Requests and sessions in verifiers",
-            "Requests with KV pages, requests that wait for some, idle sessions that hold some.",
+            "Requests in the next step, paused, not begun; idle sessions with KV pages.",
             "short",
             (
                 Query(gauge("treecast_verifier_running_requests", ""), "running"),
+                Query(gauge("treecast_verifier_paused_requests", ""), "paused"),
                 Query(gauge("treecast_verifier_waiting_requests", ""), "waiting"),
                 Query(gauge("treecast_verifier_retained_sessions", ""), "idle sessions"),
+            ),
+        ),
+        Panel(
+            "Preemptions",
+            "Running requests that were paused: KV pages ran out (memory; a larger pool or fewer "
+            "slots help), or others went first (length).",
+            "ops",
+            (Query(per_second("treecast_verifier_preemptions_total", "why"), "{{why}}"),),
+        ),
+        Panel(
+            "Swapped KV",
+            "Host memory that paused requests take now, and what moves to it and back per second.",
+            "bytes",
+            (
+                Query(gauge("treecast_verifier_swapped_bytes", ""), "held"),
+                Query(
+                    per_second("treecast_verifier_swap_bytes_total", "direction"),
+                    "{{direction}} per second",
+                ),
             ),
         ),
         Panel(

@@ -10,6 +10,7 @@ from .promql import (
     TENANT_VARIABLE,
     buckets,
     gauge,
+    mean,
     per_second,
     quantile,
     quantiles,
@@ -85,6 +86,12 @@ _WAITING = Row(
                 Query(gauge("treecast_router_running_requests", "pod"), "running in {{pod}}"),
                 Query(gauge("treecast_router_queue_requests", "pod"), "queued in {{pod}}"),
             ),
+        ),
+        Panel(
+            "Guesses of lengths, how far off",
+            "In doublings, by what the guess came from: 1 is off by a factor of 2.",
+            "short",
+            (Query(mean("treecast_router_length_error_doublings", "source"), "{{source}}"),),
         ),
     ),
 )

@@ -22,14 +22,17 @@ from treecast.sampling.params import CONSTRAINTS, SamplingParams
 Vector = NDArray[np.float32]
 
 DIMENSIONS = 256
-HEAD_TOKENS = 64
-TAIL_TOKENS = 192
-"""What is looked at of a long prompt: its instructions, and what is asked last."""
+LAST_TOKENS = 192
+"""So much of a prompt's end is looked at."""
+
+FADING_TOKENS = 48
+"""A token so far from the end weighs 1/e of the last one: what is asked last tells most."""
 
 FACTS_WEIGHT = 0.3
 """What a vector's part on sampling and the prompt's length weighs, beside the text's 1."""
 
 _WORD = 2**64
+_FADING = np.exp(-np.arange(LAST_TOKENS)[::-1] / FADING_TOKENS).astype(np.float32)
 
 
 class Features:
@@ -43,20 +46,20 @@ class Features:
 
     def of(self, prompt: Sequence[int], sampling: SamplingParams) -> Vector:
         """[DIMENSIONS] float32 of length 1."""
-        text = self._names(prompt)
+        last = prompt[-LAST_TOKENS:]
         facts = np.array(_facts(prompt, sampling), np.uint64) * self._fact
-        weights = np.ones(len(text) + len(facts), np.float32)
-        weights[len(text) :] = FACTS_WEIGHT * math.sqrt(len(text) / len(facts))
-        counts = self._count(np.concatenate((text, facts)), weights)
+        fading = _FADING[-len(last) :]
+        text = np.concatenate((fading, fading[1:]))
+        fact = FACTS_WEIGHT * math.sqrt(text @ text / len(facts))
+        weights = np.concatenate((text, np.full(len(facts), fact, np.float32)))
+        counts = self._count(np.concatenate((*self._names(last), facts)), weights)
         return counts / np.float32(math.sqrt(counts @ counts) or 1.0)
 
-    def _names(self, prompt: Sequence[int]) -> NDArray[np.uint64]:
-        """Of the tokens and pairs that are looked at."""
-        if len(prompt) > HEAD_TOKENS + TAIL_TOKENS:
-            prompt = [*prompt[:HEAD_TOKENS], *prompt[-TAIL_TOKENS:]]
-        tokens = (np.array(prompt, np.uint64) + np.uint64(1)) * self._first
-        pairs = (tokens[:-1] ^ (tokens[:-1] >> np.uint64(29))) * self._second + tokens[1:]
-        return np.concatenate((tokens, pairs))
+    def _names(self, tokens: Sequence[int]) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
+        """Of the tokens, and of the pairs that each but the first is the second of."""
+        names = (np.array(tokens, np.uint64) + np.uint64(1)) * self._first
+        pairs = (names[:-1] ^ (names[:-1] >> np.uint64(29))) * self._second + names[1:]
+        return names, pairs
 
     def _count(self, names: NDArray[np.uint64], weights: Vector) -> Vector:
         """Signed, so that what falls into one bucket by chance cancels out on average."""

@@ -34,7 +34,7 @@ MAX_MEMORIES = 64
 """Tenants and models that are remembered, those heard of last; 32 MiB of vectors at most."""
 
 NEIGHBOURS = 8
-ALIKE = 0.4
+ALIKE = 0.2
 """Cosine, less what all prompts have in common, from which a past prompt counts as alike."""
 
 _SHARPNESS = 8.0

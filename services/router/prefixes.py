@@ -35,7 +35,7 @@ class Prefixes:
 
         Nobody if Redis is lost. `salt` is of `adapter.prefix_salt`.
         """
-        keys = _keys(salt, prompt)
+        keys = keys_of(salt, prompt)
         if not keys:
             return ()
 
@@ -53,7 +53,7 @@ class Prefixes:
 
     async def note(self, salt: str, prompt: Sequence[int], holder: str) -> None:
         """A verifier is computing this prompt. Lost with Redis; safe to retry."""
-        keys = _keys(salt, prompt)
+        keys = keys_of(salt, prompt)
         if not keys:
             return
 
@@ -69,7 +69,7 @@ class Prefixes:
             return
 
 
-def _keys(salt: str, prompt: Sequence[int]) -> list[str]:
+def keys_of(salt: str, prompt: Sequence[int]) -> list[str]:
     """One key for each beginning that is looked up, the shortest first; each with its hash tag."""
     counts = _counts()
     names = prefix_names(salt, prompt[: counts[-1] * BLOCK_TOKENS], BLOCK_TOKENS)

@@ -69,6 +69,7 @@ class Grower:
         self._run_ahead_nodes = run_ahead_nodes
         self._growing: dict[int, _Growing] = {}
         self._orders: list[Order] = []
+        self._chores: list[tuple[Callable[[], None], Future[None]]] = []
         self._stopping = False
         self._changed = threading.Condition()
         self._working = False
@@ -100,6 +101,18 @@ class Grower:
             self._orders.extend(orders)
             self._changed.notify()
 
+    def between_drafts(self, work: Callable[[], None]) -> Future[None]:
+        """Have something done to the drafter; any thread, never blocks.
+
+        Returns:
+            Done, or failed as `work` did, once the draft under way has ended and so has that.
+        """
+        done: Future[None] = Future()
+        with self._changed:
+            self._chores.append((work, done))
+            self._changed.notify()
+        return done
+
     def close(self) -> None:
         """Stop after the draft under way, and wait for that."""
         with self._changed:
@@ -110,16 +123,30 @@ class Grower:
 
     def _run(self) -> None:
         while (orders := self._next_orders()) is not None:
+            self._do_chores()
             lost = [result for order in orders if (result := self._apply(order))]
             self._send(lost + self._draft())
             if not any(growing.owes_tree for growing in self._growing.values()):
                 self._run_ahead()
 
+    def _do_chores(self) -> None:
+        with self._changed:
+            chores, self._chores = self._chores, []
+        for work, done in chores:
+            try:
+                work()
+            except Exception as error:
+                done.set_exception(error)
+            else:
+                done.set_result(None)
+
     def _next_orders(self) -> list[Order] | None:
         """Wait until there is something to do; None to stop."""
         with self._changed:
             self._working = False
-            self._changed.wait_for(lambda: self._stopping or self._orders or self._has_work())
+            self._changed.wait_for(
+                lambda: self._stopping or self._orders or self._chores or self._has_work()
+            )
             self._working = True
             orders, self._orders = self._orders, []
             return None if self._stopping else orders

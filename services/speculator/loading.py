@@ -15,6 +15,7 @@ from treecast.drafting.merge import MergedDrafter
 from treecast.drafting.ngram import NgramDrafter
 from treecast.drafting.ssm import PREFILL_ROWS, SSMDrafter
 from treecast.drafting.suffix import SuffixDrafter
+from treecast.drafting.swap import SwappableDrafter
 from treecast.engine.base import Engine, ModelInfo
 from treecast.engine.curve import measure_curve
 from treecast.errors import InvalidRequest, ModelError, SettingsError
@@ -39,7 +40,7 @@ def load_engines(settings: SpeculatorSettings) -> list[Engine]:
         ModelError: a folder is missing or holds no causal LM, or their tokenizers differ.
     """
     specs = [spec for spec in settings.specs if spec.kind == "ssm"]
-    engines = [_load(settings, spec.model) for spec in specs]
+    engines = [_load(settings, spec.model, settings.torch_threads) for spec in specs]
     check_tokenizers([spec.name for spec in specs], [engine.info for engine in engines])
     return engines
 
@@ -75,7 +76,20 @@ def check_tokenizers(names: Sequence[str], models: Sequence[ModelInfo]) -> None:
             )
 
 
-def _load(settings: SpeculatorSettings, model: str) -> Engine:
+def load_beside(settings: SpeculatorSettings, model: str) -> Engine:
+    """Load a draft while another one drafts: on one thread, as only theirs may run more. Blocks.
+
+    Raises:
+        ModelError: the folder is missing or holds no causal LM.
+    """
+    import torch
+
+    torch.get_num_threads()  # a thread's first use of torch takes over what others have set
+    torch.set_num_threads(1)
+    return _load(settings, model, threads=None)
+
+
+def _load(settings: SpeculatorSettings, model: str, threads: int | None) -> Engine:
     if settings.engine == "toy":
         from treecast.engine.toy import ToyEngine
 
@@ -91,7 +105,7 @@ def _load(settings: SpeculatorSettings, model: str) -> Engine:
         numerics=settings.numerics,
         device=settings.device,
         pool_tokens=settings.pool_tokens,
-        threads=settings.torch_threads,
+        threads=threads,
     )
     log.info("model.loaded", revision=engine.info.revision)
     return engine
@@ -126,15 +140,21 @@ def _make(settings: SpeculatorSettings, spec: DrafterSpec, models: Iterator[Engi
         case "suffix":
             return SuffixDrafter(settings.max_sessions, settings.suffix_memory, name=spec.name)
         case _:
-            engine = next(models)
-            return SSMDrafter(
-                engine,
-                settings.growth,
-                settings.max_sessions,
-                ahead=BestFirst(min_confidence=_AHEAD_CONFIDENCE),
-                name=spec.name,
-                pass_s=measure_curve(engine, _MEASURED_ROWS),
-            )
+            return SwappableDrafter(make_model_drafter(settings, spec, next(models)))
+
+
+def make_model_drafter(
+    settings: SpeculatorSettings, spec: DrafterSpec, engine: Engine
+) -> SSMDrafter:
+    """A draft model's drafter; on the engines' thread, as it times the engine."""
+    return SSMDrafter(
+        engine,
+        settings.growth,
+        settings.max_sessions,
+        ahead=BestFirst(min_confidence=_AHEAD_CONFIDENCE),
+        name=spec.name,
+        pass_s=measure_curve(engine, _MEASURED_ROWS),
+    )
 
 
 def warm_up(drafter: MergedDrafter, engines: Sequence[Engine]) -> float:

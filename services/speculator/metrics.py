@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from treecast.engine.base import ModelInfo
+
 _DRAFT_BUCKETS_S = (
     0.0001, 0.0003, 0.001, 0.002, 0.004, 0.006, 0.008, 0.012, 0.016, 0.024, 0.05, 0.1, 0.3, 1.0,
 )  # fmt: skip
@@ -54,5 +56,27 @@ class SpeculatorMetrics:
             ["outcome"],
             registry=registry,
         )
+        self.draft_models = Gauge(
+            "treecast_speculator_draft_model_info",
+            "1 for the revision that each drafter's new sessions are opened in.",
+            ["drafter", "model", "revision"],
+            registry=registry,
+        )
+        self.swaps = Counter(
+            "treecast_speculator_swaps_total",
+            "Drafts loaded to take over from one that served, by how it ended: done, failed.",
+            ["outcome"],
+            registry=registry,
+        )
+        for outcome in ("done", "failed"):
+            self.swaps.labels(outcome)
         for outcome in ("hit", "miss"):
             self.run_ahead.labels(outcome)
+        self._shown: dict[str, tuple[str, str, str]] = {}
+
+    def show_draft(self, drafter: str, info: ModelInfo) -> None:
+        """A drafter has this model now, and none of those before."""
+        if (old := self._shown.get(drafter)) is not None:
+            self.draft_models.remove(*old)
+        self._shown[drafter] = (drafter, info.name, info.revision)
+        self.draft_models.labels(*self._shown[drafter]).set(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -32,9 +33,13 @@ from .metrics import SpeculatorMetrics
 from .orders import Result
 from .sessions import Sessions
 from .settings import SpeculatorSettings
+from .swapping import Swapping, drafts_of
 
 
-class Speculator(speculator_pb2_grpc.SpeculatorServiceServicer):
+class Speculator(
+    speculator_pb2_grpc.SpeculatorServiceServicer,
+    speculator_pb2_grpc.SpeculatorAdminServiceServicer,
+):
     """One speculator process: drafters, the thread that drafts, streams to verifiers."""
 
     def __init__(
@@ -46,7 +51,6 @@ class Speculator(speculator_pb2_grpc.SpeculatorServiceServicer):
         grammars: Grammars | None = None,
     ) -> None:
         self._settings = settings
-        self._engines = engines
         self._instance_id = instance_id
         self.tls = tls_of(settings)
         self.metrics = SpeculatorMetrics()
@@ -64,11 +68,14 @@ class Speculator(speculator_pb2_grpc.SpeculatorServiceServicer):
             self.tracing,
             GrammarCompiler(grammars),
         )
+        drafts = drafts_of(settings, self._drafter, engines)
+        self.swapping = Swapping(settings, drafts, self.grower, self.sessions, self.metrics)
         self._verifiers = Acceptor(SPECULATE, self._hello, self._heartbeat, self.sessions)
         self.metrics.registry.register(
             ProcessCollector("speculator", self._models, lambda: self.sessions.draining)
         )
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._reloads: set[asyncio.Task[None]] = set()
 
     def warm_up(self) -> None:
         """Draft once before the first session does; blocks. The first passes are the slowest."""
@@ -78,6 +85,22 @@ class Speculator(speculator_pb2_grpc.SpeculatorServiceServicer):
         """Begin drafting; on the event loop that serves."""
         self._loop = asyncio.get_running_loop()
         self.grower.start()
+
+    @property
+    def offers_reload(self) -> bool:
+        """Whether callers may have drafts replaced: nobody is asked for a key here."""
+        return self._settings.drafts_root is not None
+
+    def reload_on_hangup(self) -> None:
+        """At SIGHUP read the drafts' folders again; on the event loop that serves."""
+        loop = asyncio.get_running_loop()
+
+        def begin_swapping() -> None:
+            swapping = loop.create_task(self.swapping.swap_all())
+            self._reloads.add(swapping)
+            swapping.add_done_callback(self._reloads.discard)
+
+        loop.add_signal_handler(signal.SIGHUP, begin_swapping)
 
     async def drain(self) -> None:
         """Take no new sessions, wait for those attached to end, then close the streams."""
@@ -89,6 +112,7 @@ class Speculator(speculator_pb2_grpc.SpeculatorServiceServicer):
 
     def close(self) -> None:
         """Stop at once; verifiers decode plainly, or with others' trees."""
+        self.swapping.close()
         self._verifiers.close("the speculator is stopping")
         self.sessions.grammars.close()
         self.grower.close()
@@ -102,9 +126,15 @@ class Speculator(speculator_pb2_grpc.SpeculatorServiceServicer):
         """Target models of the verifiers that are connected."""
         return {link.peer.model for link in self._verifiers.links}
 
+    @property
+    def _engines(self) -> list[Engine]:
+        """Of the draft models that serve now."""
+        return [draft.engine for draft in self.swapping.drafts]
+
     def _hello(self) -> Hello:
         """A lookup has no vocabulary of its own: size 0 and no tokenizer fit every verifier."""
-        info = self._engines[0].info if self._engines else None
+        engines = self._engines
+        info = engines[0].info if engines else None
         return Hello(
             instance_id=self._instance_id,
             role=Role.SPECULATOR,
@@ -113,9 +143,9 @@ class Speculator(speculator_pb2_grpc.SpeculatorServiceServicer):
             laws=tuple(Law),
             capacity=self._settings.capacity,
             proposers=self._drafter.names,
-            model="+".join(engine.info.name for engine in self._engines),
-            model_revision="+".join(engine.info.revision for engine in self._engines),
-            context_tokens=min((e.info.context_tokens for e in self._engines), default=0),
+            model="+".join(engine.info.name for engine in engines),
+            model_revision="+".join(engine.info.revision for engine in engines),
+            context_tokens=min((e.info.context_tokens for e in engines), default=0),
             shares_cores=self._settings.shares_cores,
         )
 
@@ -142,6 +172,20 @@ class Speculator(speculator_pb2_grpc.SpeculatorServiceServicer):
         async for message in self._verifiers.accept(request_iterator, context):
             yield message
 
+    async def Reload(
+        self, request: pb.ReloadRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> pb.ReloadResponse:
+        """Answers once the new draft has taken over, or has not."""
+        swapped = await self.swapping.swap(request.drafter, request.model)
+        return pb.ReloadResponse(
+            drafter=swapped.drafter,
+            model=swapped.after.name,
+            revision_before=swapped.before.revision,
+            revision=swapped.after.revision,
+            sessions_moved=swapped.moved,
+            sessions_kept=swapped.kept,
+        )
+
 
 def server_of(speculator: Speculator) -> Server:
     """A server of its RPC."""
@@ -152,6 +196,13 @@ def server_of(speculator: Speculator) -> Server:
         "treecast.v1.SpeculatorService",
         callers=["verifier"],
     )
+    if speculator.offers_reload:
+        server.add(
+            speculator_pb2_grpc.add_SpeculatorAdminServiceServicer_to_server,
+            speculator,
+            "treecast.v1.SpeculatorAdminService",
+            callers=["client"],
+        )
     return server
 
 
@@ -169,6 +220,7 @@ async def serve(settings: SpeculatorSettings) -> None:
     server = server_of(speculator)
     thread.submit(speculator.warm_up).result()
     speculator.start()
+    speculator.reload_on_hangup()
     try:
         await serve_until_stopped(
             settings,

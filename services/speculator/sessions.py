@@ -15,6 +15,7 @@ from treecast.errors import Overloaded, TreecastError
 from treecast.sampling.compiler import GrammarCompiler
 from treecast.sampling.grammar import Matcher
 from treecast.sampling.noise import derived_key
+from treecast.sampling.params import Law
 from treecast.telemetry.traces import NoTracing, Tracing, is_told
 from treecast.wire.frames import (
     Attach,
@@ -45,11 +46,13 @@ class Session:
         number: the drafter's handle; another one after each attach, so that a tree which was
             grown before it is told from those grown after.
         length: tokens committed as far as this speculator was told.
+        law: that its trees are for.
         in_sync: false from a gap in the commits until the verifier attaches anew.
     """
 
     number: int
     length: int
+    law: Law
     in_sync: bool = True
 
 
@@ -81,7 +84,8 @@ class Sessions:
         max_sessions: sessions of all streams together.
         instance_id: our own; no two processes draw alike.
         grammars: of the drafts' tokenizer, so that nothing masked is proposed. A session whose
-            grammar is still being compiled drafts freely, and attaches anew once it is there.
+            grammar is still being compiled drafts freely, and attaches anew once it is there;
+            under `mss` it draws to its end from what it began with.
     """
 
     submit: Callable[[Sequence[Order]], None]
@@ -107,6 +111,23 @@ class Sessions:
         while self._routes:
             self._none_left.clear()
             await self._none_left.wait()
+
+    def move(self) -> tuple[int, int]:
+        """Have sessions attach anew, to drafters that have changed; those under `mss` stay.
+
+        Returns:
+            How many will, and how many stay.
+        """
+        attached = [
+            (link, handle, session)
+            for link, mine in self._streams.items()
+            for handle, session in mine.items()
+            if session.in_sync
+        ]
+        moving = [one for one in attached if one[2].law is not Law.MSS]
+        for link, handle, session in moving:
+            self._ask_to_attach_anew(link, handle, session)
+        return len(moving), len(attached) - len(moving)
 
     # --- PairHandler ------------------------------------------------------------------------
 
@@ -141,7 +162,7 @@ class Sessions:
     def _attach(self, link: VerifierLink, attach: Attach) -> None:
         self._end(link, attach.handle)
         self._check_admission(link, attach)
-        session = Session(next(self._numbers), len(attach.tokens))
+        session = Session(next(self._numbers), len(attach.tokens), attach.speculation.law)
         self._streams[link][attach.handle] = session
         self._routes[session.number] = Route(link, attach.handle, Told(attach.traceparent))
         self.metrics.sessions.set(len(self._routes))
@@ -173,7 +194,7 @@ class Sessions:
         except TreecastError:
             return  # what cannot be kept here is left to the target
         route = self._routes.get(session.number)
-        if route is not None and session.in_sync:
+        if route is not None and session.in_sync and session.law is not Law.MSS:
             self._ask_to_attach_anew(route.link, route.handle, session)
 
     def _ask_to_attach_anew(self, link: VerifierLink, handle: int, session: Session) -> None:

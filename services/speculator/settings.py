@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator
@@ -60,6 +61,12 @@ class SpeculatorSettings(ServiceSettings):
     )
     engine: Literal["hf", "toy"] = Field("hf", description="hf: a real model; toy: for tests")
     model: str = Field("default", description="draft model's folder; 'default' is the one shipped")
+    drafts_root: Path | None = Field(
+        None,
+        description="offer `treecast reload` to whoever reaches this port (with certificates: to "
+        "clients), for drafts below this folder; unset: SIGHUP alone has the drafts' own folders "
+        "read again. While one is loaded there are two in memory, each with its KV pool",
+    )
     dtype: DType = Field(
         "auto",
         description="weights and activations; auto: bfloat16 where the processor multiplies it, "

@@ -11,16 +11,18 @@ from treecast.engine.base import Engine
 from treecast.engine.exactness import differing_rows
 from treecast.engine.sharding.shape import Place
 from treecast.engine.toy import ToyEngine
-from treecast.errors import ModelError
+from treecast.errors import ModelError, SettingsError
 from treecast.text.tokenizer import TokenizerFiles
 from treecast.wire.channel import MAX_ANSWER_BYTES
 
 from .settings import VerifierSettings
 
+_TOY_TOKENS = 16384
 _ROOM_BYTES = 1024 * 1024
 """Of the answer that hands out the tokenizer: for its template and special tokens."""
 
 if TYPE_CHECKING:
+    from treecast.engine.offload import Offload
     from treecast.engine.sharding.ranks import Member
 
 log = structlog.get_logger()
@@ -38,11 +40,13 @@ def load_engine(settings: VerifierSettings, place: Place | None) -> tuple[Path |
     """
     check_adapters(settings)
     if settings.engine == "toy":
-        return None, ToyEngine(pool_tokens=settings.pool_tokens, step_s=settings.toy_step_s)
+        pool_tokens = settings.pool_tokens
+        pool_tokens = _TOY_TOKENS if pool_tokens == "auto" else pool_tokens
+        return None, ToyEngine(pool_tokens=pool_tokens, step_s=settings.toy_step_s)
     folder = model_folder(settings)
     engine = _load(settings, folder, place)
     log.info("model.loaded", revision=engine.info.revision, fingerprint=engine.info.fingerprint)
-    if settings.numerics == "exact":
+    if settings.numerics == "exact" and not engine.moved_bytes:
         _check_exactness(engine)
     return folder, engine
 
@@ -60,9 +64,21 @@ def _load(settings: VerifierSettings, folder: Path, place: Place | None) -> Engi
         weights=settings.weights,
         numerics=settings.numerics,
         device=settings.device,
-        pool_tokens=settings.pool_tokens,
+        pool_tokens=None if settings.pool_tokens == "auto" else settings.pool_tokens,
         threads=settings.torch_threads,
         adapters=settings.adapter_folders,
+        swap_dtype=settings.swap_dtype,
+        offload=_offload(settings),
+        kv_dtype=settings.kv_dtype,
+    )
+
+
+def _offload(settings: VerifierSettings) -> Offload:
+    from treecast.engine.offload import GIB, Offload
+
+    share = settings.device_memory
+    return Offload(
+        settings.offload, None if share is None else int(share * GIB), settings.offload_folder
     )
 
 
@@ -101,6 +117,8 @@ def _member(settings: VerifierSettings, folder: Path, place: Place) -> Member:
     from treecast.engine.loading import LoadOptions, resolve_dtype
     from treecast.engine.sharding.ranks import Member
 
+    if settings.pool_tokens == "auto":
+        raise SettingsError("--pool-tokens auto is not for a group: all ranks must have as many")
     threads = place.threads(settings.torch_threads)
     device = settings.device if settings.device == "cpu" else f"cuda:{place.local_rank}"
     return Member(
@@ -112,6 +130,9 @@ def _member(settings: VerifierSettings, folder: Path, place: Place) -> Member:
             device,
             threads,
             settings.group,
+            swap_dtype=settings.swap_dtype,
+            offload=_offload(settings),
+            kept_kv=settings.kv_dtype,
             weights=settings.weights,
         ),
         settings.pool_tokens,
@@ -121,20 +142,25 @@ def _member(settings: VerifierSettings, folder: Path, place: Place) -> Member:
 
 
 def model_folder(settings: VerifierSettings) -> Path:
-    """Where the model lies; the default one is unpacked first.
+    """Where the model lies; the default one, and one in a GGUF file, are unpacked first.
 
     Raises:
-        ModelError: the default model is neither installed nor to be fetched.
+        ModelError: the default model is neither installed nor to be fetched, or the file is none.
     """
-    from treecast.checkpoints import ensure_default_target
+    from treecast.checkpoints import ensure_converted, ensure_default_target
 
-    return ensure_default_target() if settings.model == "default" else Path(settings.model)
+    if settings.model == "default":
+        return ensure_default_target()
+    model = Path(settings.model)
+    is_gguf = model.suffix == ".gguf" and model.is_file()
+    return ensure_converted(model) if is_gguf else model
 
 
 def _check_exactness(engine: Engine) -> None:
     """Warn where this machine breaks the promise: texts may then differ in near-ties.
 
-    Adapters are computed by the same kernels, whichever it is, so one stands for all.
+    Adapters are computed by the same kernels, whichever it is, so one stands for all. Not where
+    weights are moved for each of its fifty passes: that changes no bit.
     """
     for adapter in ("", *(one.name for one in engine.info.adapters[:1])):
         differing = differing_rows(engine, adapter=adapter)

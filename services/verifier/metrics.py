@@ -48,6 +48,22 @@ class _ReliabilityCollector(Collector):
         yield accepted
 
 
+class _MovedCollector(Collector):
+    """Reads what the engine has counted, at each scrape."""
+
+    def __init__(self, moved_bytes: Callable[[], int]) -> None:
+        self._moved_bytes = moved_bytes
+
+    def collect(self) -> Iterator[Metric]:
+        moved = CounterMetricFamily(
+            "treecast_verifier_weights_moved_bytes",
+            "Bytes of weights brought to the device for passes; 0 without --offload. Over output "
+            "tokens it falls as trees are accepted.",
+        )
+        moved.add_metric([], self._moved_bytes())
+        yield moved
+
+
 class VerifierMetrics:
     """Prometheus metrics of one verifier; seconds and counts, labels bounded."""
 
@@ -198,10 +214,45 @@ class VerifierMetrics:
             registry=registry,
         )  # fmt: skip
         self.running = Gauge(
-            "treecast_verifier_running_requests", "Requests with KV pages.", registry=registry
+            "treecast_verifier_running_requests", "Requests in the next step.", registry=registry
         )
         self.waiting = Gauge(
-            "treecast_verifier_waiting_requests", "Requests waiting for pages.", registry=registry
+            "treecast_verifier_waiting_requests",
+            "Requests that have not begun: they wait for a slot or for pages.",
+            registry=registry,
+        )
+        self.paused = Gauge(
+            "treecast_verifier_paused_requests",
+            "Requests that have run and wait to go on.",
+            registry=registry,
+        )
+        self.preemptions = Counter(
+            "treecast_verifier_preemptions_total",
+            "Running requests that were paused, by why: memory, since what runs has grown and KV "
+            "pages ran out; length, since others went first.",
+            ["why"],
+            registry=registry,
+        )
+        for why in ("memory", "length"):
+            self.preemptions.labels(why)
+        self.swapped = Gauge(
+            "treecast_verifier_swapped_bytes",
+            "Host memory that the KV of paused requests takes now; --swap-gib at most.",
+            registry=registry,
+        )
+        self.swapped_bytes = Counter(
+            "treecast_verifier_swap_bytes_total",
+            "KV of paused requests moved between the pool and host memory, by direction: out, in.",
+            ["direction"],
+            registry=registry,
+        )
+        for direction in ("out", "in"):
+            self.swapped_bytes.labels(direction)
+        self.dropped_tokens = Counter(
+            "treecast_verifier_dropped_kv_tokens_total",
+            "Positions of paused requests whose KV had no room in host memory either; they are "
+            "computed again.",
+            registry=registry,
         )
         self.wait = Histogram(
             "treecast_verifier_wait_seconds",
@@ -232,6 +283,10 @@ class VerifierMetrics:
     def watch(self, reliability: Callable[[], Iterable[Reliability]]) -> None:
         """Export predicted and accepted sums; they are read when metrics are asked for."""
         self.registry.register(_ReliabilityCollector(reliability))
+
+    def watch_weights(self, moved_bytes: Callable[[], int]) -> None:
+        """Export what has been moved; it is read when metrics are asked for."""
+        self.registry.register(_MovedCollector(moved_bytes))
 
     def proposed(self, names: Iterable[str], verified: int, accepted: int) -> None:
         """Count nodes that these drafters agreed on."""

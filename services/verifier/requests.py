@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from treecast.engine.base import KVSequence
+from treecast.engine.base import KVSequence, SwappedKV
 from treecast.sampling.laws import AcceptanceRule
 from treecast.sampling.pick import Picker
 from treecast.sampling.stops import StopRules
@@ -16,6 +17,7 @@ from treecast.wire.frames import RouterFrame, ServingFrame, SessionKey, Start, U
 from treecast.wire.link import Link
 
 from .attachments import Attachment
+from .schedule import State
 
 
 @dataclass(slots=True, eq=False)
@@ -31,6 +33,12 @@ class Request:
         tokens: prompt and output committed so far.
         deadline: time.monotonic() at which the output is cut.
         retain: whether its session keeps the KV when it ends; not once the session was closed.
+        sequence: its place in the KV pool; None while it waits, or is paused and was put out.
+        swapped: its KV in host memory, while it is paused.
+        admitted_at: time.monotonic() when it first began; 0 while it waits.
+        began_step: the loop's number of the step with which it began, or went on.
+        idle_since: since when it does not run; None while it does.
+        idle_s: for how long it did not run before.
         drafted_by: who offered nodes to the running step; kept only if its rounds are reported.
         prefix_names: of its text's beginnings; None until they are needed.
         on_end: called once, when the request has ended.
@@ -46,6 +54,7 @@ class Request:
     stops: StopRules
     deadline: float | None
     sequence: KVSequence | None = None
+    swapped: SwappedKV | None = None
     cached_tokens: int = 0
     prefix_names: Sequence[bytes] | None = None
     cancelled: bool = False
@@ -53,6 +62,9 @@ class Request:
     retain: bool = True
     arrived_at: float = field(default_factory=time.monotonic)
     admitted_at: float = 0.0
+    began_step: int = 0
+    idle_since: float | None = field(default_factory=time.monotonic)
+    idle_s: float = 0.0
     last_commit_at: float | None = None
     span: Span = UNTRACED
     drafted_by: tuple[Attachment, ...] = ()
@@ -78,6 +90,30 @@ class Request:
         return self.start.sampling.max_tokens - self.num_output
 
     @property
+    def state(self) -> State:
+        if self.idle_since is None:
+            return State.RUNNING
+        return State.PAUSED if self.admitted_at else State.WAITING
+
+    @property
+    def num_computed(self) -> int:
+        """Positions whose KV there is, in the pool or outside."""
+        held = self.sequence or self.swapped
+        return 0 if held is None else held.length
+
+    def go_on(self, step: int) -> None:
+        """It begins, or goes on, with this step."""
+        assert self.idle_since is not None
+        now = time.monotonic()
+        self.idle_s += now - self.idle_since
+        self.idle_since, self.began_step = None, step
+        self.admitted_at = self.admitted_at or now
+
+    def pause(self) -> None:
+        """It does not run from now on."""
+        self.idle_since = time.monotonic()
+
+    @property
     def expired(self) -> bool:
         return self.deadline is not None and time.monotonic() >= self.deadline
 
@@ -88,6 +124,42 @@ class Request:
 
     def usage(self) -> Usage:
         return self.tally.usage(self.prompt_len, self.cached_tokens, self.num_output)
+
+
+@dataclass(slots=True)
+class Roster:
+    """All requests of a verifier, each in one of the lists.
+
+    Attributes:
+        waiting: in the order of arrival.
+        running: best rank first.
+        paused: best rank first; the last is the first whose KV is put out.
+    """
+
+    waiting: list[Request] = field(default_factory=list)
+    running: list[Request] = field(default_factory=list)
+    paused: list[Request] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.waiting) + len(self.running) + len(self.paused)
+
+    def __iter__(self) -> Iterator[Request]:
+        return itertools.chain(self.running, self.paused, self.waiting)
+
+    @property
+    def begun(self) -> list[Request]:
+        """Those that may have KV."""
+        return [*self.running, *self.paused]
+
+    def remove(self, request: Request) -> None:
+        """Take a request out of its list."""
+        match request.state:
+            case State.RUNNING:
+                self.running.remove(request)
+            case State.PAUSED:
+                self.paused.remove(request)
+            case State.WAITING:
+                self.waiting.remove(request)
 
 
 @dataclass(slots=True)

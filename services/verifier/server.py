@@ -66,6 +66,7 @@ class Verifier(verifier_pb2_grpc.VerifierServiceServicer):
         self._hand_over: asyncio.TimerHandle | None = None
         self.tls = tls_of(settings)
         self.metrics = VerifierMetrics()
+        self.metrics.watch_weights(lambda: engine.moved_bytes)
         model = engine.info.name
         self.metrics.registry.register(
             ProcessCollector("verifier", lambda: [model], lambda: self._draining)
@@ -144,7 +145,7 @@ class Verifier(verifier_pb2_grpc.VerifierServiceServicer):
             vocab_size=info.vocab_size,
             tokenizer_hash=info.tokenizer_hash,
             laws=tuple(self._laws),
-            capacity=self._settings.max_running,
+            capacity=self._settings.capacity,
             model=info.name,
             model_revision=info.revision,
             fingerprint=info.fingerprint,

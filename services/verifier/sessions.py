@@ -18,6 +18,7 @@ from treecast.wire.frames import SessionKey
 
 from .prefixes import PrefixIndex
 from .requests import Request
+from .schedule import State
 
 Key = tuple[str, str]
 T = TypeVar("T")
@@ -53,9 +54,9 @@ class Source:
 
     @property
     def complete(self) -> bool:
-        """Whether there is no more to come: the holder is not computing the shared part."""
-        decodes = isinstance(self.holder, Request) and self.holder.decoding
-        return decodes or self.length == self.shared
+        """Whether there is no more to come soon: the holder is not computing the shared part."""
+        computing = isinstance(self.holder, Request) and self.holder.state is State.RUNNING
+        return not computing or self.length == self.shared
 
 
 class SessionStore:
@@ -94,19 +95,41 @@ class SessionStore:
         while len(self._epochs) > 100_000:
             self._epochs.popitem(last=False)
 
-    def open(self, request: Request, siblings: Iterable[Request], capacity: int) -> bool:
+    @property
+    def idle_pages(self) -> int:
+        """Pages that would come free with all idle sessions, if they shared none."""
+        page_tokens = self._engine.usage.page_tokens
+        return sum(-(-kept.sequence.length // page_tokens) for kept in self._idle.values())
+
+    def cost(self, request: Request, siblings: Iterable[Request], num_pages: int) -> int | None:
+        """Pages that `open` would take, of the free ones and the idle sessions', for so many.
+
+        Returns:
+            None if the request should wait: somebody is computing a prefix that it can share.
+        """
+        source = self._best_source(request, siblings)
+        if source is None:
+            return num_pages
+        if not source.complete:
+            return None
+        full = source.length // self._engine.usage.page_tokens
+        if isinstance(source.holder, Retained):  # its own pages are among the idle sessions'
+            full = min(full, source.holder.sequence.shared_pages)
+        return num_pages - full
+
+    def open(self, request: Request, siblings: Iterable[Request], capacity: int) -> int | None:
         """Give a request its sequence, with as much computed prefix as can be had.
 
         Returns:
-            False if the request should wait: somebody is computing a prefix that it can share.
+            Positions that were computed; None, and nothing done, if the request should wait:
+            somebody is computing a prefix that it can share.
 
         Raises:
             Overloaded: not enough pages, even with every idle session evicted.
         """
         source = self._best_source(request, siblings)
         if source is not None and not source.complete:
-            return False
-        self._require(request, capacity)
+            return None
         retained = self._take(request)
         kept = 0 if retained is None else _common(retained.tokens, request.tokens[:-1])
         if source is not None and source.length > kept:
@@ -116,9 +139,17 @@ class SessionStore:
             sequence = self._take_over(retained, kept, capacity)
         else:
             sequence = self._allocate(request, capacity)
-        request.sequence, request.cached_tokens = sequence, kept
+        request.sequence = sequence
+        self.enter(request)
+        return kept
+
+    def enter(self, request: Request) -> None:
+        """Its KV is in the pool: others may begin with it."""
         self._prefixes.add(request, self._names_of(request))
-        return True
+
+    def leave(self, request: Request) -> None:
+        """Nobody begins with its pages any more."""
+        self._prefixes.discard(request)
 
     def close(self, request: Request, siblings: Iterable[Request]) -> None:
         """Take a finished request's sequence: retain it for its session, or free it."""
@@ -192,7 +223,7 @@ class SessionStore:
 
     def _allocate(self, request: Request, capacity: int) -> KVSequence:
         adapter = request.start.adapter
-        return self._with_eviction(lambda: self._engine.allocate(capacity, adapter))
+        return self.with_eviction(lambda: self._engine.allocate(capacity, adapter))
 
     def _begin_with(
         self, source: Source, request: Request, capacity: int
@@ -203,7 +234,7 @@ class SessionStore:
         sequence = source.holder.sequence
         assert sequence is not None
         try:
-            forked = self._with_eviction(
+            forked = self.with_eviction(
                 lambda: self._engine.fork(sequence, source.length, capacity), spared=source.holder
             )
         except Overloaded:
@@ -213,8 +244,8 @@ class SessionStore:
         return forked, source.length
 
     def _withdraw(self, request: Request) -> KVSequence | None:
-        """Take a request's sequence from it; nobody begins with its pages any more."""
-        self._prefixes.discard(request)
+        """Take a request's sequence from it."""
+        self.leave(request)
         sequence, request.sequence = request.sequence, None
         return sequence
 
@@ -238,28 +269,20 @@ class SessionStore:
         sequence = retained.sequence
         self._engine.truncate(sequence, kept)
         try:
-            self._with_eviction(lambda: self._engine.reserve(sequence, capacity))
+            self.with_eviction(lambda: self._engine.reserve(sequence, capacity))
         except Overloaded:
             self._engine.free(sequence)
             raise
         return sequence
 
-    def _require(self, request: Request, capacity: int) -> None:
-        """Evict nobody for a request that cannot be helped that way.
-
-        Raises:
-            Overloaded: not even with every idle session evicted.
-        """
-        usage = self._engine.usage
-        idle = sum(-(-kept.sequence.length // usage.page_tokens) for kept in self._idle.values())
-        needed = -(-capacity // usage.page_tokens)
-        shareable = len(request.tokens) // usage.page_tokens
-        if needed - shareable > usage.free + idle:
-            raise Overloaded(f"{needed} KV pages are needed; {usage.free + idle} can be had")
-
-    def _with_eviction(
+    def with_eviction(
         self, reserve: Callable[[], T], spared: Request | Retained | None = None
     ) -> T:
+        """Reserve pages, freeing idle sessions as long as there are too few.
+
+        Raises:
+            Overloaded: not even with every idle session evicted, the spared one aside.
+        """
         while True:
             try:
                 return reserve()

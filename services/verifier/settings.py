@@ -11,7 +11,7 @@ from pydantic_settings import NoDecode
 from treecast.adapter import MAX_ADAPTERS, NAME_FORM, is_adapter_name
 from treecast.engine.sharding.shape import GroupShape
 from treecast.sampling.params import Law
-from treecast.settings import DType, ServiceSettings, Weights, split_commas
+from treecast.settings import DType, KVDType, ServiceSettings, Weights, split_commas
 from treecast.wire.registry import Addresses
 
 
@@ -38,7 +38,11 @@ class VerifierSettings(ServiceSettings):
     """Hold the LLM and verify token trees against it."""
 
     engine: Literal["hf", "toy"] = Field("hf", description="hf: a real model; toy: for tests")
-    model: str = Field("default", description="model folder; 'default' is SmolLM2-135M-Instruct")
+    model: str = Field(
+        "default",
+        description="model folder, or a GGUF file, which is converted into the cache once; "
+        "'default' is SmolLM2-135M-Instruct",
+    )
     adapters: AdapterFolders = Field(
         (),
         description="LoRA adapters in peft's folders, as NAME=FOLDER, at most 32 of rank 256 or "
@@ -77,7 +81,45 @@ class VerifierSettings(ServiceSettings):
     rank_timeout_s: float = Field(
         10, gt=0, description="a rank that does not answer for so long ends its group"
     )
-    pool_tokens: int = Field(16384, ge=256, description="KV pool size in tokens")
+    pool_tokens: Annotated[int, Field(ge=256)] | Literal["auto"] = Field(
+        16384,
+        description="KV pool size in tokens; auto: what fits into the memory that weights leave, "
+        "of a GPU nine tenths of it, of the host half",
+    )
+    swap_gib: float = Field(
+        1,
+        ge=0,
+        description="host memory for the KV of paused requests, in GiB, of all ranks of a group "
+        "together; what does not fit is dropped and computed again. 0: none",
+    )
+    swap_dtype: Literal["same", "int8"] = Field(
+        "same",
+        description="what that KV is kept as; int8 takes half or a quarter of the room and is "
+        "LOSSY: a request that was swapped out may go on with another text. Needs --numerics fast",
+    )
+    kv_dtype: KVDType = Field(
+        "auto",
+        description="what keys and values are kept in; auto: what attention computes in; int8 (a "
+        "scale per position and head) and fp8 (e4m3) lose bits, of every text alike: trees change "
+        "no token under them; others than auto with --device cpu only",
+    )
+    offload: Literal["none", "cpu", "disk"] = Field(
+        "none",
+        description="where the layers are kept that --device-memory has no room for; they are "
+        "moved to the device for each pass, which costs the same for one row or a whole tree; "
+        "cpu: in the host's memory, for a GPU; disk: in a scratch file",
+    )
+    device_memory: float | None = Field(
+        None,
+        gt=0,
+        description="with --offload: GiB of the device (with --device cpu, of the host's memory) "
+        "that weights may take, buffers included; unset: what is free and the KV pool leaves",
+    )
+    offload_folder: Path | None = Field(
+        None,
+        description="where --offload disk makes its scratch file, which is as large as the layers "
+        "and gone with the process; unset: the folder of model caches",
+    )
 
     speculators: Addresses = Field((), description="addresses of speculators, or dns:///name:port")
     speculators_per_session: int = Field(2, ge=0, le=4, description="how many draft one session")
@@ -100,7 +142,19 @@ class VerifierSettings(ServiceSettings):
         "second; full: always, which saves most passes of the LLM",
     )
     max_running: int = Field(32, ge=1, description="requests in one step at most")
-    max_waiting: int = Field(256, ge=0, description="requests waiting for KV pages at most")
+    max_waiting: int = Field(256, ge=0, description="requests waiting or paused at most")
+    schedule: Literal["fcfs", "length"] = Field(
+        "fcfs",
+        description="whose turn it is. fcfs: in order of arrival; who runs is paused only when KV "
+        "pages run out, the youngest first. length: higher priority, then the shortest expected "
+        "rest goes first, and takes the slot of a running one that needs at least twice as long",
+    )
+    aging_s: float = Field(
+        30,
+        gt=0,
+        description="length: a request that has not run for so long in all goes before those that "
+        "have, until it ends",
+    )
     max_nodes: int = Field(24, ge=0, le=256, description="tree nodes of one request in one step")
     max_rows: int = Field(128, ge=2, description="rows of one step: prefill chunks and trees")
     grammar_s: float = Field(
@@ -123,6 +177,12 @@ class VerifierSettings(ServiceSettings):
     def group(self) -> GroupShape:
         """How the model is divided."""
         return GroupShape(self.tp, self.pp)
+
+    @property
+    def capacity(self) -> int:
+        """Requests that one router sends at most: by length twice what runs, to choose from."""
+        further = min(self.max_running, self.max_waiting) if self.schedule == "length" else 0
+        return self.max_running + further
 
     @property
     def laws(self) -> tuple[Law, ...]:

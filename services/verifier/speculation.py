@@ -157,9 +157,12 @@ class Speculation:
 
     # --- the step asks and tells --------------------------------------------------------------
 
-    def tree(self, request: Request) -> TokenTree:
-        """Union of what the request's speculators have guessed, with calibrated confidence."""
-        budget = min(self._budget(request), request.tokens_left - 1)
+    def tree(self, request: Request, room: int) -> TokenTree:
+        """What the request's speculators have guessed, at most `room` nodes of it.
+
+        Confidence is calibrated.
+        """
+        budget = min(self._budget(request), request.tokens_left - 1, room)
         attachments = self._attachments.get(request.handle, ())
         for attachment in attachments:
             attachment.offered, attachment.offered_origin = attachment.tree, attachment.origin

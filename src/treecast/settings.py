@@ -26,6 +26,10 @@ Weights = Literal["auto", "float32", "bfloat16", "int8", "int4"]
 """In what linear layers' weights are kept on CPU, whatever the activations are."""
 
 
+KVDType = Literal["auto", "bfloat16", "float16", "float32", "int8", "fp8"]
+"""Of the KV pool; auto: what attention computes in; int8 and fp8 are lossy."""
+
+
 def split_commas(given: str | Iterable[str]) -> tuple[str, ...]:
     """A field's items: comma-separated, and a flag may be repeated."""
     items = [given] if isinstance(given, str) else given
@@ -109,7 +113,7 @@ def as_environment(settings: ServiceSettings) -> dict[str, str]:
 
 def _first_fault(error: ValidationError) -> str:
     fault = error.errors()[0]
-    name = ".".join(str(part) for part in fault["loc"])
+    name = str(fault["loc"][0])  # behind it, which item, or which of a field's forms
     flag = f"--{name.replace('_', '-')} (or {ENV_PREFIX}{name.upper()})"
     return f"{flag} is {fault['input']!r}: {fault['msg']}"
 

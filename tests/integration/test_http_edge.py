@@ -11,6 +11,7 @@ import httpx2
 import openai
 import pytest
 
+from treecast.adapter import Adapter
 from treecast.errors import Overloaded, SettingsError, StaleLease
 from treecast.sampling.logprobs import TokenLogprobs
 from treecast.services.router.edge.listener import HttpListener
@@ -215,6 +216,18 @@ async def test_every_supported_field_reaches_the_verifier(edge: Edge) -> None:
     assert (sampling.seed, sampling.max_tokens) == (2**64 - 1, 3)
     assert sampling.ignore_eos
     assert start.session.session_id == "s"
+
+
+async def test_an_adapter_is_asked_for_by_its_name_as_the_model() -> None:
+    adapters = (Adapter("pirate", "a1"), Adapter("poet", "a2"))
+    async with ScriptedVerifier(adapters=adapters) as verifier, edge_of(verifier) as edge:
+        assert (await edge.chat(model="pirate")).model == "pirate"
+        assert (await edge.chat(model="bytes", extra_body={"adapter": "poet"})).model == "poet"
+        assert (await edge.chat(model="bytes")).model == "bytes"
+        assert [start.adapter for start in verifier.started] == ["pirate", "poet", ""]
+        listed = {one.id: one for one in (await edge.openai.models.list()).data}
+        assert set(listed) == {"bytes", "pirate", "poet"}
+        assert listed["poet"].model_dump()["parent"] == "bytes"
 
 
 async def test_message_parts_and_developers_are_read(edge: Edge) -> None:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 import time
 from collections.abc import AsyncIterator
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from redis.asyncio import Redis
 
+from treecast.bench.simulate.state import MemoryLeases
 from treecast.errors import SettingsError
 from treecast.services.router.keys import TENANT
 from treecast.services.router.leases import Lease, Leases, epoch_without_redis
@@ -324,3 +328,46 @@ async def test_request_has_no_key_when_it_has_no_session() -> None:
     assert await session.look() == Whereabouts()
     assert await session.take("v1", Whereabouts()) == Taken(None)
     await session.end()
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["renew", "claim", "release"]),
+            st.sampled_from(["v1", "v2"]),
+            st.integers(0, 2),
+        ),
+        max_size=12,
+    )
+)
+@settings(deadline=None, max_examples=25)
+def test_simulated_leases_answer_as_those_in_redis(
+    redis_url: str, steps: list[tuple[str, str, int]]
+) -> None:
+    """The same calls on both, each claim with a lease that was seen some answers ago."""
+    simulated = MemoryLeases(time.time, 60)
+    assert asyncio.run(answers(simulated, steps)) == asyncio.run(in_redis(redis_url, steps))
+
+
+async def in_redis(redis_url: str, steps: list[tuple[str, str, int]]) -> list[object]:
+    redis = GuardedRedis(redis_url, timeout_s=2.0)
+    try:
+        return await answers(Leases(redis, ttl_s=60), steps)
+    finally:
+        await redis.close()
+
+
+async def answers(leases: Leases, steps: list[tuple[str, str, int]]) -> list[object]:
+    """Holders, and the order of epochs, which are times."""
+    session = f"simulated/{secrets.token_hex(4)}"
+    seen: list[Lease | None] = [None]
+    for kind, holder, back in steps:
+        if kind == "renew":
+            seen.append(await leases.renew(session))
+        elif kind == "release":
+            seen.append(await leases.release(session))
+        else:
+            seen.append(await leases.claim(session, holder, seen[max(0, len(seen) - 1 - back)]))
+        await asyncio.sleep(0.002)  # epochs are milliseconds
+    epochs = sorted({lease.epoch for lease in seen if lease})
+    return [lease and (lease.holder, epochs.index(lease.epoch)) for lease in seen]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -14,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import psutil
 import pytest
@@ -124,6 +126,39 @@ def check_exact(log_dir: Path) -> None:
 def test_tokens_are_those_of_one_process_when_two_ranks_divide_each_layer(folders, tmp_path):
     check_same_tokens(folders["llama"], ("ngram",), tmp_path, tp=2)
     check_exact(tmp_path)
+
+
+def swapped_in_bytes(mesh: LocalMesh) -> float:
+    """By the verifier's own count."""
+    with urlopen(f"http://{mesh.processes['verifier-0'].metrics_address}/metrics") as answer:
+        text = answer.read().decode()
+    found = re.search(r'treecast_verifier_swap_bytes_total\{direction="in"\} (\S+)', text)
+    assert found is not None
+    return float(found[1])
+
+
+@pytest.mark.parametrize(
+    "shape", [{"tp": 2}, pytest.param({"pp": 2}, marks=pytest.mark.slow)], ids=["tp", "pp"]
+)
+def test_tokens_are_those_of_one_process_when_ranks_swap_out_what_they_share(
+    folders, tmp_path, shape
+):
+    """Two texts of 8 pages each in 8: one is paused, and its KV leaves every rank's pool."""
+    sampling = replace(SAMPLED, max_tokens=500)
+    whole = HFEngine.load(folders["llama"], dtype="float32", threads=1)
+    prompts = PROMPTS[0], PROMPTS[0][:-1]
+    expected = [generate(whole, prompt, sampling, noise_key(20, 0)).tokens for prompt in prompts]
+    with (
+        LocalMesh(settings(folders["llama"], (), tmp_path, pool_tokens=512, **shape)) as mesh,
+        Client(mesh.router_address) as client,
+    ):
+        streams = [client.generate(prompt, sampling) for prompt in prompts]
+        for stream in streams:
+            next(stream)  # a stream begins when it is read
+        results = [stream.result() for stream in streams]
+        assert [list(result.token_ids) for result in results] == expected
+        position_bytes = whole.usage.position_bytes
+        assert swapped_in_bytes(mesh) >= 64 * position_bytes
 
 
 @pytest.mark.slow

@@ -693,7 +693,7 @@ async def test_request_is_refused_when_it_can_never_fit_the_pool() -> None:
     async with verifier_rig(ToyEngine(vocab_size=VOCAB, pool_tokens=256)) as rig:
         outcome = await rig.router.run([1] * 250, GREEDY)
         assert str(outcome.error) == (
-            "the request needs room for 299 positions; the KV pool has 256"
+            "the request needs room for 274 positions; the KV pool has 256"
         )
         assert (await rig.router.run(PROMPT, GREEDY)).tokens == plain(PROMPT, GREEDY)
     assert isinstance(outcome.error, Overloaded)
@@ -705,12 +705,13 @@ async def test_request_waits_when_pages_are_taken_and_ends_at_its_deadline() -> 
         _, first = rig.router.start(PROMPT, SamplingParams(temperature=0, max_tokens=150))
         await first.until(lambda o: len(o.tokens) > 1)
         _, second = rig.router.start([1, 2], SamplingParams(temperature=0, max_tokens=150))
+        await second.until(lambda o: len(o.tokens) > 1)
         hurried = await rig.router.run([3] * 100, GREEDY, deadline_ms=50)
         await asyncio.gather(first.end(), second.end())
     assert isinstance(hurried.error, DeadlineExceeded)
     assert str(hurried.error) == (
         "deadline of 50 ms passed while the request waited for room; "
-        "1 of 32 requests are running, 1 of 4 KV pages are free"
+        "2 of 32 requests are running, 0 of 4 KV pages are free"
     )
     assert second.tokens == plain([1, 2], SamplingParams(temperature=0, max_tokens=150))
 

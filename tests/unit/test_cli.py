@@ -56,7 +56,7 @@ def test_generate_asks_as_the_options_say_when_given(router):
         *("--top-p", "0.9", "--min-p", "0.1", "--repetition-penalty", "1.1", "--seed", "9"),
         *("--presence-penalty", "0.2", "--frequency-penalty", "0.3", "--stop", "a", "--stop", "b"),
         *("--ignore-eos", "--logprobs", "2", "--max-nodes", "0", "--session", "s", "--priority"),
-        *("3", "--law", "mss", "--proposal", "iid", "--growth", "<2,1>"),
+        *("3", "--law", "mss", "--proposal", "iid", "--growth", "<2,1>", "--adapter", "pirate"),
         *("--router", router.address),
     )
     (sent,) = router.requests
@@ -73,6 +73,7 @@ def test_generate_asks_as_the_options_say_when_given(router):
     assert sampling.logprobs == 2
     assert (sent.law, sent.proposal, sent.growth) == (2, 3, "<2,1>")
     assert (sent.max_nodes, sent.session_id, sent.priority) == (0, "s", 3)
+    assert sent.adapter == "pirate"
 
 
 def test_generate_refuses_a_proposal_when_the_law_cannot_serve_it(router):

@@ -20,7 +20,13 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from treecast.engine.kv_pool import PAGE_TOKENS, KVPool, PagedSequence, num_pages
+from treecast.engine.kv_pool import (
+    PAGE_TOKENS,
+    KVPool,
+    PagedSequence,
+    SwappedSequence,
+    num_pages,
+)
 from treecast.errors import InvalidTree, Overloaded
 
 EMPTY = -1
@@ -33,6 +39,20 @@ class Cells:
         self.values = [EMPTY] * num_places
         self.copies: list[tuple[list[int], list[int]]] = []
         self.sequences: list[PagedSequence] = []
+        self.saved: dict[int, list[int]] = {}
+
+    @property
+    def position_bytes(self) -> int:
+        return 3
+
+    def save(self, key: int, places: Sequence[int]) -> None:
+        self.saved[key] = [self.values[place] for place in places]
+
+    def load(self, key: int, places: Sequence[int]) -> None:
+        self.write(places, self.saved.pop(key))
+
+    def forget(self, key: int) -> None:
+        del self.saved[key]
 
     def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         assert len(set(targets)) == len(targets) == len(sources)
@@ -81,6 +101,7 @@ class Twin:
         self.cells = Cells(total_pages * PAGE_TOKENS)
         self.pool = pool_type(total_pages, self.cells)
         self.live: list[Text] = []
+        self.away: list[tuple[SwappedSequence, list[int]]] = []
         self._values = itertools.count()
 
     def allocate(self, capacity: int) -> Text | None:
@@ -165,10 +186,37 @@ class Twin:
         self.live.remove(text)
         self.cells.sequences.remove(text.sequence)
 
+    def swap_out(self, text: Text) -> None:
+        with self.taking(-text.sequence.own_pages):
+            swapped = self.pool.swap_out(text.sequence)
+        assert (swapped.length, swapped.nbytes) == (len(text.committed), 3 * len(text.committed))
+        self.away.append((swapped, text.committed))
+        self.live.remove(text)
+        self.cells.sequences.remove(text.sequence)
+
+    def swap_in(self, capacity: int) -> Text | None:
+        swapped, committed = self.away[0]
+
+        def act() -> PagedSequence:
+            return self.pool.swap_in(swapped, capacity)
+
+        needed = num_pages(max(capacity, swapped.length))
+        if self.refused(needed, act):
+            return None
+        del self.away[0]
+        return self._join(needed, act, committed)
+
+    def discard(self) -> None:
+        swapped, _ = self.away.pop(0)
+        self.pool.discard(swapped)
+
     def free_all(self) -> None:
         """And see that what is free is one run again."""
         for text in [*self.live]:
             self.free(text)
+        while self.away:
+            self.discard()
+        assert not self.cells.saved
         usage = self.pool.usage
         assert (usage.used, usage.free) == (0, usage.total)
         everything = self.pool.allocate(usage.total * PAGE_TOKENS)
@@ -225,7 +273,11 @@ class Twin:
 
     def _check_sharing(self, text: Text) -> None:
         """A shared page begins below the committed length, and no row lies in it."""
-        assert len(set(text.sequence.pages)) == len(text.sequence.pages)
+        sequence = text.sequence
+        assert len(set(sequence.pages)) == len(sequence.pages)
+        shared = [self.cells.holders(page) > 1 for page in sequence.pages]
+        assert sequence.own_pages == shared.count(False)
+        assert sequence.shared_pages == shared[: len(text.committed) // PAGE_TOKENS].count(True)
         length = len(text.committed)
         for index, page in enumerate(text.sequence.pages):
             if self.cells.holders(page) > 1:
@@ -347,6 +399,22 @@ class PoolMachine(RuleBasedStateMachine):
     @rule(pick=PICKS)
     def free(self, pick: int) -> None:
         self.twin.free(self.text(pick))
+
+    @precondition(has_text)
+    @rule(pick=PICKS)
+    def swap_out(self, pick: int) -> None:
+        self.twin.swap_out(self.text(pick))
+
+    @precondition(lambda self: self.twin.away)
+    @precondition(has_room)
+    @rule(capacity=SIZES)
+    def swap_in(self, capacity: int) -> None:
+        self.twin.swap_in(capacity)
+
+    @precondition(lambda self: self.twin.away)
+    @rule()
+    def discard(self) -> None:
+        self.twin.discard()
 
     @invariant()
     def agrees(self) -> None:

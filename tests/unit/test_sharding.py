@@ -22,7 +22,18 @@ from transformers import (
 
 from treecast.engine.executor import PackedPass, PackedSegment
 from treecast.engine.sharding.line import Line
-from treecast.engine.sharding.orders import Compute, Copy, Meet, Order, Stop, decode, encode
+from treecast.engine.sharding.orders import (
+    Compute,
+    Copy,
+    Forget,
+    Load,
+    Meet,
+    Order,
+    Save,
+    Stop,
+    decode,
+    encode,
+)
 from treecast.engine.sharding.shape import ALONE, GroupShape, Place, check_divides
 from treecast.engine.sharding.stages import check_passes_on
 from treecast.errors import EngineLost, ModelError, SettingsError
@@ -34,7 +45,8 @@ SEGMENTS = (
     PackedSegment(num_rows=1, length=0, parents=(-1,), pages=(2,)),
 )
 PASS = PackedPass((7, 8, 9, 3), (70, 71, 71, 0), (0, 3), SEGMENTS)
-COMPUTE = Compute((Copy((5, 6), (1, 2)), Copy((3,), (4,))), PASS)
+MOVES = (Copy((5, 6), (1, 2)), Save(8, (4, 5)), Copy((3,), (4,)), Load(8, (1, 2)), Forget(9))
+COMPUTE = Compute(MOVES, PASS)
 
 
 @pytest.mark.parametrize("order", [COMPUTE, Compute((), PASS), Meet(), Stop()])

@@ -8,7 +8,21 @@ import typer
 
 from treecast import __version__
 
-from . import bench, certs, chat, demo, drain, generate, keys, models, status, trace, tune, up
+from . import (
+    bench,
+    certs,
+    chat,
+    demo,
+    drain,
+    generate,
+    keys,
+    models,
+    reload,
+    status,
+    trace,
+    tune,
+    up,
+)
 from .outcome import EXIT_CODES, Commands
 
 app = typer.Typer(
@@ -44,5 +58,19 @@ def treecast(
     """
 
 
-for module in (up, generate, chat, trace, status, drain, keys, certs, models, tune, bench, demo):
+for module in (
+    up,
+    generate,
+    chat,
+    trace,
+    status,
+    drain,
+    reload,
+    keys,
+    certs,
+    models,
+    tune,
+    bench,
+    demo,
+):
     module.register(app)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -51,6 +51,8 @@ def models(
         treecast models --families
 
         treecast models check ./my-model
+
+        treecast models convert ./model.Q4_K_M.gguf ./my-model
 
         treecast models list --router 127.0.0.1:7070
     """
@@ -120,22 +122,82 @@ def list_served(
     stdout().print(table)
 
 
+@commands.command("convert")
+def convert(
+    source: Annotated[
+        Path,
+        typer.Argument(metavar="SRC", exists=True, help="A GGUF file, or a model folder."),
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; must not exist.")],
+    dtype: Annotated[
+        Literal["bfloat16", "float32"], typer.Option(help="Type of the weights.")
+    ] = "bfloat16",
+    as_json: options.Json = False,
+) -> None:
+    """Make a model folder of safetensors that verifiers serve as it is.
+
+    Takes GGUF files, folders in another type, and quantised ones where transformers can unpack them
+    on this machine; others are refused with the reason. What was written is loaded again and its
+    logits are compared with the source's; the folder appears whole or not at all. Needs memory for
+    the model in float32 and once more in the new type.
+
+    For example:
+
+        treecast models convert ./model.Q4_K_M.gguf ./my-model --dtype bfloat16
+    """
+    from treecast.conversion import convert as convert_model
+    from treecast.model_folder import model_revision
+
+    with stderr().status("reading") as shown:
+        done = convert_model(source, out, dtype, shown.update)
+    facts = {
+        "path": str(out),
+        "revision": model_revision(out),
+        "parameters": done.num_parameters,
+        "rounding_error": done.rounding_error,
+        "written_error": done.written_error,
+    }
+    if as_json:
+        write_json(facts)
+        return
+    stdout().print(f"{out}: {done.num_parameters} parameters in {dtype}", soft_wrap=True)
+    stdout().print(
+        f"revision {facts['revision']}; logits are off by {done.rounding_error:.1e} for the "
+        f"rounding, and by {done.written_error:.1e} once read back"
+    )
+
+
 @commands.command("check")
 def check(
     path: Annotated[Path, typer.Argument(help="A Hugging Face model folder.")],
+    pool_tokens: Annotated[
+        int, typer.Option(min=64, help="KV pool that memory is reckoned with.")
+    ] = 16384,
     as_json: options.Json = False,
 ) -> None:
-    """Say whether a folder holds a causal language model that can be served, and its revision."""
+    """Say whether a folder holds a causal language model that can be served, and what it takes.
+
+    Memory is reckoned by the headers alone, for exact numerics on this machine's processor and a
+    KV pool of so many tokens.
+    """
+    from dataclasses import asdict
+
     from treecast.checkpoints import check_model_dir, model_revision, tokenizer_hash
+    from treecast.engine.free_memory import free_host_bytes
+    from treecast.engine.loading import LoadOptions, resolve_dtype
+    from treecast.engine.memory import estimate, gib
 
     check_model_dir(path)
+    need = estimate(path, LoadOptions(resolve_dtype("auto"), "exact", "cpu", None), pool_tokens)
     facts = {
         "path": str(path),
         "revision": model_revision(path),
         "tokenizer_hash": tokenizer_hash(path),
+        "memory_bytes": {**asdict(need), "most": need.most, "free": free_host_bytes()},
     }
     if as_json:
         write_json(facts)
         return
     stdout().print(f"{path} can be served", soft_wrap=True)
     stdout().print(f"revision {facts['revision']}, tokenizer {facts['tokenizer_hash']}")
+    stdout().print(f"memory {need}; free here: {gib(free_host_bytes())}", soft_wrap=True)

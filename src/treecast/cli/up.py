@@ -61,6 +61,14 @@ def register(app: typer.Typer) -> None:
 def up(
     model: options.Model = "default",
     draft: options.Draft = "default",
+    adapters: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME=FOLDER,...",
+            help="LoRA adapters in peft's folders; a request names one.",
+            show_default=False,
+        ),
+    ] = None,
     verifiers: Annotated[int, typer.Option(min=1, help="Verifiers to start.")] = 1,
     speculators: Speculators = "ssm,ngram",
     numerics: Numerics = "exact",
@@ -82,6 +90,23 @@ def up(
     pp: Annotated[
         int, typer.Option(min=1, help="Stages that divide its layers, of --tp processes each.")
     ] = 1,
+    offload: Annotated[
+        Literal["none", "cpu", "disk"],
+        typer.Option(
+            help="Where layers are kept that --device-memory has no room for, moved to the device "
+            "for each pass: cpu: the host's memory, for a GPU; disk: a scratch file."
+        ),
+    ] = "none",
+    device_memory: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            metavar="GIB",
+            help="With --offload: what weights may take of the device, or with --device cpu of "
+            "the host.",
+            show_default="what is free",
+        ),
+    ] = None,
     threads: options.Threads = 2,
     engine: Annotated[
         Literal["hf", "toy"], typer.Option(help="toy: a tiny made-up model, for trying things out.")
@@ -144,6 +169,10 @@ def up(
 
         treecast up --model ./my-model --tp 2   # each verifier is two processes
 
+        treecast up --offload disk --device-memory 0.3   # weights that do not fit
+
+        treecast up --adapters pirate=./pirate-lora   # then: generate --adapter pirate
+
         treecast up --json   # one line with all addresses once everything is ready
     """
     from treecast.services.local import MeshSettings
@@ -163,7 +192,14 @@ def up(
         speculators=parse_speculators(speculators),
         torch_threads=threads,
         planner=planner,
-        verifier_flags={"policy": policy, "tp": tp, "pp": pp},
+        verifier_flags={
+            "policy": policy,
+            "tp": tp,
+            "pp": pp,
+            "adapters": adapters,
+            "offload": offload,
+            "device_memory": device_memory,
+        },
         speculator_flags={"growth": growth} if growth else {},
         router_listen=listen,
         http_listen=http_listen,

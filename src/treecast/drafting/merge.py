@@ -65,6 +65,11 @@ class MergedDrafter:
         _check_vocabularies(drafters)
 
     @property
+    def drafters(self) -> tuple[Drafter, ...]:
+        """By bit."""
+        return tuple(self._drafters)
+
+    @property
     def names(self) -> tuple[str, ...]:
         """Proposer names by bit."""
         return tuple(drafter.name for drafter in self._drafters)

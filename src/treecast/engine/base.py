@@ -36,12 +36,17 @@ class ModelInfo:
 
 @dataclass(frozen=True, slots=True)
 class PoolUsage:
-    """Pages of the KV pool; free + used == total after anything."""
+    """Pages of the KV pool; free + used == total after anything.
+
+    Attributes:
+        position_bytes: host memory that one position takes once it is swapped out.
+    """
 
     total: int
     free: int
     used: int
     page_tokens: int
+    position_bytes: int
 
 
 class KVSequence(Protocol):
@@ -58,6 +63,26 @@ class KVSequence(Protocol):
     @property
     def capacity(self) -> int:
         """Positions and rows that the reserved pages hold."""
+
+    @property
+    def own_pages(self) -> int:
+        """Pages that no other sequence holds: those that come free with it."""
+
+    @property
+    def shared_pages(self) -> int:
+        """Pages of committed positions that others hold too and that need not be copied."""
+
+
+class SwappedKV(Protocol):
+    """A sequence's committed positions, out of the pool."""
+
+    @property
+    def length(self) -> int:
+        """Positions."""
+
+    @property
+    def nbytes(self) -> int:
+        """Host memory that they take, in all processes of a group."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +163,23 @@ class Engine(Protocol):
 
     def free(self, sequence: KVSequence) -> None:
         """Give back all pages; the sequence must not be used again."""
+
+    def swap_out(self, sequence: KVSequence) -> SwappedKV:
+        """Move a sequence's committed positions to host memory and give back all its pages.
+
+        The sequence must not be used again. Contents are read by the next `forward`, before it
+        writes, so that this call is only accounts.
+        """
+
+    def swap_in(self, swapped: SwappedKV, capacity: int) -> KVSequence:
+        """A sequence with those positions and pages for `capacity`; `swapped` is used up.
+
+        Raises:
+            Overloaded: not enough free pages; nothing has changed.
+        """
+
+    def discard(self, swapped: SwappedKV) -> None:
+        """Free what was swapped out; it must not be used again."""
 
     def forward(self, segments: Sequence[Segment]) -> list[LogitRows]:
         """Append the segments' rows and compute them in one packed pass. Blocks; one item each."""

@@ -10,6 +10,7 @@ import numpy as np
 from treecast.engine.base import Engine, KVSequence, Segment
 
 _MEMORY = 0.995
+_FEWEST_SIZES = 2
 _DISTURBED = 3.0
 _MOST_DISTURBED = 4
 """So many disturbed steps in a row are no disturbance: the machine, or the text, is another."""
@@ -62,8 +63,11 @@ class StepCurve:
         return max(1e-6, (self._seconds - self._row_s * self._rows) / self._weight)
 
 
-def measure_curve(engine: Engine, max_rows: int, repeats: int = 3) -> StepCurve:
-    """Time steps of 1, 2, 4, ... rows behind a short prefix. Blocks; leaves the pool empty."""
+def measure_curve(engine: Engine, max_rows: int, repeats: int = 3, most_s: float = 20) -> StepCurve:
+    """Time steps of 1, 2, 4, ... rows behind a short prefix. Blocks; leaves the pool empty.
+
+    Fewest and most rows first: once `most_s` have passed, those two have to do.
+    """
     max_rows = min(max_rows, engine.info.context_tokens - 1)
     prefix = min(64, engine.info.context_tokens - max_rows)
     sizes = sorted({min(1 << power, max_rows) for power in range(10)} | {24})
@@ -71,9 +75,13 @@ def measure_curve(engine: Engine, max_rows: int, repeats: int = 3) -> StepCurve:
     sequence = engine.allocate(prefix + max_rows)
     engine.forward([Segment.chain(sequence, [0] * prefix, [])])
     engine.commit(sequence, range(prefix))
-    seconds = {size: _median_step(engine, sequence, size, repeats) for size in sizes}
+    begin = time.monotonic()
+    seconds: dict[int, float] = {}
+    for size in dict.fromkeys((sizes[0], sizes[-1], *sizes)):
+        if len(seconds) < _FEWEST_SIZES or time.monotonic() - begin < most_s:
+            seconds[size] = _median_step(engine, sequence, size, repeats)
     engine.free(sequence)
-    return StepCurve(seconds)
+    return StepCurve(dict(sorted(seconds.items())))
 
 
 def _median_step(engine: Engine, sequence: KVSequence, rows: int, repeats: int) -> float:

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from treecast.engine import lora
-from treecast.engine.bridge import KernelPass
+from treecast.engine.bridge import KernelPass, TreePass
 from treecast.engine.kv_pool import PAGE_TOKENS
+from treecast.engine.kv_stored import StoredKV, StoredPass
 from treecast.engine.kv_tensors import KVTensors, LayerShape
 from treecast.engine.loading import LoadOptions, num_layers
 from treecast.engine.residency import ALL_RESIDENT, Residency
 from treecast.engine.runner import Runner, choose_runner, layer_shapes
 from treecast.engine.steps import (
-    MOST_GRAPHS,
     DeviceSteps,
     PassInput,
     PassOutput,
@@ -77,8 +77,21 @@ class PackedPass:
 class Executor(Protocol):
     """A model and the contents of its KV pool; also a `kv_pool.Storage`."""
 
+    @property
+    def position_bytes(self) -> int:
+        """See `kv_pool.Storage.position_bytes`."""
+
     def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         """See `kv_pool.Storage.copy`."""
+
+    def save(self, key: int, places: Sequence[int]) -> None:
+        """See `kv_pool.Storage.save`."""
+
+    def load(self, key: int, places: Sequence[int]) -> None:
+        """See `kv_pool.Storage.load`."""
+
+    def forget(self, key: int) -> None:
+        """See `kv_pool.Storage.forget`."""
 
     def run(self, packed: PackedPass) -> PassOutput:
         """Compute a pass; its keys and values are in the pool then. Blocks."""
@@ -111,25 +124,40 @@ class LocalExecutor:
     ) -> None:
         """`adapter_rows` are those that the runner's adapted layers look at."""
         self._residency = residency
+        self._norm_columns = 0
         if options.numerics == "exact" and not options.uses_triton:
-            shapes = [replace(s, value_dim=s.value_dim + NORM_COLUMNS) for s in shapes]
+            self._norm_columns = NORM_COLUMNS
         self._device = torch.device(options.device)
-        self._tensors = KVTensors(shapes, num_pages * PAGE_TOKENS, options.kv_dtype, self._device)
+        self._tensors = self._pool(shapes, num_pages * PAGE_TOKENS, options)
         self._runner = runner
         self._adapter_rows = adapter_rows or lora.AdapterRows()
         self._options = options
         self._steps = self._device_steps(shapes) if options.uses_triton else None
 
+    def _pool(
+        self, shapes: Sequence[LayerShape], num_places: int, options: LoadOptions
+    ) -> KVTensors | StoredKV:
+        if options.widens_kv:
+            return StoredKV(shapes, num_places, options.kv_format, self._device)
+        wide = [replace(s, value_dim=s.value_dim + self._norm_columns) for s in shapes]
+        lossy_swap = options.swap_dtype == "int8"
+        return KVTensors(wide, num_places, options.kv_dtype, self._device, lossy_swap)
+
     def _device_steps(self, shapes: Sequence[LayerShape]) -> DeviceSteps:
+        assert isinstance(self._tensors, KVTensors), "refused with the options"
         heads = {(shape.group, shape.kv_heads) for shape in shapes}
         if len(heads) > 1:
             raise ModelError(
                 f"the model's layers have {len(heads)} shapes of heads; kernels on a device take 1"
             )
         attention = paged_attention(self._options.numerics == "exact", self._device)
-        most_graphs = 0 if self._residency.moves else MOST_GRAPHS
         return DeviceSteps(
-            self._runner, self._tensors, attention, heads.pop(), self._device, most_graphs
+            self._runner,
+            self._tensors,
+            attention,
+            heads.pop(),
+            self._device,
+            captures=not self._residency.moves,
         )
 
     @classmethod
@@ -148,7 +176,8 @@ class LocalExecutor:
         """
         rows, device = lora.AdapterRows(), torch.device(options.device)
         lora.attach(model, adapters)
-        runner = choose_runner(model, lora.with_adapters(options.row_layers(), rows), residency)
+        layers, thin = options.row_layers(), options.lossless.row_layers()
+        runner = choose_runner(model, lora.with_adapters(layers, thin, rows), residency)
         residency.done()
         shapes = layer_shapes(runner, range(num_layers(model)), device)
         for one in adapters:  # a layer that cannot tell its rows is found now, not in a request
@@ -156,8 +185,21 @@ class LocalExecutor:
                 layer_shapes(runner, range(len(shapes)), device)
         return cls(runner, shapes, options, num_pages, rows, residency)
 
+    @property
+    def position_bytes(self) -> int:
+        return self._tensors.position_bytes
+
     def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         self._tensors.copy(sources, targets)
+
+    def save(self, key: int, places: Sequence[int]) -> None:
+        self._tensors.save(key, places)
+
+    def load(self, key: int, places: Sequence[int]) -> None:
+        self._tensors.load(key, places)
+
+    def forget(self, key: int) -> None:
+        self._tensors.forget(key)
 
     def read(self, places: Sequence[int]) -> list[Tensor]:
         return self._tensors.read(places)
@@ -178,9 +220,8 @@ class LocalExecutor:
     def _run_here(
         self, packed: PackedPass, layouts: Sequence[SegmentLayout]
     ) -> Tensor:  # [wanted, vocab]
-        kernel = self._kernel(layouts)
         tokens, positions = packed.tokens, packed.positions
-        tree = KernelPass(kernel, self._tensors, len(tokens))
+        tree = self._tree_pass(layouts, len(tokens))
         if len(tokens) < self._options.min_rows:
             tokens, positions = tokens * 2, positions * 2
         rows = torch.tensor((tokens, positions), device=self._device)
@@ -190,6 +231,14 @@ class LocalExecutor:
 
     def _marked(self, adapters: Sequence[str], num_rows: int) -> AbstractContextManager[None]:
         return self._adapter_rows.marked(adapters, num_rows, self._device)
+
+    def _tree_pass(self, layouts: Sequence[SegmentLayout], num_rows: int) -> TreePass:
+        tensors = self._tensors
+        if isinstance(tensors, KVTensors):
+            return KernelPass(self._kernel(layouts), tensors, num_rows)
+        return StoredPass(
+            tensors, layouts, self._kernel, self._options.kv_dtype, self._norm_columns
+        )
 
     def check(self) -> None:
         """There is nobody to lose."""

@@ -20,24 +20,33 @@ from treecast.engine.base import (
     ModelInfo,
     PoolUsage,
     Segment,
+    SwappedKV,
     check_adapter,
 )
 from treecast.engine.executor import Executor, LocalExecutor, PackedPass, PackedSegment
-from treecast.engine.kv_pool import PAGE_TOKENS, KVPool, PagedSequence, num_pages
+from treecast.engine.kv_pool import (
+    PAGE_TOKENS,
+    KVPool,
+    PagedSequence,
+    SwappedSequence,
+    num_pages,
+)
 from treecast.engine.loading import (
     Kernels,
     LoadOptions,
     Numerics,
+    SwapDType,
     describe,
     load_model,
     resolve_dtype,
 )
 from treecast.engine.lora_folder import read_adapter
+from treecast.engine.memory import fitted
 from treecast.engine.offload import RESIDENT, Offload
 from treecast.engine.residency import ALL_RESIDENT, Offloaded
 from treecast.engine.steps import PassOutput
 from treecast.errors import InvalidRequest, ModelError
-from treecast.settings import DType, Weights
+from treecast.settings import DType, KVDType, Weights
 
 DEFAULT_POOL_TOKENS = 16384
 NO_ADAPTERS: Mapping[str, Path | str] = MappingProxyType({})
@@ -60,12 +69,14 @@ class HFEngine:
         dtype: DType = "auto",
         numerics: Numerics = "exact",
         device: str = "cpu",
-        pool_tokens: int = DEFAULT_POOL_TOKENS,
+        pool_tokens: int | None = DEFAULT_POOL_TOKENS,
         threads: int | None = None,
         kernels: Kernels = "auto",
         weights: Weights = "auto",
         adapters: Mapping[str, Path | str] = NO_ADAPTERS,
         offload: Offload = RESIDENT,
+        swap_dtype: SwapDType = "same",
+        kv_dtype: KVDType = "auto",
     ) -> HFEngine:
         """Read a model folder.
 
@@ -75,13 +86,16 @@ class HFEngine:
             numerics: `exact` (a row's bits do not depend on what is computed beside it), `fast`, or
                 `oracle` (slow, for tests).
             device: where torch computes: `cpu`, `cuda`, or one of several such as `cuda:1`.
-            pool_tokens: positions in the KV pool, rounded down to pages of 64.
+            pool_tokens: positions in the KV pool, rounded down to pages of 64; None for as many as
+                free memory holds, see `memory.fitted`.
             threads: torch's number of threads, for the whole process; None leaves it.
             kernels: of attention; `auto` is Triton's on a GPU. Its interpreter runs them on CPU,
                 slowly, for tests.
             weights: in what linear layers' weights are kept on CPU; `auto` is what loses nothing.
             adapters: folders of LoRA adapters, by the names that sequences ask for.
             offload: where weights lie that the device is not to hold.
+            swap_dtype: what swapped-out KV is kept as; `int8` is lossy.
+            kv_dtype: of the pool, see `kv_dtype`; `auto` is what attention computes in.
 
         Raises:
             ModelError: the folder is missing, no causal LM, or one that cannot be served; or an
@@ -97,7 +111,10 @@ class HFEngine:
             kernels=kernels,
             weights=weights,
             offload=offload,
+            swap_dtype=swap_dtype,
+            kept_kv=kv_dtype,
         )
+        options, pool_tokens = fitted(folder, options, pool_tokens)
         model = load_model(folder, options)
         loaded = [read_adapter(name, Path(where)) for name, where in adapters.items()]
         info = replace(
@@ -135,6 +152,15 @@ class HFEngine:
 
     def free(self, sequence: KVSequence) -> None:
         self._pool.free(_paged(sequence))
+
+    def swap_out(self, sequence: KVSequence) -> SwappedSequence:
+        return self._pool.swap_out(_paged(sequence))
+
+    def swap_in(self, swapped: SwappedKV, capacity: int) -> KVSequence:
+        return self._pool.swap_in(_swapped(swapped), capacity)
+
+    def discard(self, swapped: SwappedKV) -> None:
+        self._pool.discard(_swapped(swapped))
 
     def commit(self, sequence: KVSequence, path: Sequence[int], keep: Sequence[int] = ()) -> None:
         self._pool.commit(_paged(sequence), path, keep)
@@ -222,6 +248,12 @@ def _paged(sequence: KVSequence) -> PagedSequence:
     if not isinstance(sequence, PagedSequence):
         raise ModelError(f"a {type(sequence).__name__} is no sequence of this engine")
     return sequence
+
+
+def _swapped(swapped: SwappedKV) -> SwappedSequence:
+    if not isinstance(swapped, SwappedSequence):
+        raise ModelError(f"a {type(swapped).__name__} was not swapped out by this engine")
+    return swapped
 
 
 def _check_segment(segment: Segment, vocab_size: int) -> None:

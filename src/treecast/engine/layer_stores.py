@@ -81,7 +81,7 @@ class DiskStore:
             halved = _is_on_cpu(tensor) and tensor.dtype == torch.float32 and _is_bfloat16(raw)
             kept = raw.view(np.uint16)[1::2].copy() if halved else raw
             parts.append(_Part(self._end - begin, kept.nbytes, halved))
-            self._write(memoryview(kept.view(np.uint8)))
+            self._write(kept.view(np.uint8))
         size = _up(self._end - begin)
         self._end = begin + size
         os.ftruncate(self._writing, self._end)
@@ -96,7 +96,7 @@ class DiskStore:
         began = time.monotonic()
         begin, size, parts = self._layers[layer]
         read = self._staging[:size]
-        read_whole(self._file, memoryview(read.numpy()), begin)
+        read_whole(self._file, read.numpy(), begin)
         os.posix_fadvise(self._file, begin, size, os.POSIX_FADV_DONTNEED)
         for part, tensor in zip(parts, into, strict=True):
             _put(read[part.offset : part.offset + part.num_bytes], part.halved, tensor)
@@ -110,11 +110,11 @@ class DiskStore:
         os.close(self._file)
         os.close(self._writing)
 
-    def _write(self, data: memoryview) -> None:
+    def _write(self, data: NDArray[np.uint8]) -> None:
         """Behind the last, at a multiple of 64 bytes."""
         try:
-            while data:
-                done = os.pwrite(self._writing, data, self._end)
+            while len(data):
+                done = os.pwrite(self._writing, data.data, self._end)
                 self._end, data = self._end + done, data[done:]
         except OSError as error:
             raise ModelError(

@@ -6,18 +6,19 @@ import hashlib
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 import structlog
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from treecast import checkpoints
 from treecast.engine import adapters, bridge
 from treecast.engine.base import ModelInfo
 from treecast.engine.cut_head import cut_head
+from treecast.engine.kv_dtype import KV_FORMATS, KVFormat
 from treecast.engine.linears import (
     RowLayers,
     cpu_layers,
@@ -27,10 +28,11 @@ from treecast.engine.linears import (
     product_dtype,
 )
 from treecast.engine.offload import RESIDENT, Offload
+from treecast.engine.progress import reading_told
 from treecast.engine.sharding.shape import ALONE, GroupShape
 from treecast.engine.unread import unread_model
 from treecast.errors import ModelError
-from treecast.settings import DType, Weights
+from treecast.settings import DType, KVDType, Weights
 
 Numerics = Literal["exact", "fast", "oracle"]
 
@@ -38,12 +40,15 @@ DTYPES: dict[str, torch.dtype] = {"bfloat16": torch.bfloat16, "float32": torch.f
 NUMERICS = ("exact", "fast", "oracle")
 WEIGHTS = get_args(Weights)
 Kernels = Literal["auto", "torch", "triton"]
+SwapDType = Literal["same", "int8"]
 
 _COMPUTATION = 4
 """Raised whenever our own kernels or runners come to give other bits."""
 
 _BLOOM_CONTEXT = 2048
 """Its biases have no end, and its config tells none; so it was trained."""
+
+_ALIGNMENT = 64
 
 _log = structlog.get_logger()
 
@@ -63,6 +68,8 @@ class LoadOptions:
     kernels: Kernels = "auto"
     weights: Weights = "auto"
     offload: Offload = RESIDENT
+    swap_dtype: SwapDType = "same"
+    kept_kv: KVDType = "auto"
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -70,6 +77,15 @@ class LoadOptions:
         if self.numerics not in NUMERICS:
             known = ", ".join(NUMERICS)
             raise ModelError(f"numerics {self.numerics!r} are unknown; known are {known}")
+        if self.swap_dtype != "same" and self.numerics != "fast":
+            raise ModelError(
+                f"swapping KV as {self.swap_dtype} loses bits, which numerics {self.numerics} "
+                "promise to keep; it needs numerics fast"
+            )
+        if self.swap_dtype != "same" and self.kept_kv != "auto":
+            raise ModelError(
+                f"swap dtype {self.swap_dtype} is for KV dtype auto, not for {self.kept_kv}"
+            )
         if self.weights not in WEIGHTS:
             known = ", ".join(WEIGHTS)
             raise ModelError(f"weights {self.weights!r} are unknown; known are {known}")
@@ -80,6 +96,10 @@ class LoadOptions:
             )
         if self.threads is not None and self.threads < 1:
             raise ModelError(f"threads is {self.threads}; it must be 1 or more")
+        if self.kept_kv != "auto" and self.uses_triton:
+            raise ModelError(
+                f"KV dtype {self.kept_kv} is for CPU; kernels on a device take auto, {self.dtype}"
+            )
         if self.offload.mode == "cpu" and self.on_cpu:
             raise ModelError("offload cpu is for a GPU's weights; on a CPU there is offload disk")
         if self.offload.mode != "none" and self.group != ALONE:
@@ -103,6 +123,11 @@ class LoadOptions:
         """Rows that a linear layer computes at least; a lone row may take another code path."""
         return 2 if self.numerics == "exact" and not self.uses_triton else 1
 
+    @property
+    def lossless(self) -> LoadOptions:
+        """The same, with weights that lose nothing: an adapter's are few, and are not narrowed."""
+        return replace(self, weights="auto")
+
     def row_layers(self) -> RowLayers:
         """What linear layers and norms are computed with."""
         if self.uses_triton and self.numerics == "exact":
@@ -114,8 +139,22 @@ class LoadOptions:
         return cpu_layers(self.weights, DTYPES[self.dtype], self.min_rows > 1)
 
     @property
+    def kv_format(self) -> KVFormat:
+        """What keys and values are kept in: what they are computed in, unless asked otherwise."""
+        kept = KVFormat(self.kv_dtype)
+        return kept if self.kept_kv == "auto" else KV_FORMATS[self.kept_kv]
+
+    @property
+    def widens_kv(self) -> bool:
+        """Whether the pool is kept in another type than is computed in."""
+        return self.kv_format.dtype != self.kv_dtype
+
+    @property
     def kv_dtype(self) -> torch.dtype:
-        """float32 wherever rounding keys once more would blur what is compared, or cost time."""
+        """What attention computes in.
+
+        float32 wherever rounding keys once more would blur what is compared, or cost time.
+        """
         own = DTYPES[self.dtype]
         if self.uses_triton:
             return own
@@ -155,23 +194,48 @@ def load_model(path: Path, options: LoadOptions) -> nn.Module:
     Raises:
         ModelError: the folder is no causal LM, or one that cannot be served.
     """
-    from transformers import AutoConfig
-
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     bridge.register()
     try:
-        config = AutoConfig.from_pretrained(path)
-        refuse_unservable(config)
+        config = read_servable_config(path)
         model = _read_model(path, config, options)
     except (OSError, ValueError) as error:
         raise ModelError(f"model folder {path} cannot be loaded: {error}") from error
     adapters.adapt(model)
     cut_head(model)
-    loaded: nn.Module = model.eval()._apply(
-        lambda tensor: tensor if tensor.is_meta else tensor.to(options.device)
-    )
+    loaded: nn.Module = model.eval()._apply(lambda tensor: _placed(tensor, options))
     return loaded
+
+
+def _placed(tensor: Tensor, options: LoadOptions) -> Tensor:
+    """On the device, at an address as torch gives them out.
+
+    Tensors of a mapped file begin where its header happens to end, and the matrix library adds up
+    in another order there.
+    """
+    if tensor.is_meta:
+        return tensor
+    placed = tensor.to(options.device)
+    if not options.on_cpu or options.group != ALONE or placed.data_ptr() % _ALIGNMENT == 0:
+        return placed
+    return placed.clone()
+
+
+def read_servable_config(path: Path) -> Any:
+    """A folder's config, of a model that can be served.
+
+    Raises:
+        ModelError: it is none, and why.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"model folder {path} cannot be loaded: {error}") from error
+    refuse_unservable(config)
+    return config
 
 
 def _read_model(path: Path, config: Any, options: LoadOptions) -> Any:
@@ -184,7 +248,7 @@ def _read_model(path: Path, config: Any, options: LoadOptions) -> Any:
         if model is not None:
             return model
         _log.info("model.read_whole", reason="its tensors are stored under other names")
-    with _share(options.group) as share:
+    with _share(options.group) as share, reading_told(path):
         return transformers.AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, attn_implementation=attention, **share
         )
@@ -235,7 +299,7 @@ def fingerprint(revision: str, options: LoadOptions) -> str:
         "dtype": options.dtype,
         "weights": options.weights,
         "numerics": options.numerics,
-        "kv": str(options.kv_dtype),
+        "kv": f"{options.kv_dtype} of {options.kv_format.dtype}",
         "kernels": _triton_version() if options.uses_triton else "torch",
         "device": options.device,
         "processor": _processor() if options.on_cpu else torch.cuda.get_device_name(options.device),
@@ -244,6 +308,8 @@ def fingerprint(revision: str, options: LoadOptions) -> str:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
+    if options.swap_dtype != "same":
+        parts["swap"] = options.swap_dtype
     return hashlib.sha256(repr(sorted(parts.items())).encode()).hexdigest()[:16]
 
 
@@ -284,6 +350,12 @@ def refuse_unservable(config: Any) -> None:
         raise ModelError(
             f"{kind} keeps a recurrent state, which branches of a tree cannot share; "
             "only attention over keys and values is served"
+        )
+    if (packed := getattr(config, "quantization_config", None)) is not None:
+        method = packed.get("quant_method") if isinstance(packed, dict) else packed.quant_method
+        raise ModelError(
+            f"the weights are quantised by {method}; `treecast models convert` makes a folder of "
+            "them that is served, where they can be unpacked"
         )
     kinds = getattr(config.get_text_config(), "layer_types", None) or ()
     unknown = sorted(set(kinds) - {"full_attention", "sliding_attention"})

@@ -145,15 +145,15 @@ def low_ranks_of(linear: nn.Module) -> dict[str, LowRank]:
     return found
 
 
-def with_adapters(layers: RowLayers, rows: AdapterRows) -> RowLayers:
-    """The same layers, for a model that adapters were attached to."""
+def with_adapters(layers: RowLayers, thin: RowLayers, rows: AdapterRows) -> RowLayers:
+    """The same layers, for a model that adapters were attached to; theirs are `thin` ones."""
 
     def linear(given: nn.Linear) -> nn.Module:
         low_ranks = low_ranks_of(given)
         if not low_ranks:
             return layers.linear(given)
         made = {
-            name: nn.Sequential(layers.linear(_bare(one.down)), layers.linear(_bare(one.up)))
+            name: nn.Sequential(thin.linear(_bare(one.down)), thin.linear(_bare(one.up)))
             for name, one in low_ranks.items()
         }
         return AdaptedLinear(layers.linear(given), made, rows)

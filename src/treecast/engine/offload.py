@@ -276,7 +276,7 @@ class _Moving:
 
     def __init__(self, stream: Any, after: Any | None, before: Any) -> None:
         self._stream, self._after, self._before = stream, after, before
-        self._current = torch.cuda.stream(stream)
+        self._current: Any = torch.cuda.stream(stream)
 
     def __enter__(self) -> None:
         self._current.__enter__()

@@ -126,8 +126,15 @@ class DeviceSteps:
         heads: tuple[int, int],
         device: torch.device,
         most_graphs: int = MOST_GRAPHS,
+        captures: bool = True,
     ) -> None:
-        """`heads`: how many share a KV head, and KV heads; alike in all layers."""
+        """Run passes of `runner`.
+
+        Args:
+            heads: how many share a KV head, and KV heads; alike in all layers.
+            captures: whether passes may be replayed; not where a host's thread moves weights.
+        """
+        self.captures = captures and device.type == "cuda"
         self._most_graphs = most_graphs
         self._runner = runner
         self._tensors = tensors
@@ -181,7 +188,7 @@ class _Step:
         self._launch = Launch(self._table.on_device, num_items, num_rows, lanes)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._outputs: tuple[Tensor, Tensor] | None = None
-        self._capturable = device.type == "cuda"
+        self._capturable = steps.captures
 
     def load(self, given: PassInput, tables: PassTables) -> None:
         """Put a pass's inputs on the device. Rows behind the last are token 0 at position 0."""

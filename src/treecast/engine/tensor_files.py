@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from treecast.errors import ModelError
@@ -38,11 +40,11 @@ def read_tensor(stored: StoredTensor) -> Tensor:
         raise ModelError(f"{stored.file}: {stored.name} is of type {stored.dtype}, not supported")
     tensor = torch.empty(stored.shape, dtype=_DTYPES[stored.dtype])
     if stored.num_bytes:
-        _fill(memoryview(tensor.view(-1).view(torch.uint8).numpy()), stored)
+        _fill(tensor.view(-1).view(torch.uint8).numpy(), stored)
     return tensor
 
 
-def _fill(target: memoryview, stored: StoredTensor) -> None:
+def _fill(target: NDArray[np.uint8], stored: StoredTensor) -> None:
     file = os.open(stored.file, os.O_RDONLY)
     try:
         read_whole(file, target, stored.offset)
@@ -53,7 +55,7 @@ def _fill(target: memoryview, stored: StoredTensor) -> None:
         os.close(file)
 
 
-def read_whole(file: int, target: memoryview, offset: int) -> None:
+def read_whole(file: int, target: NDArray[np.uint8], offset: int) -> None:
     """Fill memory from a file.
 
     Raises:
@@ -61,7 +63,7 @@ def read_whole(file: int, target: memoryview, offset: int) -> None:
     """
     done = 0
     while done < len(target):
-        count = os.preadv(file, [target[done:]], offset + done)
+        count = os.preadv(file, [target[done:].data], offset + done)
         if not count:
             raise EOFError(f"the file ends {len(target) - done} bytes too early")
         done += count

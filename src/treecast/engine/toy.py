@@ -29,9 +29,10 @@ from treecast.engine.base import (
     ModelInfo,
     PoolUsage,
     Segment,
+    SwappedKV,
     check_adapter,
 )
-from treecast.engine.kv_pool import PAGE_TOKENS, KVPool, PagedSequence
+from treecast.engine.kv_pool import PAGE_TOKENS, KVPool, PagedSequence, SwappedSequence
 
 _EMPTY = -1
 
@@ -70,15 +71,33 @@ def toy_logits(tokens: Iterable[int], vocab_size: int, shift: int = 0) -> NDArra
 
 
 class TokenStorage:
-    """What lies in the toy's pool: one token id per place, and the shift of its adapter."""
+    """What lies in the toy's pool: one token id per place, and the shift of its adapter.
+
+    Attributes:
+        saved: what was swapped out, by key.
+    """
 
     def __init__(self, places: int) -> None:
         self.tokens = np.full(places, _EMPTY, np.int64)
         self.shifts = np.zeros(places, np.int64)
+        self.saved: dict[int, NDArray[np.int64]] = {}
+
+    @property
+    def position_bytes(self) -> int:
+        return self.tokens.itemsize + self.shifts.itemsize
 
     def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         self.tokens[list(targets)] = self.tokens[list(sources)]
         self.shifts[list(targets)] = self.shifts[list(sources)]
+
+    def save(self, key: int, places: Sequence[int]) -> None:
+        self.saved[key] = np.stack([self.tokens[list(places)], self.shifts[list(places)]])
+
+    def load(self, key: int, places: Sequence[int]) -> None:
+        self.tokens[list(places)], self.shifts[list(places)] = self.saved.pop(key)
+
+    def forget(self, key: int) -> None:
+        del self.saved[key]
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +116,10 @@ class ToyRows:
 
 
 class ToyEngine:
-    """The toy model and its pool. `num_passes` and `num_rows` count what it has computed."""
+    """The toy model and its pool. `num_passes` and `num_rows` count what it has computed.
+
+    `storage` is what the pool holds, and what was swapped out of it.
+    """
 
     def __init__(
         self,
@@ -131,8 +153,8 @@ class ToyEngine:
             adapters=tuple(Adapter(name, f"shift-{by}") for name, by in adapters.items()),
         )
         num_pages = -(-pool_tokens // PAGE_TOKENS)
-        self._storage = TokenStorage(num_pages * PAGE_TOKENS)
-        self._pool = KVPool(num_pages, self._storage)
+        self.storage = TokenStorage(num_pages * PAGE_TOKENS)
+        self._pool = KVPool(num_pages, self.storage)
         self._step_s = step_s
         self._shifts = {"": 0, **adapters}
         self._on_forward = on_forward
@@ -166,6 +188,15 @@ class ToyEngine:
 
     def free(self, sequence: KVSequence) -> None:
         self._pool.free(_own(sequence))
+
+    def swap_out(self, sequence: KVSequence) -> SwappedSequence:
+        return self._pool.swap_out(_own(sequence))
+
+    def swap_in(self, swapped: SwappedKV, capacity: int) -> PagedSequence:
+        return self._pool.swap_in(_own_swapped(swapped), capacity)
+
+    def discard(self, swapped: SwappedKV) -> None:
+        self._pool.discard(_own_swapped(swapped))
 
     def forward(self, segments: Sequence[Segment]) -> list[LogitRows]:
         if self._on_forward is not None:
@@ -217,9 +248,9 @@ class ToyEngine:
         self._pool.append(sequence, segment.parents)
         start = sequence.length + first
         places = sequence.places(start, start + len(segment.tokens))
-        self._storage.tokens[places] = segment.tokens
+        self.storage.tokens[places] = segment.tokens
         shift = self._shifts[sequence.adapter]
-        self._storage.shifts[places] = shift
+        self.storage.shifts[places] = shift
         self.num_rows += len(segment.tokens)
         states = self._row_states(sequence)
         wanted = [states[first + row] for row in segment.wanted]
@@ -228,9 +259,9 @@ class ToyEngine:
     def _row_states(self, sequence: PagedSequence) -> list[ToyState]:
         """The state after each uncommitted row, from what lies in the sequence's places."""
         places = sequence.places(0, sequence.num_slots)
-        tokens = self._storage.tokens[places].tolist()
+        tokens = self.storage.tokens[places].tolist()
         assert _EMPTY not in tokens, "a place of the sequence was never written"
-        computed_with = set(self._storage.shifts[places].tolist())
+        computed_with = set(self.storage.shifts[places].tolist())
         assert computed_with <= {self._shifts[sequence.adapter]}, f"{computed_with=}"
         committed = toy_state(tokens[: sequence.length])
         states: list[ToyState] = []
@@ -242,3 +273,8 @@ class ToyEngine:
 def _own(sequence: KVSequence) -> PagedSequence:
     assert isinstance(sequence, PagedSequence), f"not a sequence of this engine: {sequence!r}"
     return sequence
+
+
+def _own_swapped(swapped: SwappedKV) -> SwappedSequence:
+    assert isinstance(swapped, SwappedSequence), f"not of this engine: {swapped!r}"
+    return swapped

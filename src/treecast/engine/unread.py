@@ -6,7 +6,7 @@ stored one by one, say) are put together by transformers while it reads all of t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -38,16 +38,11 @@ def unread_model(path: Path, config: Any, dtype: torch.dtype, attention: str) ->
     Returns:
         None where the checkpoint must be read whole by transformers.
     """
-    import transformers
+    from transformers import GenerationConfig
 
-    stored = {tensor.name: tensor for tensor in stored_tensors(path)}
-    with _parameters_on_meta():
-        model: Any = transformers.AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation=attention
-        )
-    found = _match(model, stored)
-    kept_wide = dtype != torch.float32 and getattr(model, "_keep_in_fp32_modules_strict", None)
-    if found is None or kept_wide:
+    model = empty_model(config, dtype, attention)
+    found = matching(model, path)
+    if found is None:
         return None
     within = _prefix_of(model, decoder_layers(model))
     for name, target in model.state_dict(keep_vars=True).items():
@@ -55,8 +50,18 @@ def unread_model(path: Path, config: Any, dtype: torch.dtype, attention: str) ->
             put_tensor(model, name, read_tensor(found[name]).to(target.dtype))
     model.tie_weights()
     with suppress(OSError):
-        model.generation_config = transformers.GenerationConfig.from_pretrained(path)
+        model.generation_config = GenerationConfig.from_pretrained(path)
     return model.eval()
+
+
+def empty_model(config: Any, dtype: torch.dtype, attention: str) -> Any:
+    """A causal LM with all its modules and buffers, and parameters on torch's device `meta`."""
+    import transformers
+
+    with _parameters_on_meta():
+        return transformers.AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=attention
+        )
 
 
 class LayerSource:
@@ -97,7 +102,7 @@ class LayerSource:
         weights = dict(self._layers.named_parameters())
         if not any(weight.is_meta for weight in weights.values()):
             return {name: weight.detach() for name, weight in weights.items()}.__getitem__
-        stored = _match(model, {tensor.name: tensor for tensor in stored_tensors(path)})
+        stored = matching(model, path)
         assert stored is not None, "a model that is not read has names that match"
         prefix = _prefix_of(model, self._layers)
         return lambda name: read_tensor(stored[prefix + name])
@@ -122,8 +127,14 @@ def _nothing_left(name: str) -> Tensor:
     raise AssertionError(f"{name} is wanted from weights that were let go")
 
 
-def _match(model: Any, stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor] | None:
-    """Each of the model's tensors in the files; None where one is missing or of another shape."""
+def matching(model: Any, path: Path) -> dict[str, StoredTensor] | None:
+    """Each of a model's tensors in a folder; None where transformers must put some together.
+
+    That is where one is missing, or of another shape, or stays in float32 whatever is asked for.
+    """
+    if model.dtype != torch.float32 and getattr(model, "_keep_in_fp32_modules_strict", None):
+        return None
+    stored = {tensor.name: tensor for tensor in stored_tensors(path)}
     prefix = f"{model.base_model_prefix}."
     found: dict[str, StoredTensor] = {}
     for name, weight in model.named_parameters():
@@ -150,8 +161,10 @@ def _parameters_on_meta() -> Iterator[None]:
     register = nn.Module.register_parameter
 
     def on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        empty = None if param is None else nn.Parameter(param.to("meta"), requires_grad=False)
-        register(self, name, empty)
+        if param is not None and not param.is_meta:  # one that is tied stays the same object
+            param = nn.Parameter(param.to("meta"), requires_grad=False)
+            param._is_hf_initialized = True  # type: ignore[attr-defined]  # spares drawing numbers
+        register(self, name, param)
 
     nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
     try:

@@ -22,10 +22,36 @@ class Copy:
 
 
 @dataclass(frozen=True, slots=True)
-class Compute:
-    """Make these copies, one after the other, then compute the pass."""
+class Save:
+    """Keep what is in these places of the pool under a key."""
 
-    copies: tuple[Copy, ...]
+    key: int
+    places: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Write what was saved under a key into these places."""
+
+    key: int
+    places: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Forget:
+    """Drop what was saved under a key."""
+
+    key: int
+
+
+Move = Copy | Save | Load | Forget
+
+
+@dataclass(frozen=True, slots=True)
+class Compute:
+    """Make these moves, one after the other, then compute the pass."""
+
+    moves: tuple[Move, ...]
     packed: PackedPass
 
 
@@ -42,6 +68,7 @@ class Stop:
 Order = Compute | Meet | Stop
 
 _COMPUTE, _MEET, _STOP = 1, 2, 3
+_COPY, _SAVE, _LOAD, _FORGET = 1, 2, 3, 4
 
 
 def encode(order: Order) -> Words:
@@ -51,10 +78,10 @@ def encode(order: Order) -> Words:
             return np.array([_MEET])
         case Stop():
             return np.array([_STOP])
-        case Compute(copies, packed):
-            words = [_COMPUTE, len(copies)]
-            for copy in copies:
-                words += [len(copy.sources), *copy.sources, *copy.targets]
+        case Compute(moves, packed):
+            words = [_COMPUTE, len(moves)]
+            for move in moves:
+                words += _encode_move(move)
             words += [len(packed.tokens), *packed.tokens, *packed.positions]
             words += [len(packed.wanted), *packed.wanted, len(packed.segments)]
             for segment in packed.segments:
@@ -72,17 +99,36 @@ def decode(words: Words) -> Order:
             return Meet()
         case int(kind) if kind == _STOP:
             return Stop()
-    copies = tuple(_read_copy(reader) for _ in range(reader.one()))
+    moves = tuple(_read_move(reader) for _ in range(reader.one()))
     count = reader.one()
     tokens, positions = reader.some(count), reader.some(count)
     wanted = reader.some(reader.one())
     segments = tuple(_read_segment(reader) for _ in range(reader.one()))
-    return Compute(copies, PackedPass(tokens, positions, wanted, segments))
+    return Compute(moves, PackedPass(tokens, positions, wanted, segments))
 
 
-def _read_copy(reader: _Reader) -> Copy:
-    count = reader.one()
-    return Copy(reader.some(count), reader.some(count))
+def _encode_move(move: Move) -> list[int]:
+    match move:
+        case Copy(sources, targets):
+            return [_COPY, len(sources), *sources, *targets]
+        case Save(key, places):
+            return [_SAVE, key, len(places), *places]
+        case Load(key, places):
+            return [_LOAD, key, len(places), *places]
+        case Forget(key):
+            return [_FORGET, key]
+
+
+def _read_move(reader: _Reader) -> Move:
+    match reader.one():
+        case int(kind) if kind == _COPY:
+            count = reader.one()
+            return Copy(reader.some(count), reader.some(count))
+        case int(kind) if kind == _SAVE:
+            return Save(reader.one(), reader.some(reader.one()))
+        case int(kind) if kind == _LOAD:
+            return Load(reader.one(), reader.some(reader.one()))
+    return Forget(reader.one())
 
 
 def _read_segment(reader: _Reader) -> PackedSegment:

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 from treecast import checkpoints
 from treecast.engine.base import ModelInfo
-from treecast.engine.executor import LocalExecutor, PackedPass
+from treecast.engine.executor import Executor, LocalExecutor, PackedPass
 from treecast.engine.hf import HFEngine, pages_of
 from treecast.engine.linears import replace_linears
 from treecast.engine.loading import LoadOptions, describe, load_model, num_layers
 from treecast.engine.runner import layer_shapes
 from treecast.engine.sharding.layers import make_plain
 from treecast.engine.sharding.line import Line
-from treecast.engine.sharding.orders import Compute, Copy, Meet, Stop
+from treecast.engine.sharding.orders import Compute, Copy, Forget, Load, Meet, Move, Save, Stop
 from treecast.engine.sharding.shape import Place, check_divides
 from treecast.engine.sharding.stages import StageRunner, own_layers
 from treecast.engine.sharding.world import World
@@ -95,19 +95,37 @@ def _executor_of(model: nn.Module, member: Member, world: World) -> LocalExecuto
 class Leader:
     """Rank 0's executor: what it does, it has all ranks do. See `engine.executor.Executor`.
 
-    Copies are made here at once and told with the next pass, the first to need them elsewhere.
+    What moves in the pool does so here at once and is told with the next pass, the first to need
+    it elsewhere.
     """
 
     def __init__(self, local: LocalExecutor, world: World) -> None:
         self._local = local
         self._world = world
         self._line = Line(world)
-        self._copies: list[Copy] = []
+        self._moves: list[Move] = []
         self._lost = False
 
+    @property
+    def position_bytes(self) -> int:
+        """Of all ranks: their shares are about as large as ours."""
+        return self._local.position_bytes * self._world.place.shape.size
+
     def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
-        self._copies.append(Copy(tuple(sources), tuple(targets)))
-        self._local.copy(sources, targets)
+        self._move(Copy(tuple(sources), tuple(targets)))
+
+    def save(self, key: int, places: Sequence[int]) -> None:
+        self._move(Save(key, tuple(places)))
+
+    def load(self, key: int, places: Sequence[int]) -> None:
+        self._move(Load(key, tuple(places)))
+
+    def forget(self, key: int) -> None:
+        self._move(Forget(key))
+
+    def _move(self, move: Move) -> None:
+        self._moves.append(move)
+        make(move, self._local)
 
     def read(self, places: Sequence[int]) -> list[Tensor]:
         """Of rank 0's part alone."""
@@ -120,8 +138,8 @@ class Leader:
 
     def run(self, packed: PackedPass) -> PassOutput:
         with self._all_ranks():
-            self._line.send(Compute(tuple(self._copies), packed))
-            self._copies.clear()
+            self._line.send(Compute(tuple(self._moves), packed))
+            self._moves.clear()
             output = self._local.run(packed)
             self._line.computed(output.logits)
             return output
@@ -155,10 +173,23 @@ def obey(executor: LocalExecutor, world: World) -> None:
                 return
             case Meet():
                 world.meet()
-            case Compute(copies, packed):
-                for copy in copies:
-                    executor.copy(copy.sources, copy.targets)
+            case Compute(moves, packed):
+                for move in moves:
+                    make(move, executor)
                 line.computed(executor.run(packed).logits)
+
+
+def make(move: Move, executor: Executor) -> None:
+    """Make a move in one rank's pool."""
+    match move:
+        case Copy(sources, targets):
+            executor.copy(sources, targets)
+        case Save(key, places):
+            executor.save(key, places)
+        case Load(key, places):
+            executor.load(key, places)
+        case Forget(key):
+            executor.forget(key)
 
 
 @contextmanager
