@@ -54,9 +54,8 @@ def test_narrow_weights_are_counted_as_they_are_kept(outputs: int, inputs: int) 
 
 
 def test_fewer_bits_need_less_memory(folder: Path) -> None:
-    kinds: tuple[Weights, ...] = ("float32", "bfloat16", "int8", "int4")
+    kinds: tuple[Weights, ...] = ("float32", "bfloat16", "int8")
     needs = [estimate(folder, replace(OPTIONS, weights=kind), 640).weights for kind in kinds]
-    assert needs == sorted(needs, reverse=True)
     assert needs[0] > needs[1] > needs[2]
 
 
