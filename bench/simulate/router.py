@@ -132,7 +132,7 @@ class SimRouter:
         now_s, scenario = self._env.now, self._scenario
         told = turn.output_tokens if scenario.length_predictor == "max-tokens" else MAX_TOKENS
         sampling = SamplingParams(max_tokens=told)
-        expected = self._lengths.expect((turn.tenant, MODEL), turn.prompt, sampling)
+        expected = self._lengths.expect((turn.tenant, MODEL, ""), turn.prompt, sampling)
         left = expected.left(0) if expected else None
         rank = rank_of(scenario.queue_order, now_s, left, scenario.give_way_s)
         share = Share(turn.tenant, 0, turn.prompt_tokens + told, rank)
@@ -223,7 +223,7 @@ class SimRouter:
         request.ended_s = self._env.now
         del stream.seats[id(request)]
         self._show_seats(stream)
-        whose = (turn.tenant, MODEL)
+        whose = (turn.tenant, MODEL, "")
         self._lengths.learn(whose, request.expected, turn.output_tokens, FinishReason.STOP_TOKEN)
         spent = turn.prompt_tokens + turn.output_tokens
         self._queue.charge(request.share, spent - request.share.cost)

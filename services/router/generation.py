@@ -219,8 +219,9 @@ class Generation:
         return expected.after(len(sample.relay.output.tokens)) if expected else None
 
     def _learn_length(self, num_tokens: int, finish: FinishReason) -> None:
-        caller, expected = self._job.caller, self._job.expected
-        self._lengths.learn((caller.tenant, caller.model), expected, num_tokens, finish)
+        job, expected = self._job, self._job.expected
+        whose = (job.caller.tenant, job.caller.model, job.adapter_name)
+        self._lengths.learn(whose, expected, num_tokens, finish)
         if expected is not None and finish in OWN_ENDS:
             error = self._metrics.length_error.labels(expected.source.value)
             error.observe(expected.doublings(num_tokens))

@@ -24,8 +24,8 @@ from treecast.sampling.stops import FinishReason
 
 from .features import DIMENSIONS, Features, Vector
 
-Whose = tuple[str, str]
-"""A tenant and a model: lengths of others say nothing, and are nobody's business."""
+Whose = tuple[str, str, str]
+"""Tenant, model, and adapter or none: lengths of others say nothing, and are nobody's business."""
 
 REMEMBERED = 512
 """Prompts kept of one tenant and model, the newest."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ from treecast.v1 import router_pb2_grpc
 from treecast.wire.frames import SessionKey
 from treecast.wire.guarded_redis import RedisLost
 
-from .admission import Admission
+from .admission import Admission, Checked
 from .dispatch import Dispatcher
 from .draining import Draining
 from .fleet import Fleet
@@ -213,7 +213,7 @@ class RouterService(router_pb2_grpc.RouterServiceServicer):
         checked = await self._admission.check(ask, deadline_s)
         caller.model = checked.model.model
         cost = ask.largest_cost(len(checked.prompt))
-        expected = self._expect(ask, caller, checked.prompt)
+        expected = self._expect(ask, caller, checked)
         job = Job(
             ask=ask,
             share=Share(key.tenant, ask.priority, cost, self._rank(ask, expected, loop.time())),
@@ -246,8 +246,9 @@ class RouterService(router_pb2_grpc.RouterServiceServicer):
         duration.observe(loop.time() - arrived_s)
         return reason.name.lower()
 
-    def _expect(self, ask: Ask, caller: Caller, prompt: Sequence[int]) -> Expected | None:
-        expected = self._lengths.expect((caller.tenant, caller.model), prompt, ask.sampling)
+    def _expect(self, ask: Ask, caller: Caller, checked: Checked) -> Expected | None:
+        whose = (caller.tenant, caller.model, checked.adapter.name if checked.adapter else "")
+        expected = self._lengths.expect(whose, checked.prompt, ask.sampling)
         if expected is not None:
             self._metrics.length_guesses.labels(expected.source.value).inc()
         return expected

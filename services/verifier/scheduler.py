@@ -59,6 +59,7 @@ class Scheduler:
         self._review_steps = REVIEW_STEPS if by_time else math.inf
         self._reviewed = 0
         self._blocked = False
+        self._looked_at = 0  # requests that there were when it was last asked who runs
 
     def submit(self, request: Request) -> None:
         """Queue a request for the next step.
@@ -80,7 +81,8 @@ class Scheduler:
     @property
     def may_admit(self) -> bool:
         """Whether somebody waits who may find room, or a sibling's prompt, at the next step."""
-        return bool(self.roster.waiting) and not self._blocked
+        left = len(self.roster) < self._looked_at
+        return bool(self.roster.waiting) and (left or not self._blocked)
 
     def prompt_computed(self) -> None:
         """A request has decoded its first token: siblings may have waited for its prompt."""
@@ -88,7 +90,7 @@ class Scheduler:
 
     def arrange(self, step: int) -> None:
         """Pause, begin and resume requests for a step, and give whoever runs its room."""
-        self._blocked = True
+        self._blocked, self._looked_at = True, len(self.roster)
         if self._goes_on(step):
             self._keep(self.roster.running)
         else:

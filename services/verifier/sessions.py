@@ -53,10 +53,15 @@ class Source:
         return min(self.shared, _length(self.holder))
 
     @property
-    def complete(self) -> bool:
-        """Whether there is no more to come soon: the holder is not computing the shared part."""
+    def promised(self) -> int:
+        """Positions that there will be soon: all that are shared, if the holder computes them."""
         computing = isinstance(self.holder, Request) and self.holder.state is State.RUNNING
-        return not computing or self.length == self.shared
+        return self.shared if computing else self.length
+
+    @property
+    def complete(self) -> bool:
+        """Whether there is no more to come soon."""
+        return self.length == self.promised
 
 
 class SessionStore:
@@ -205,7 +210,7 @@ class SessionStore:
         holder, num_pages = self._prefixes.longest(names)
         if holder is not None:
             found.append(Source(holder, num_pages * page_tokens))
-        return max(found, key=lambda source: source.shared, default=None)
+        return max(found, key=lambda source: source.promised, default=None)
 
     def _names_of(self, request: Request) -> Sequence[bytes]:
         """Of the beginnings that it could share, named once: it may ask at every step."""

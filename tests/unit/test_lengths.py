@@ -29,7 +29,7 @@ from treecast.services.router.lengths import (
 from treecast.services.router.router import check_order
 from treecast.services.router.settings import RouterSettings
 
-WHOSE = ("tenant", "model")
+WHOSE = ("tenant", "model", "")
 SAMPLING = SamplingParams(max_tokens=1000)
 STOPPED = FinishReason.STOP_TOKEN
 SHORT, LONG = 10, 400
@@ -98,7 +98,7 @@ def test_tenants_and_models_learn_apart() -> None:
     predictor = HistoryPredictor(5)
     prompt = list(range(50))
     predictor.learn(WHOSE, predictor.expect(WHOSE, prompt, SAMPLING), 7, STOPPED)
-    for whose in (("other", "model"), ("tenant", "other")):
+    for whose in (("other", "model", ""), ("tenant", "other", ""), ("tenant", "model", "lora")):
         assert predictor.expect(whose, prompt, SAMPLING).source is Source.LIMIT
 
 

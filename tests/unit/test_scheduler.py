@@ -248,3 +248,36 @@ def test_requests_end_sooner_on_average_when_shorter_ones_go_first() -> None:
         by_length = serve_all(arrivals(1, 30, foretold), "length")
         assert fmean(by_length.steps) < 0.9 * fmean(fcfs.steps)
         assert by_length.preemptions > 0 == fcfs.preemptions
+
+
+def test_pages_that_are_there_go_before_more_of_a_sibling_that_is_paused_without_any() -> None:
+    loop, session = Loop(64 * 32), SessionKey("t", "s", 1)
+    text = [*SYSTEM, *SYSTEM]
+    retained = loop.submit(text[:130], 1, SessionKey("t", "other", 1), tenant="t")
+    for number in range(8):
+        loop.step(number)
+    assert not len(loop.roster)
+    sibling = loop.submit(text, 60, session, tenant="t")
+    while not sibling.num_output:
+        loop.step(9)
+    loop.scheduler.pause(sibling, "memory")
+    while sibling.sequence is not None and loop.scheduler.room.put_out_last():
+        pass
+    assert sibling.sequence is None
+    late = loop.submit([*text, 5], 1, session, tenant="t")
+    source = loop.sessions._best_source(late, [sibling])
+    assert source is not None
+    assert (source.length, source.complete) == (128, True)
+    assert source.holder is not sibling
+    assert retained.tokens[:128] == late.tokens[:128]
+
+
+def test_a_slot_that_came_free_may_admit_at_once() -> None:
+    """Nobody who waits is kept waiting for trees then."""
+    loop = Loop(64 * 32, max_running=1)
+    first, _ = (loop.send(traffic) for traffic in crowd(2, 40))
+    loop.step(0)
+    assert not loop.scheduler.may_admit
+    first.cancelled = True
+    loop.endings.reap(loop.engine.usage, 1)
+    assert loop.scheduler.may_admit
