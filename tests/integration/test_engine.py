@@ -321,6 +321,7 @@ def test_bits_of_the_real_model_do_not_depend_on_what_is_beside_them(seeds: int)
     assert [differing_rows(engine, seed) for seed in range(seeds)] == [0] * seeds
 
 
+@pytest.mark.slow
 @pytest.mark.model
 def test_the_check_of_bits_finds_numerics_that_are_not_exact() -> None:
     engine = HFEngine.load(ensure_default_target(), numerics="fast", threads=2)

@@ -185,7 +185,7 @@ async def _outcome(
 @pytest.mark.parametrize(
     ("speculation", "name"),
     [
-        pytest.param(SpeculationParams(), "top-p", id="replay"),
+        pytest.param(SpeculationParams(), "top-p", id="replay", marks=pytest.mark.slow),
         pytest.param(MSS, "temperature 1", id="mss"),
         pytest.param(MSS_IID, "top-p", id="mss-iid", marks=pytest.mark.slow),
     ],

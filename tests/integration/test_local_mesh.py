@@ -155,7 +155,9 @@ def up(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
     process.communicate()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
 def test_up_stops_everything_when_it_is_interrupted(up, number):
     document = announced(up)
     children = [os.pidfd_open(pid) for pid in document["pids"].values()]

@@ -137,9 +137,8 @@ def swapped_in_bytes(mesh: LocalMesh) -> float:
     return float(found[1])
 
 
-@pytest.mark.parametrize(
-    "shape", [{"tp": 2}, pytest.param({"pp": 2}, marks=pytest.mark.slow)], ids=["tp", "pp"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [{"tp": 2}, {"pp": 2}], ids=["tp", "pp"])
 def test_tokens_are_those_of_one_process_when_ranks_swap_out_what_they_share(
     folders, tmp_path, shape
 ):

@@ -530,12 +530,12 @@ async def test_new_sessions_are_refused_when_draining() -> None:
         ),
         (
             ["--drafters", "ssm,magic"],
-            "--drafters.1 (or TREECAST_DRAFTERS.1) is 'magic': Value error, "
+            "--drafters (or TREECAST_DRAFTERS) is 'magic': Value error, "
             "drafter is 'magic'; it must be one of ssm, ngram, suffix",
         ),
         (
             ["--drafters", "ngram=folder"],
-            "--drafters.0 (or TREECAST_DRAFTERS.0) is 'ngram=folder': Value error, "
+            "--drafters (or TREECAST_DRAFTERS) is 'ngram=folder': Value error, "
             "a model's folder is given as ssm=FOLDER",
         ),
         (

@@ -137,7 +137,9 @@ def plain_law(vocab_size: int, path: Path, num_tokens: int) -> Law:
 
 
 @pytest.mark.parametrize("how", DRAWINGS)
-@pytest.mark.parametrize("vocab_size", [4, 5, pytest.param(6, marks=pytest.mark.slow, id="6")])
+@pytest.mark.parametrize(
+    "vocab_size", [4, *(pytest.param(size, marks=pytest.mark.slow) for size in (5, 6))]
+)
 def test_output_law_is_the_targets_when_widths_are_any(vocab_size: int, how: str) -> None:
     accepted = 0.0
     for widths in VECTORS:

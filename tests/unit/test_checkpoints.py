@@ -338,6 +338,7 @@ def test_shipped_weights_are_small_and_say_what_they_are() -> None:
 
 
 @pytest.mark.model
+@pytest.mark.slow
 def test_default_models_are_made_once_and_fit_each_other(tmp_path: Path) -> None:
     messages: list[str] = []
     draft_path = ensure_default_draft(tmp_path, messages.append)

@@ -189,7 +189,7 @@ def test_bfloat16_stays_near_the_merged_model(folders: Path) -> None:
     assert error < 0.1 * np.abs(expected(folders, "all", TEXT)).max()
 
 
-@pytest.mark.parametrize("numerics", ["exact", "fast"])
+@pytest.mark.parametrize("numerics", [pytest.param("exact", marks=pytest.mark.slow), "fast"])
 def test_kernels_of_a_device_give_the_same(folders: Path, numerics: str) -> None:
     if "gemma2" in str(folders):
         pytest.skip("the interpreter is slow; one family is enough")
