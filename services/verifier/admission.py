@@ -65,6 +65,18 @@ class Admission:
         self._requests: dict[RouterLink, dict[int, Request]] = {}
         self._compiling: dict[tuple[RouterLink, int], asyncio.Task[None]] = {}
 
+    @property
+    def num_requests(self) -> int:
+        """Those of the step loop, and those whose grammars are being compiled."""
+        return self._steps.num_requests + len(self._compiling)
+
+    async def finished(self) -> None:
+        """Wait until no request is left."""
+        await self._steps.finished()
+        while self._compiling:
+            await asyncio.wait(self._compiling.values())
+            await self._steps.finished()
+
     def opened(self, link: RouterLink) -> None:
         self._requests[link] = {}
 
@@ -125,6 +137,7 @@ class Admission:
         except TreecastError as error:
             _refuse(link, start, error)
             return
+        del self._compiling[link, start.handle]
         self._submit(link, start, arrived_at, grammar)
 
     def _submit(

@@ -9,12 +9,15 @@ from collections.abc import Iterator
 import pytest
 
 from treecast.engine.toy import ToyEngine
-from treecast.errors import InvalidRequest
+from treecast.errors import HandedOver, InvalidRequest
 from treecast.sampling.compiler import GrammarCompiler
 from treecast.sampling.grammar import Grammars, Matcher
 from treecast.sampling.params import SamplingParams
 from treecast.sampling.stops import FinishReason
 from treecast.text.tokenizer import TokenizerFiles
+from treecast.v1 import verifier_pb2 as pb
+from treecast.v1 import verifier_pb2_grpc
+from treecast.wire.channel import open_channel
 from treecast.wire.frames import Attach, NeedSync
 
 from ..byte_tokenizer import EOS, byte_tokenizer
@@ -24,6 +27,7 @@ from .verifier_rig import verifier_rig
 VOCAB = 258
 DEFINITION = byte_tokenizer().to_str().encode()
 HELD = SamplingParams(temperature=0, max_tokens=16, regex="[a-f]{3}")
+FOREVER = SamplingParams(temperature=0, max_tokens=1000, ignore_eos=True)
 FREE = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)
 
 
@@ -104,6 +108,37 @@ async def test_a_deadline_goes_on_while_a_grammar_is_compiled(gate: Gate) -> Non
         error = (await held.end()).error
         assert error is not None
         assert error.message.startswith("deadline of 1 ms passed")
+
+
+async def test_late_requests_are_handed_over_too_until_the_verifier_is_resumed(gate: Gate) -> None:
+    """One whose grammar is compiled after the rest was handed over, and one on its way."""
+    slow = ToyEngine(vocab_size=VOCAB, eos_token_ids=[EOS], step_s=0.01)
+    async with verifier_rig(slow, FILES) as rig, open_channel(rig.address) as channel:
+        stub = verifier_pb2_grpc.VerifierServiceStub(channel)
+        gate.open.clear()
+        _, running = rig.router.start([5, 6], FOREVER)
+        _, held = rig.router.start([5, 6], HELD)
+        await entered(gate)
+        drained = await stub.Drain(pb.VerifierServiceDrainRequest(hand_over_after_ms=0))
+        assert drained.running == 2
+        assert isinstance((await running.end()).error, HandedOver)
+        gate.open.set()
+        assert isinstance((await held.end()).error, HandedOver)
+        assert isinstance((await rig.router.run([5, 6], FREE)).error, HandedOver)
+        await stub.Resume(pb.VerifierServiceResumeRequest())
+        assert len((await rig.router.run([5, 6], FREE)).tokens) == 16
+
+
+async def test_a_verifier_that_stops_waits_for_grammars_and_their_requests(gate: Gate) -> None:
+    async with verifier_rig(engine(), FILES) as rig:
+        gate.open.clear()
+        _, held = rig.router.start([5, 6], HELD)
+        await entered(gate)
+        stopping = asyncio.create_task(rig.verifier.drain())
+        assert not (await asyncio.wait([stopping], timeout=0.5))[0]
+        gate.open.set()
+        await stopping
+        assert (await held.end()).completed is not None
 
 
 async def test_a_grammar_that_is_not_compiled_in_time_is_refused_by_name(gate: Gate) -> None:
