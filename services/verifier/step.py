@@ -101,6 +101,10 @@ class StepLoop:
         self._rest.clear()
         self._wake.set()
 
+    def check_places(self, num_others: int) -> None:
+        """Raises Overloaded: too many are here, counting others that have not been submitted."""
+        self._scheduler.check_places(num_others)
+
     def cancel(self, request: Request) -> None:
         """End a request at the next step boundary; its pages are free then."""
         request.cancelled = True

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from treecast.engine.toy import ToyEngine
-from treecast.errors import HandedOver, InvalidRequest
+from treecast.errors import HandedOver, InvalidRequest, Overloaded
 from treecast.sampling.compiler import GrammarCompiler
 from treecast.sampling.grammar import Grammars, Matcher
 from treecast.sampling.params import SamplingParams
@@ -18,7 +18,7 @@ from treecast.text.tokenizer import TokenizerFiles
 from treecast.v1 import verifier_pb2 as pb
 from treecast.v1 import verifier_pb2_grpc
 from treecast.wire.channel import open_channel
-from treecast.wire.frames import Attach, NeedSync
+from treecast.wire.frames import Attach, Forget, NeedSync, SessionKey
 
 from ..byte_tokenizer import EOS, byte_tokenizer
 from .test_speculator import attach, speculator_rig
@@ -139,6 +139,37 @@ async def test_a_verifier_that_stops_waits_for_grammars_and_their_requests(gate:
         gate.open.set()
         await stopping
         assert (await held.end()).completed is not None
+
+
+async def test_nothing_is_retained_when_a_session_is_closed_while_a_grammar_is_compiled(
+    gate: Gate,
+) -> None:
+    session = SessionKey("tenant", "s", 1)
+    async with verifier_rig(engine(), FILES) as rig:
+        gate.open.clear()
+        _, held = rig.router.start([5, 6], HELD, session=session)
+        await entered(gate)
+        rig.router.link.send(Forget(session))
+        await rig.router.run([5, 6], FREE)
+        gate.open.set()
+        assert (await held.end()).completed is not None
+        await rig.idle()
+        assert rig.engine.usage.used == 0
+        await rig.router.run([5, 6], HELD, session=session)
+        await rig.idle()
+        assert rig.engine.usage.used == 1
+
+
+async def test_requests_whose_grammars_are_compiled_count_among_those_that_wait(gate: Gate) -> None:
+    async with verifier_rig(engine(), FILES, max_running=1, max_waiting=1) as rig:
+        gate.open.clear()
+        held = [rig.router.start([5, 6], HELD)[1] for _ in range(2)]
+        error = (await rig.router.run([5, 6], HELD)).error
+        assert isinstance(error, Overloaded)
+        assert error.message == ("0 requests are running and 2 waiting; the limits are 1 and 1")
+        gate.open.set()
+        for each in held:
+            assert (await each.end()).completed is not None
 
 
 async def test_a_grammar_that_is_not_compiled_in_time_is_refused_by_name(gate: Gate) -> None:
