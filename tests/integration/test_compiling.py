@@ -173,11 +173,11 @@ async def test_requests_whose_grammars_are_compiled_count_among_those_that_wait(
 
 
 async def test_a_grammar_that_is_not_compiled_in_time_is_refused_by_name(gate: Gate) -> None:
-    async with verifier_rig(engine(), FILES, grammar_s=0.01) as rig:
+    async with verifier_rig(engine(), FILES, grammar_s=1) as rig:
         gate.open.clear()
         error = (await rig.router.run([5, 6], HELD)).error
         assert isinstance(error, InvalidRequest)
-        assert error.message == "regex of 8 characters was not compiled in 0.01 s"
+        assert error.message == "regex of 8 characters was not compiled in 1 s"
         assert len((await rig.router.run([5, 6], FREE)).tokens) == 16
 
 
@@ -205,6 +205,40 @@ async def test_a_grammar_is_compiled_once_for_all_who_ask(gate: Gate) -> None:
     first.accept(ord("b"))
     assert second.allowed(b"abc")[EOS]
     assert not second.allowed(b"ab")[EOS]  # it stands at its own beginning
+
+
+async def test_a_grammar_that_nobody_waits_for_any_more_is_not_begun(gate: Gate) -> None:
+    one = compiler()
+    gate.open.clear()
+
+    def ask(regex: str) -> asyncio.Task[Matcher | None]:
+        return asyncio.create_task(one.matcher(SamplingParams(regex=regex)))
+
+    begun, left, shared, shared_left = ask("a"), ask("b"), ask("c"), ask("c")
+    await entered(gate)
+    for each in (begun, left, shared_left):
+        each.cancel()
+    await asyncio.wait([begun, left, shared_left])
+    again = ask("d")
+    gate.open.set()
+    assert await shared is not None
+    assert await again is not None
+    assert gate.compiled == ["a", "c", "d"]
+    assert one.ready(SamplingParams(regex="a")) is not None
+    assert await one.matcher(SamplingParams(regex="b")) is not None
+
+
+async def test_a_grammar_may_be_asked_for_again_when_it_has_had_no_turn(gate: Gate) -> None:
+    one = compiler(limit_s=1)
+    gate.open.clear()
+    first = asyncio.create_task(one.matcher(SamplingParams(regex="a")))
+    await entered(gate)
+    with pytest.raises(Overloaded, match=r"^regex of 1 characters had no turn to be compiled in 1"):
+        await one.matcher(SamplingParams(regex="b"))
+    with pytest.raises(InvalidRequest, match=r"^regex of 1 characters was not compiled in 1 s"):
+        await first
+    gate.open.set()
+    assert await one.matcher(SamplingParams(regex="b")) is not None
 
 
 async def test_no_more_are_kept_than_allowed_and_failures_not_at_all(gate: Gate) -> None:
