@@ -201,8 +201,8 @@ async def test_a_session_under_mss_ends_with_the_draft_that_it_began_with() -> N
         v.send(attach(1, 1, 2), attach(2, 1, 2, sampling=sampled, speculation=drawn))
         await v.draft(1, base_len=2)
         await v.draft(2, base_len=2)
-        swapped = await rig.speculator.swapping.swap("", "")
-        assert (swapped.moved, swapped.kept) == (1, 1)
+        reloaded = await rig.speculator.reloading.reload("", "")
+        assert (reloaded.moved, reloaded.kept) == (1, 1)
         await v.hear(NeedSync, 1, lambda frame: True)
         drafter = rig.speculator._drafter.drafters[0]
         assert isinstance(drafter, SwappableDrafter)
@@ -234,18 +234,18 @@ async def test_a_new_draft_takes_over_whole_when_its_caller_leaves() -> None:
         await v.draft(1, base_len=2)
         speculator.grower.between_drafts(held)
         assert await asyncio.to_thread(held.begun.wait, 60)
-        calling = asyncio.create_task(speculator.swapping.swap("", ""))
+        calling = asyncio.create_task(speculator.reloading.reload("", ""))
         await rig.until(lambda: bool(speculator.grower._chores))
         calling.cancel()
         with pytest.raises(asyncio.CancelledError):
             await calling
         with pytest.raises(Unavailable, match="another draft is being loaded"):
-            await speculator.swapping.swap("", "")
+            await speculator.reloading.reload("", "")
         held.go_on.set()
         await v.hear(NeedSync, 1, lambda frame: True)
         drafter = speculator._drafter.drafters[0]
         assert isinstance(drafter, SwappableDrafter)
-        assert drafter._newest._engine is speculator.swapping.drafts[0].engine is not rig.engine
+        assert drafter._newest._engine is speculator.reloading.drafts[0].engine is not rig.engine
         assert rig.metric("swaps_total", outcome="done") == 1
         assert rig.metric("swaps_total", outcome="failed") == 0
         v.send(attach(1, 1, 2, 8))

@@ -40,8 +40,8 @@ class Draft:
 
 
 @dataclass(frozen=True, slots=True)
-class Swapped:
-    """What became of a swap.
+class Reloaded:
+    """What became of a reload.
 
     Attributes:
         moved: sessions that were asked to attach anew.
@@ -55,7 +55,7 @@ class Swapped:
     kept: int
 
 
-class Swapping:
+class Reloading:
     """Replaces draft models, one at a time. Event loop only.
 
     Trees of the old draft stay good: under `replay` a tree decides nothing about the text. Under
@@ -77,7 +77,7 @@ class Swapping:
         self._grower = grower
         self._sessions = sessions
         self._metrics = metrics
-        self._swapping = False
+        self._reloading = False
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="load")
         for draft in self.drafts:
             metrics.show_draft(draft.spec.name, draft.engine.info)
@@ -86,15 +86,15 @@ class Swapping:
         """Take no more; does not wait for a draft that is being loaded."""
         self._loader.shutdown(wait=False, cancel_futures=True)
 
-    async def swap_all(self) -> None:
+    async def reload_all(self) -> None:
         """Read every draft's folder again, as at SIGHUP; where that fails, it is logged."""
         for draft in self.drafts:
             try:
-                await self.swap(draft.spec.name, "")
+                await self.reload(draft.spec.name, "")
             except Exception as error:
-                log.error("draft.not_swapped", drafter=draft.spec.name, exc_info=error)
+                log.error("draft.not_reloaded", drafter=draft.spec.name, exc_info=error)
 
-    async def swap(self, drafter: str, model: str) -> Swapped:
+    async def reload(self, drafter: str, model: str) -> Reloaded:
         """Load a draft beside the one that serves, and let it take over.
 
         Args:
@@ -104,7 +104,7 @@ class Swapping:
         Raises:
             NotServed: no such drafter.
             PermissionDenied: a folder that may not be named.
-            Unavailable: another swap is under way.
+            Unavailable: another reload is under way.
             ModelError: the folder holds no draft that can be loaded.
             InvalidRequest: its vocabulary or tokenizer is another.
 
@@ -114,9 +114,9 @@ class Swapping:
         draft = self._find(drafter)
         if model:
             self._check_folder(model)
-        if self._swapping:
+        if self._reloading:
             raise Unavailable("another draft is being loaded")
-        self._swapping = True
+        self._reloading = True
         try:
             engine = await self._load(draft, model or draft.model)
         except BaseException:
@@ -128,7 +128,7 @@ class Swapping:
         return await asyncio.shield(taking)
 
     def _ended(self, outcome: str) -> None:
-        self._swapping = False
+        self._reloading = False
         self._metrics.swaps.labels(outcome).inc()
 
     async def _load(self, draft: Draft, model: str) -> Engine:
@@ -137,7 +137,7 @@ class Swapping:
         _check_alike(draft.spec.name, draft.engine.info, engine.info)
         return engine
 
-    async def _take_over(self, draft: Draft, model: str, engine: Engine) -> Swapped:
+    async def _take_over(self, draft: Draft, model: str, engine: Engine) -> Reloaded:
         def take() -> None:
             made: SSMDrafter = make_model_drafter(self._settings, draft.spec, engine)
             draft.drafter.swap(made)
@@ -148,9 +148,9 @@ class Swapping:
         self._metrics.show_draft(draft.spec.name, engine.info)
         moved, kept = self._sessions.move()
         log.info(
-            "draft.swapped", drafter=draft.spec.name, revision=engine.info.revision, moved=moved
+            "draft.reloaded", drafter=draft.spec.name, revision=engine.info.revision, moved=moved
         )
-        return Swapped(draft.spec.name, before, engine.info, moved, kept)
+        return Reloaded(draft.spec.name, before, engine.info, moved, kept)
 
     def _find(self, name: str) -> Draft:
         names = [draft.spec.name for draft in self.drafts]
@@ -171,7 +171,7 @@ class Swapping:
             )
 
 
-def _succeeded(task: asyncio.Task[Swapped]) -> bool:
+def _succeeded(task: asyncio.Task[Reloaded]) -> bool:
     return not task.cancelled() and task.exception() is None
 
 
