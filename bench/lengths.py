@@ -41,7 +41,6 @@ from prometheus_client.parser import text_string_to_metric_families
 from treecast import AsyncClient, SamplingParams
 from treecast.client import RetryPolicy
 from treecast.services.local import LocalMesh, MeshSettings
-from treecast.services.verifier.settings import VerifierSettings
 
 VOCABULARY = 97
 STOP = 0
@@ -51,8 +50,6 @@ LIMIT = LONG.stop
 TASKS = 8
 CLIENTS = 4
 """Connections of each arm: gRPC bears 100 streams on one."""
-
-VERIFIER_FIELDS = frozenset(VerifierSettings.model_fields)
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,12 +275,6 @@ def doublings(mesh: LocalMesh) -> dict[str, tuple[int, float]]:
     }
 
 
-def check_schedule(schedule: str | None) -> None:
-    """Raises SystemExit: these verifiers know no such setting."""
-    if schedule and "schedule" not in VERIFIER_FIELDS:
-        raise SystemExit(f"--schedule is {schedule!r}; this verifier has no setting --schedule")
-
-
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="treecast.bench.lengths", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -301,7 +292,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Print one line per arm, or JSON."""
     options = parse(argv)
-    check_schedule(options.schedule)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         meshes = {arm: stack.enter_context(mesh_of(arm, Path(folder), options)) for arm in ARMS}
         addresses = {arm: mesh.router_address for arm, mesh in meshes.items()}

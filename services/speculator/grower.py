@@ -105,7 +105,8 @@ class Grower:
         """Have something done to the drafter; any thread, never blocks.
 
         Returns:
-            Done, or failed as `work` did, once the draft under way has ended and so has that.
+            Done, or failed as `work` did, once the draft under way has ended and so has that. It
+            can be cancelled until `work` begins.
         """
         done: Future[None] = Future()
         with self._changed:
@@ -133,6 +134,8 @@ class Grower:
         with self._changed:
             chores, self._chores = self._chores, []
         for work, done in chores:
+            if not done.set_running_or_notify_cancel():
+                continue
             try:
                 work()
             except Exception as error:

@@ -31,9 +31,9 @@ from .grower import Grower
 from .loading import load_engines, load_grammars, make_drafter, warm_up
 from .metrics import SpeculatorMetrics
 from .orders import Result
+from .reloading import Reloading, drafts_of
 from .sessions import Sessions
 from .settings import SpeculatorSettings
-from .swapping import Swapping, drafts_of
 
 
 class Speculator(
@@ -69,7 +69,7 @@ class Speculator(
             GrammarCompiler(grammars),
         )
         drafts = drafts_of(settings, self._drafter, engines)
-        self.swapping = Swapping(settings, drafts, self.grower, self.sessions, self.metrics)
+        self.reloading = Reloading(settings, drafts, self.grower, self.sessions, self.metrics)
         self._verifiers = Acceptor(SPECULATE, self._hello, self._heartbeat, self.sessions)
         self.metrics.registry.register(
             ProcessCollector("speculator", self._models, lambda: self.sessions.draining)
@@ -95,12 +95,12 @@ class Speculator(
         """At SIGHUP read the drafts' folders again; on the event loop that serves."""
         loop = asyncio.get_running_loop()
 
-        def begin_swapping() -> None:
-            swapping = loop.create_task(self.swapping.swap_all())
-            self._reloads.add(swapping)
-            swapping.add_done_callback(self._reloads.discard)
+        def begin_reloading() -> None:
+            reloading = loop.create_task(self.reloading.reload_all())
+            self._reloads.add(reloading)
+            reloading.add_done_callback(self._reloads.discard)
 
-        loop.add_signal_handler(signal.SIGHUP, begin_swapping)
+        loop.add_signal_handler(signal.SIGHUP, begin_reloading)
 
     async def drain(self) -> None:
         """Take no new sessions, wait for those attached to end, then close the streams."""
@@ -112,7 +112,7 @@ class Speculator(
 
     def close(self) -> None:
         """Stop at once; verifiers decode plainly, or with others' trees."""
-        self.swapping.close()
+        self.reloading.close()
         self._verifiers.close("the speculator is stopping")
         self.sessions.grammars.close()
         self.grower.close()
@@ -129,7 +129,7 @@ class Speculator(
     @property
     def _engines(self) -> list[Engine]:
         """Of the draft models that serve now."""
-        return [draft.engine for draft in self.swapping.drafts]
+        return [draft.engine for draft in self.reloading.drafts]
 
     def _hello(self) -> Hello:
         """A lookup has no vocabulary of its own: size 0 and no tokenizer fit every verifier."""
@@ -176,14 +176,14 @@ class Speculator(
         self, request: pb.ReloadRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> pb.ReloadResponse:
         """Answers once the new draft has taken over, or has not."""
-        swapped = await self.swapping.swap(request.drafter, request.model)
+        reloaded = await self.reloading.reload(request.drafter, request.model)
         return pb.ReloadResponse(
-            drafter=swapped.drafter,
-            model=swapped.after.name,
-            revision_before=swapped.before.revision,
-            revision=swapped.after.revision,
-            sessions_moved=swapped.moved,
-            sessions_kept=swapped.kept,
+            drafter=reloaded.drafter,
+            model=reloaded.after.name,
+            revision_before=reloaded.before.revision,
+            revision=reloaded.after.revision,
+            sessions_moved=reloaded.moved,
+            sessions_kept=reloaded.kept,
         )
 
 

@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import structlog
 
@@ -43,6 +44,15 @@ log = structlog.get_logger()
 RouterLink = Link[ServingFrame, RouterFrame]
 
 
+@dataclass(slots=True)
+class _Compiling:
+    """A request whose grammar is being compiled."""
+
+    start: Start
+    task: asyncio.Task[None]
+    retain: bool = True
+
+
 class Admission:
     """Turns what routers ask into requests of the step loop. A `PairHandler` for their streams."""
 
@@ -63,7 +73,19 @@ class Admission:
         self._grammars = grammars
         self._handles = itertools.count(1)
         self._requests: dict[RouterLink, dict[int, Request]] = {}
-        self._compiling: dict[tuple[RouterLink, int], asyncio.Task[None]] = {}
+        self._compiling: dict[tuple[RouterLink, int], _Compiling] = {}
+
+    @property
+    def num_requests(self) -> int:
+        """Those of the step loop, and those whose grammars are being compiled."""
+        return self._steps.num_requests + len(self._compiling)
+
+    async def finished(self) -> None:
+        """Wait until no request is left."""
+        await self._steps.finished()
+        while self._compiling:
+            await asyncio.wait([each.task for each in self._compiling.values()])
+            await self._steps.finished()
 
     def opened(self, link: RouterLink) -> None:
         self._requests[link] = {}
@@ -71,7 +93,7 @@ class Admission:
     def closed(self, link: RouterLink) -> None:
         """The router is gone: it re-places its requests elsewhere, so they end here."""
         for handle in [handle for at, handle in self._compiling if at is link]:
-            self._compiling[link, handle].cancel()
+            self._compiling[link, handle].task.cancel()
         for request in self._requests.pop(link, {}).values():
             self._steps.cancel(request)
 
@@ -97,13 +119,15 @@ class Admission:
         for requests in self._requests.values():
             for request in requests.values():
                 request.retain &= not request.belongs_to(session)
+        for compiling in self._compiling.values():
+            compiling.retain &= not compiling.start.belongs_to(session)
         self._steps.forget(session)
 
     def _cancel(self, link: RouterLink, handle: int) -> None:
         request, compiling = self._requests[link].get(handle), self._compiling.get((link, handle))
         if request is not None:
             self._steps.cancel(request)
-        elif compiling is not None and compiling.cancel():
+        elif compiling is not None and compiling.task.cancel():
             link.send(Completed(handle, FinishReason.CANCELLED))
 
     def _start(self, link: RouterLink, start: Start) -> None:
@@ -114,9 +138,14 @@ class Admission:
         if not start.sampling.constraint[0]:
             self._submit(link, start, arrived_at, None)
             return
-        compiling = asyncio.create_task(self._submit_compiled(link, start, arrived_at))
-        self._compiling[at] = compiling
-        compiling.add_done_callback(lambda _: self._compiling.pop(at, None))
+        try:
+            self._steps.check_places(len(self._compiling))
+        except TreecastError as error:
+            _refuse(link, start, error)
+            return
+        task = asyncio.create_task(self._submit_compiled(link, start, arrived_at))
+        self._compiling[at] = _Compiling(start, task)
+        task.add_done_callback(lambda _: self._compiling.pop(at, None))
 
     async def _submit_compiled(self, link: RouterLink, start: Start, arrived_at: float) -> None:
         """Other requests go on meanwhile; its deadline does too."""
@@ -125,13 +154,20 @@ class Admission:
         except TreecastError as error:
             _refuse(link, start, error)
             return
-        self._submit(link, start, arrived_at, grammar)
+        compiled = self._compiling.pop((link, start.handle))
+        self._submit(link, start, arrived_at, grammar, compiled.retain)
 
     def _submit(
-        self, link: RouterLink, start: Start, arrived_at: float, grammar: Matcher | None
+        self,
+        link: RouterLink,
+        start: Start,
+        arrived_at: float,
+        grammar: Matcher | None,
+        retain: bool = True,
     ) -> None:
         try:
             request = self._request(link, start, arrived_at, grammar)
+            request.retain = retain
             stop = _first_stop(request.stops, start.committed)
             if stop is not None:  # the stream was lost between its last token and its end
                 link.send(Completed(start.handle, stop.reason, request.usage(), stop.characters))

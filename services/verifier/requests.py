@@ -119,8 +119,7 @@ class Request:
 
     def belongs_to(self, session: SessionKey | None) -> bool:
         """Whether it is a request of that session, under whatever lease."""
-        mine = self.start.session
-        return mine is not None and session is not None and mine.name == session.name
+        return self.start.belongs_to(session)
 
     def usage(self) -> Usage:
         return self.tally.usage(self.prompt_len, self.cached_tokens, self.num_output)

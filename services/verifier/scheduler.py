@@ -68,15 +68,19 @@ class Scheduler:
             Overloaded: too many are there, or the pool is too small for it.
         """
         self.room.check_fits(request)
-        slots, places = self._settings.max_running, self._settings.max_waiting
-        if len(self.roster) >= slots + places:
-            running = len(self.roster.running)
-            raise Overloaded(
-                f"{running} requests are running and {len(self.roster) - running} waiting; "
-                f"the limits are {slots} and {places}"
-            )
+        self.check_places()
         self.roster.waiting.append(request)
         self._blocked = False
+
+    def check_places(self, num_others: int = 0) -> None:
+        """Raises Overloaded: too many are there, counting others on their way."""
+        slots, places = self._settings.max_running, self._settings.max_waiting
+        running, total = len(self.roster.running), len(self.roster) + num_others
+        if total >= slots + places:
+            raise Overloaded(
+                f"{running} requests are running and {total - running} waiting; "
+                f"the limits are {slots} and {places}"
+            )
 
     @property
     def may_admit(self) -> bool:

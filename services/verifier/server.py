@@ -86,10 +86,10 @@ class Verifier(verifier_pb2_grpc.VerifierServiceServicer):
         info = engine.info
         grammars = Grammars.for_model(tokenizer.definition, info.eos_token_ids, info.vocab_size)
         self._grammars = GrammarCompiler(grammars, settings.grammar_s)
-        admission = Admission(
+        self._admission = Admission(
             engine, self.steps, tokenizer.decoder(), self._check_law, self._tracing, self._grammars
         )
-        self._routers = Acceptor(SERVE, self._hello, self._heartbeat, admission)
+        self._routers = Acceptor(SERVE, self._hello, self._heartbeat, self._admission)
         self._registry = Registry(redis, Role.SPECULATOR, settings.speculators)
         self._speculators = Streams(
             SPECULATE, self._hello, self._heartbeat, self.speculation, self.tls
@@ -113,7 +113,7 @@ class Verifier(verifier_pb2_grpc.VerifierServiceServicer):
         """
         self._stopping = True
         assert self._stepping is not None, "drained before it was started"
-        finished = asyncio.create_task(self.steps.finished())
+        finished = asyncio.create_task(self._admission.finished())
         ends = [finished, self._stepping]
         await asyncio.wait(
             ends, timeout=self._settings.drain_s, return_when=asyncio.FIRST_COMPLETED
@@ -222,8 +222,9 @@ class Verifier(verifier_pb2_grpc.VerifierServiceServicer):
             loop = asyncio.get_running_loop()
             after_s = request.hand_over_after_ms / 1000
             self._hand_over = loop.call_later(after_s, self.steps.hand_over)
-        log.info("verifier.draining", running=self.steps.num_requests)
-        return pb.VerifierServiceDrainResponse(running=self.steps.num_requests)
+        running = self._admission.num_requests
+        log.info("verifier.draining", running=running)
+        return pb.VerifierServiceDrainResponse(running=running)
 
     async def Resume(
         self, request: pb.VerifierServiceResumeRequest, context: grpc.aio.ServicerContext[Any, Any]
@@ -238,6 +239,7 @@ class Verifier(verifier_pb2_grpc.VerifierServiceServicer):
 
     def _keep_all(self) -> None:
         """Hand nothing over any more."""
+        self.steps.keep()
         if self._hand_over is not None:
             self._hand_over.cancel()
             self._hand_over = None

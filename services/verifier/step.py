@@ -76,6 +76,7 @@ class StepLoop:
         self._roster, swap = self._scheduler.roster, self._scheduler.swap
         self._endings = Endings(self._roster, self.sessions, swap, speculation, metrics, spans)
         self._forgotten: list[SessionKey] = []
+        self._handing_over = False
         self._wake = asyncio.Event()
         self._rest = asyncio.Event()
         self._steps = 0
@@ -95,9 +96,14 @@ class StepLoop:
         """
         if request.start.session is not None:
             self.sessions.check_epoch(request.start.session)
+        request.handed_over = self._handing_over
         self._scheduler.submit(request)
         self._rest.clear()
         self._wake.set()
+
+    def check_places(self, num_others: int) -> None:
+        """Raises Overloaded: too many are here, counting others that have not been submitted."""
+        self._scheduler.check_places(num_others)
 
     def cancel(self, request: Request) -> None:
         """End a request at the next step boundary; its pages are free then."""
@@ -110,10 +116,17 @@ class StepLoop:
         self._wake.set()
 
     def hand_over(self) -> None:
-        """End all requests at the next step boundary, for their routers to place elsewhere."""
+        """End all requests at the next step boundary, for their routers to place elsewhere, and so
+        those that come later.
+        """
+        self._handing_over = True
         for request in self._roster:
             request.handed_over = True
         self._wake.set()
+
+    def keep(self) -> None:
+        """Hand nothing over any more."""
+        self._handing_over = False
 
     @property
     def num_requests(self) -> int:

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import pytest
-
 from treecast.bench.lengths import (
     ARMS,
     LIMIT,
     LONG,
     SHORT,
     STOP,
-    VERIFIER_FIELDS,
     VOCABULARY,
     Trace,
-    check_schedule,
     endings,
     steps_to_stop,
 )
@@ -56,10 +52,3 @@ def test_only_the_oracle_and_the_control_say_anything_of_lengths() -> None:
     }
     for arm in ARMS:
         RouterSettings(**arm.router_flags)  # type: ignore[arg-type]
-
-
-def test_schedule_is_refused_when_verifiers_have_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("treecast.bench.lengths.VERIFIER_FIELDS", VERIFIER_FIELDS - {"schedule"})
-    check_schedule(None)
-    with pytest.raises(SystemExit, match="this verifier has no setting --schedule"):
-        check_schedule("length")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
-from treecast.errors import InvalidRequest
+from treecast.errors import InvalidRequest, Overloaded, TreecastError
 from treecast.sampling.grammar import Grammars, Matcher, require_grammars
 from treecast.sampling.params import SamplingParams
 
@@ -14,6 +14,19 @@ MOST_KEPT = 64
 COMPILE_S = 10.0
 
 Key = tuple[str, str]
+
+
+class _Job:
+    """A grammar in the line, being compiled, or compiled."""
+
+    def __init__(self, work: Future[Matcher]) -> None:
+        self.work = work
+        self.made = asyncio.wrap_future(work)
+        self.num_waiting = 0
+
+    @property
+    def begun(self) -> bool:
+        return self.work.running() or self.work.done()
 
 
 class GrammarCompiler:
@@ -35,7 +48,7 @@ class GrammarCompiler:
         self._limit_s = limit_s
         self._most_kept = most_kept
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="grammar")
-        self._kept: OrderedDict[Key, asyncio.Future[Matcher]] = OrderedDict()
+        self._kept: OrderedDict[Key, _Job] = OrderedDict()
 
     @property
     def keeps_grammars(self) -> bool:
@@ -48,11 +61,11 @@ class GrammarCompiler:
 
     def ready(self, sampling: SamplingParams) -> Matcher | None:
         """A matcher at the beginning of the output, if the grammar has been compiled before."""
-        found = self._kept.get(sampling.constraint)
-        if found is None or not found.done() or found.cancelled() or found.exception():
+        job = self._kept.get(sampling.constraint)
+        if job is None or not job.made.done() or job.made.cancelled() or job.made.exception():
             return None
         self._kept.move_to_end(sampling.constraint)
-        return found.result().copy()
+        return job.made.result().copy()
 
     async def matcher(self, sampling: SamplingParams) -> Matcher | None:
         """The request's matcher; None for one that asks for no constraint.
@@ -60,34 +73,49 @@ class GrammarCompiler:
         Raises:
             InvalidRequest: the constraint is malformed, too complex, or not compiled in time; or
                 nothing here can keep it.
+            Overloaded: those before it in the line took all the time.
         """
-        kind, text = sampling.constraint
-        if not kind:
+        if not sampling.constraint[0]:
             return None
-        require_grammars(self._grammars, sampling)
-        compiling = self._compiling(sampling)
+        job = self._job(sampling)
+        job.num_waiting += 1
         try:
             async with asyncio.timeout(self._limit_s):
                 # Others may wait for the same grammar, so nobody's leaving ends its compiling.
-                return (await asyncio.shield(compiling)).copy()
+                return (await asyncio.shield(job.made)).copy()
         except TimeoutError:
-            raise InvalidRequest(
-                f"{kind} of {len(text)} characters was not compiled in {self._limit_s:g} s"
-            ) from None
+            raise self._too_late(job, sampling) from None
+        finally:
+            self._leave(job, sampling.constraint)
 
-    def _compiling(self, sampling: SamplingParams) -> asyncio.Future[Matcher]:
-        key = sampling.constraint
+    def _job(self, sampling: SamplingParams) -> _Job:
+        key, grammars = sampling.constraint, require_grammars(self._grammars, sampling)
         if key not in self._kept:
-            grammars = require_grammars(self._grammars, sampling)
-            loop = asyncio.get_running_loop()
-            made = loop.run_in_executor(self._thread, grammars.matcher, sampling)
-            made.add_done_callback(lambda done: self._drop_failed(key, done))
-            self._kept[key] = made
+            job = _Job(self._thread.submit(grammars.matcher, sampling))
+            job.made.add_done_callback(lambda _: self._drop_failed(key, job))
+            self._kept[key] = job
             while len(self._kept) > self._most_kept:
                 self._kept.popitem(last=False)
         self._kept.move_to_end(key)
         return self._kept[key]
 
-    def _drop_failed(self, key: Key, done: asyncio.Future[Matcher]) -> None:
-        if (done.cancelled() or done.exception()) and self._kept.get(key) is done:
+    def _leave(self, job: _Job, key: Key) -> None:
+        """What nobody waits for any more is not begun."""
+        job.num_waiting -= 1
+        if not job.num_waiting and job.work.cancel():
+            self._drop(key, job)
+
+    def _too_late(self, job: _Job, sampling: SamplingParams) -> TreecastError:
+        kind, text = sampling.constraint
+        what, limit = f"{kind} of {len(text)} characters", f"in {self._limit_s:g} s"
+        if job.begun:
+            return InvalidRequest(f"{what} was not compiled {limit}")
+        return Overloaded(f"{what} had no turn to be compiled {limit}")
+
+    def _drop_failed(self, key: Key, job: _Job) -> None:
+        if job.made.cancelled() or job.made.exception():
+            self._drop(key, job)
+
+    def _drop(self, key: Key, job: _Job) -> None:
+        if self._kept.get(key) is job:
             del self._kept[key]

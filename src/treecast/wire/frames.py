@@ -151,6 +151,11 @@ class Start:
     priority: int = 0
     adapter: str = ""
 
+    def belongs_to(self, session: SessionKey | None) -> bool:
+        """Whether it is of that session, under whatever lease."""
+        mine = self.session
+        return mine is not None and session is not None and mine.name == session.name
+
 
 @dataclass(frozen=True, slots=True)
 class Cancel:

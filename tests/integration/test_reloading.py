@@ -6,10 +6,11 @@ import asyncio
 import os
 import shutil
 import signal
+import threading
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from treecast.errors import (
     NotServed,
     PermissionDenied,
     TreecastError,
+    Unavailable,
 )
 from treecast.sampling.params import Law, SpeculationParams
 from treecast.services.router.router import Router
@@ -199,8 +201,8 @@ async def test_a_session_under_mss_ends_with_the_draft_that_it_began_with() -> N
         v.send(attach(1, 1, 2), attach(2, 1, 2, sampling=sampled, speculation=drawn))
         await v.draft(1, base_len=2)
         await v.draft(2, base_len=2)
-        swapped = await rig.speculator.swapping.swap("", "")
-        assert (swapped.moved, swapped.kept) == (1, 1)
+        reloaded = await rig.speculator.reloading.reload("", "")
+        assert (reloaded.moved, reloaded.kept) == (1, 1)
         await v.hear(NeedSync, 1, lambda frame: True)
         drafter = rig.speculator._drafter.drafters[0]
         assert isinstance(drafter, SwappableDrafter)
@@ -210,6 +212,56 @@ async def test_a_session_under_mss_ends_with_the_draft_that_it_began_with() -> N
         await v.draft(2, base_len=3)
         assert NeedSync not in v.heard(2)
         assert drafter.num_models == 2
+
+
+@dataclass
+class Held:
+    """The drafting thread, held up between two drafts."""
+
+    begun: threading.Event = field(default_factory=threading.Event)
+    go_on: threading.Event = field(default_factory=threading.Event)
+
+    def __call__(self) -> None:
+        self.begun.set()
+        assert self.go_on.wait(60)
+
+
+async def test_a_new_draft_takes_over_whole_when_its_caller_leaves() -> None:
+    """Drafter, engine, hello and sessions change together, or not at all."""
+    async with speculator_rig(growth="<1,1>") as rig, rig.verifier() as v:
+        speculator, held = rig.speculator, Held()
+        v.send(attach(1, 1, 2))
+        await v.draft(1, base_len=2)
+        speculator.grower.between_drafts(held)
+        assert await asyncio.to_thread(held.begun.wait, 60)
+        calling = asyncio.create_task(speculator.reloading.reload("", ""))
+        await rig.until(lambda: bool(speculator.grower._chores))
+        calling.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await calling
+        with pytest.raises(Unavailable, match="another draft is being loaded"):
+            await speculator.reloading.reload("", "")
+        held.go_on.set()
+        await v.hear(NeedSync, 1, lambda frame: True)
+        drafter = speculator._drafter.drafters[0]
+        assert isinstance(drafter, SwappableDrafter)
+        assert drafter._newest._engine is speculator.reloading.drafts[0].engine is not rig.engine
+        assert rig.metric("swaps_total", outcome="done") == 1
+        assert rig.metric("swaps_total", outcome="failed") == 0
+        v.send(attach(1, 1, 2, 8))
+        await v.draft(1, base_len=3)
+
+
+async def test_drafting_goes_on_when_what_was_to_be_done_between_drafts_is_cancelled() -> None:
+    async with speculator_rig(growth="<1,1>") as rig, rig.verifier() as v:
+        held, ran = Held(), threading.Event()
+        rig.speculator.grower.between_drafts(held)
+        assert await asyncio.to_thread(held.begun.wait, 60)
+        assert rig.speculator.grower.between_drafts(ran.set).cancel()
+        held.go_on.set()
+        v.send(attach(1, 1, 2))
+        await v.draft(1, base_len=2)
+        assert not ran.is_set()
 
 
 def test_sessions_stay_with_their_model_until_they_are_closed() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,8 +40,8 @@ class Draft:
 
 
 @dataclass(frozen=True, slots=True)
-class Swapped:
-    """What became of a swap.
+class Reloaded:
+    """What became of a reload.
 
     Attributes:
         moved: sessions that were asked to attach anew.
@@ -55,7 +55,7 @@ class Swapped:
     kept: int
 
 
-class Swapping:
+class Reloading:
     """Replaces draft models, one at a time. Event loop only.
 
     Trees of the old draft stay good: under `replay` a tree decides nothing about the text. Under
@@ -77,7 +77,7 @@ class Swapping:
         self._grower = grower
         self._sessions = sessions
         self._metrics = metrics
-        self._swapping = False
+        self._reloading = False
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="load")
         for draft in self.drafts:
             metrics.show_draft(draft.spec.name, draft.engine.info)
@@ -86,15 +86,15 @@ class Swapping:
         """Take no more; does not wait for a draft that is being loaded."""
         self._loader.shutdown(wait=False, cancel_futures=True)
 
-    async def swap_all(self) -> None:
+    async def reload_all(self) -> None:
         """Read every draft's folder again, as at SIGHUP; where that fails, it is logged."""
         for draft in self.drafts:
             try:
-                await self.swap(draft.spec.name, "")
+                await self.reload(draft.spec.name, "")
             except Exception as error:
-                log.error("draft.not_swapped", drafter=draft.spec.name, exc_info=error)
+                log.error("draft.not_reloaded", drafter=draft.spec.name, exc_info=error)
 
-    async def swap(self, drafter: str, model: str) -> Swapped:
+    async def reload(self, drafter: str, model: str) -> Reloaded:
         """Load a draft beside the one that serves, and let it take over.
 
         Args:
@@ -104,49 +104,53 @@ class Swapping:
         Raises:
             NotServed: no such drafter.
             PermissionDenied: a folder that may not be named.
-            Unavailable: another swap is under way.
+            Unavailable: another reload is under way.
             ModelError: the folder holds no draft that can be loaded.
             InvalidRequest: its vocabulary or tokenizer is another.
 
-        In all these cases the old one goes on.
+        In all these cases the old one goes on, and so it does where the caller leaves before the
+        new one is loaded; after that, the new one takes over all the same.
         """
         draft = self._find(drafter)
         if model:
             self._check_folder(model)
-        if self._swapping:
+        if self._reloading:
             raise Unavailable("another draft is being loaded")
-        self._swapping = True
+        self._reloading = True
         try:
-            swapped = await self._swap(draft, model or draft.model)
+            engine = await self._load(draft, model or draft.model)
         except BaseException:
-            self._metrics.swaps.labels("failed").inc()
+            self._ended("failed")
             raise
-        finally:
-            self._swapping = False
-        self._metrics.swaps.labels("done").inc()
-        return swapped
+        taking = asyncio.create_task(self._take_over(draft, model or draft.model, engine))
+        taking.add_done_callback(lambda _: self._ended("done" if _succeeded(taking) else "failed"))
+        # From here on a caller that leaves ends nothing: what is shown stays what drafts.
+        return await asyncio.shield(taking)
 
-    async def _swap(self, draft: Draft, model: str) -> Swapped:
-        loop, settings = asyncio.get_running_loop(), self._settings
-        engine = await loop.run_in_executor(self._loader, load_beside, settings, model)
-        before = draft.engine.info
-        _check_alike(draft.spec.name, before, engine.info)
+    def _ended(self, outcome: str) -> None:
+        self._reloading = False
+        self._metrics.swaps.labels(outcome).inc()
 
+    async def _load(self, draft: Draft, model: str) -> Engine:
+        loop = asyncio.get_running_loop()
+        engine = await loop.run_in_executor(self._loader, load_beside, self._settings, model)
+        _check_alike(draft.spec.name, draft.engine.info, engine.info)
+        return engine
+
+    async def _take_over(self, draft: Draft, model: str, engine: Engine) -> Reloaded:
         def take() -> None:
-            made: SSMDrafter = make_model_drafter(settings, draft.spec, engine)
+            made: SSMDrafter = make_model_drafter(self._settings, draft.spec, engine)
             draft.drafter.swap(made)
 
-        await self._on_drafting_thread(take)
+        await asyncio.wrap_future(self._grower.between_drafts(take))
+        before = draft.engine.info
         draft.engine, draft.model = engine, model
         self._metrics.show_draft(draft.spec.name, engine.info)
         moved, kept = self._sessions.move()
         log.info(
-            "draft.swapped", drafter=draft.spec.name, revision=engine.info.revision, moved=moved
+            "draft.reloaded", drafter=draft.spec.name, revision=engine.info.revision, moved=moved
         )
-        return Swapped(draft.spec.name, before, engine.info, moved, kept)
-
-    async def _on_drafting_thread(self, work: Callable[[], None]) -> None:
-        await asyncio.wrap_future(self._grower.between_drafts(work))
+        return Reloaded(draft.spec.name, before, engine.info, moved, kept)
 
     def _find(self, name: str) -> Draft:
         names = [draft.spec.name for draft in self.drafts]
@@ -165,6 +169,10 @@ class Swapping:
                 f"draft folder {model[:256]!r} may not be named; "
                 f"allowed: below --drafts-root, {root}"
             )
+
+
+def _succeeded(task: asyncio.Task[Reloaded]) -> bool:
+    return not task.cancelled() and task.exception() is None
 
 
 def drafts_of(
