@@ -86,7 +86,8 @@ def check_adapters(settings: VerifierSettings) -> None:
     """Refuse adapters where they cannot be served, before anything is loaded.
 
     Raises:
-        ModelError: the model is divided among a group, is the toy, or is called like an adapter.
+        ModelError: the model is divided among a group, is the toy, has layers that are offloaded,
+            or is called like an adapter.
     """
     if not settings.adapters:
         return
@@ -97,6 +98,7 @@ def check_adapters(settings: VerifierSettings) -> None:
         )
     if settings.engine == "toy":
         raise ModelError("adapters are given for the toy engine, which reads none")
+    _offload(settings).check_adapters(settings.adapter_folders)
     name = model_folder(settings).name
     if name in settings.adapter_folders:
         raise ModelError(f"adapter {name!r} has the name of the model itself")

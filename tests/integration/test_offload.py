@@ -271,6 +271,11 @@ def test_a_share_too_small_is_refused_with_the_numbers(save: Save, tmp_path: Pat
         load(save("llama"), offload=Offload("disk", 1000, tmp_path))
 
 
+def test_adapters_are_refused_before_anything_is_read(save: Save, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="adapters a cannot be served with offload disk; they ne"):
+        load(save("llama"), offload=Offload("disk"), adapters={"a": tmp_path})
+
+
 def test_offload_to_the_host_is_refused_on_the_host(save: Save) -> None:
     with pytest.raises(ModelError, match="offload cpu is for a GPU"):
         load(save("llama"), offload=Offload("cpu", 1000))

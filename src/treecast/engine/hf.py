@@ -99,8 +99,9 @@ class HFEngine:
 
         Raises:
             ModelError: the folder is missing, no causal LM, or one that cannot be served; or an
-                adapter is not served, or does not fit the model.
+                adapter is not served, does not fit the model, or is given with offload.
         """
+        offload.check_adapters(adapters)
         folder = Path(path)
         checkpoints.check_model_dir(folder)
         options = LoadOptions(
