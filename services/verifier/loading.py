@@ -149,13 +149,9 @@ def model_folder(settings: VerifierSettings) -> Path:
     Raises:
         ModelError: the default model is neither installed nor to be fetched, or the file is none.
     """
-    from treecast.checkpoints import ensure_converted, ensure_default_target
+    from treecast.checkpoints import ensure_folder
 
-    if settings.model == "default":
-        return ensure_default_target()
-    model = Path(settings.model)
-    is_gguf = model.suffix == ".gguf" and model.is_file()
-    return ensure_converted(model) if is_gguf else model
+    return ensure_folder(settings.model)
 
 
 def _check_exactness(engine: Engine) -> None:

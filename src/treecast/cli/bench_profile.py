@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -42,7 +41,7 @@ def write_profile(context: typer.Context) -> None:
     """Time the engine's steps, then a whole mesh, and print both."""
     from treecast.bench.machine import describe_machine
     from treecast.bench.phases import profile_steps
-    from treecast.checkpoints import ensure_default_target
+    from treecast.checkpoints import ensure_folder
     from treecast.engine.loading import LoadOptions, resolve_dtype
     from treecast.engine.openmp import spin_briefly
 
@@ -50,7 +49,7 @@ def write_profile(context: typer.Context) -> None:
     asked = context.params
     spin_briefly()
     settings = _settings(asked)
-    folder = ensure_default_target() if settings.model == "default" else Path(settings.model)
+    folder = ensure_folder(settings.model)
     options = LoadOptions(
         resolve_dtype(settings.dtype, settings.device),
         settings.numerics,
