@@ -86,7 +86,8 @@ def check_adapters(settings: VerifierSettings) -> None:
     """Refuse adapters where they cannot be served, before anything is loaded.
 
     Raises:
-        ModelError: the model is divided among a group, is the toy, or is called like an adapter.
+        ModelError: the model is divided among a group, is the toy, has layers that are offloaded,
+            or is called like an adapter.
     """
     if not settings.adapters:
         return
@@ -97,6 +98,7 @@ def check_adapters(settings: VerifierSettings) -> None:
         )
     if settings.engine == "toy":
         raise ModelError("adapters are given for the toy engine, which reads none")
+    _offload(settings).check_adapters(settings.adapter_folders)
     name = model_folder(settings).name
     if name in settings.adapter_folders:
         raise ModelError(f"adapter {name!r} has the name of the model itself")
@@ -147,13 +149,9 @@ def model_folder(settings: VerifierSettings) -> Path:
     Raises:
         ModelError: the default model is neither installed nor to be fetched, or the file is none.
     """
-    from treecast.checkpoints import ensure_converted, ensure_default_target
+    from treecast.checkpoints import ensure_folder
 
-    if settings.model == "default":
-        return ensure_default_target()
-    model = Path(settings.model)
-    is_gguf = model.suffix == ".gguf" and model.is_file()
-    return ensure_converted(model) if is_gguf else model
+    return ensure_folder(settings.model)
 
 
 def _check_exactness(engine: Engine) -> None:

@@ -40,6 +40,7 @@ __all__ = [
     "ensure_default_draft",
     "ensure_default_drafts",
     "ensure_default_target",
+    "ensure_folder",
     "model_revision",
     "read_trained",
     "shipped_draft_weights",
@@ -100,6 +101,19 @@ def ensure_converted(
     """
     name = f"{gguf.stem}-{file_hash(gguf)[:8]}"
     return _converted(gguf, (cache_dir or default_cache_dir()) / name, progress or _silent)
+
+
+def ensure_folder(model: str) -> Path:
+    """The folder of a model as settings name it: `default`, a GGUF file, or a folder as it is.
+
+    Raises:
+        ModelError: the default model is neither installed nor to be fetched, or the file is none.
+    """
+    if model == "default":
+        return ensure_default_target()
+    path = Path(model)
+    is_gguf = path.suffix == ".gguf" and path.is_file()
+    return ensure_converted(path) if is_gguf else path
 
 
 def _converted(gguf: Path, folder: Path, report: ProgressFn) -> Path:

@@ -195,5 +195,7 @@ def test_adapters_are_refused_where_they_cannot_be_served() -> None:
         check_adapters(VerifierSettings(adapters=("a=x",), tp=2))
     with pytest.raises(ModelError, match=r"for the toy engine"):
         check_adapters(VerifierSettings(adapters=("a=x",), engine="toy"))
+    with pytest.raises(ModelError, match=r"^adapters a, b cannot be served with offload disk;"):
+        check_adapters(VerifierSettings(adapters=("a=x", "b=y"), offload="disk"))
     with pytest.raises(ModelError, match=r"^adapter 'mine' has the name of the model itself$"):
         check_adapters(VerifierSettings(adapters=("mine=x",), model="/models/mine"))

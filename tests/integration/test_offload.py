@@ -15,11 +15,12 @@ import transformers
 from numpy.typing import NDArray
 
 from treecast.bench.families.configs import FAMILIES, VOCAB
-from treecast.engine import loading, unread
+from treecast.engine import linears, loading, unread
 from treecast.engine.base import Segment
 from treecast.engine.hf import HFEngine
 from treecast.engine.loading import LoadOptions
 from treecast.engine.memory import empty_of, least_share
+from treecast.engine.narrow import has_fbgemm
 from treecast.engine.offload import LayerStream, Offload
 from treecast.errors import EngineLost, ModelError
 
@@ -45,11 +46,11 @@ def save(tmp_path_factory: pytest.TempPathFactory) -> Save:
     return saved
 
 
-def random_model(family: str) -> Any:
+def random_model(family: str, **others: Any) -> Any:
     name, options = FAMILIES[family]
     depth = next(k for k in ("num_hidden_layers", "n_layer", "n_layers") if k in options)
     torch.manual_seed(7)
-    config = getattr(transformers, f"{name}Config")(**{**options, depth: LAYERS})
+    config = getattr(transformers, f"{name}Config")(**{**options, depth: LAYERS, **others})
     model = transformers.AutoModelForCausalLM.from_config(config)
     for parameter in model.parameters():
         if parameter.ndim > 1:
@@ -160,6 +161,33 @@ def test_weights_that_are_bfloat16_move_half_the_bytes(save: Save, tmp_path: Pat
     assert moved[1] < 0.8 * moved[0]
 
 
+@pytest.mark.skipif(not has_fbgemm(), reason="weights of 16 bits need FBGEMM's kernels")
+def test_bits_and_fingerprint_are_those_of_float32_where_auto_would_keep_16_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A processor without bfloat16 products, and weights that are bfloat16 numbers.
+
+    Products of 2048 inputs are added up in another order from 16 bits, on AVX2 at least.
+    """
+    monkeypatch.setattr(linears, "multiplies_bfloat16", lambda: False)
+    model = random_model("llama", intermediate_size=2048)
+    model.bfloat16().save_pretrained(folder := tmp_path / "short")
+    auto, wide = (load(folder, weights=kind) for kind in ("auto", "float32"))
+    with offloaded(folder, tmp_path) as engine:
+        assert np.array_equal(logits_of(engine), logits_of(wide))
+        assert engine.info.fingerprint == wide.info.fingerprint
+    assert auto.info.fingerprint != wide.info.fingerprint
+
+
+def test_the_fingerprint_is_that_of_the_resident_model_where_auto_is_float32(
+    save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading, "auto_narrows", lambda: False)
+    folder = save("llama")
+    with offloaded(folder, tmp_path) as engine:
+        assert engine.info.fingerprint == load(folder).info.fingerprint
+
+
 def test_the_scratch_file_is_gone_when_the_process_is(save: Save, tmp_path: Path) -> None:
     with offloaded(save("llama"), tmp_path):
         assert not list(tmp_path.iterdir())
@@ -241,6 +269,11 @@ def test_all_stays_when_all_fits(save: Save, tmp_path: Path) -> None:
 def test_a_share_too_small_is_refused_with_the_numbers(save: Save, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"may take 0\.00 GiB of the device; embedding"):
         load(save("llama"), offload=Offload("disk", 1000, tmp_path))
+
+
+def test_adapters_are_refused_before_anything_is_read(save: Save, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="adapters a cannot be served with offload disk; they ne"):
+        load(save("llama"), offload=Offload("disk"), adapters={"a": tmp_path})
 
 
 def test_offload_to_the_host_is_refused_on_the_host(save: Save) -> None:

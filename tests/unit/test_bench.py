@@ -132,6 +132,14 @@ def test_a_prompt_file_is_refused_when_it_is_empty(tmp_path):
         read_prompts(tmp_path / "p.jsonl")
 
 
+def test_a_profile_takes_a_gguf_file_as_the_services_do(tmp_path, monkeypatch):
+    monkeypatch.setenv("TREECAST_HOME", str(tmp_path / "home"))
+    (tmp_path / "cut.gguf").write_bytes(b"GGUF\3\0\0\0")
+    done = CliRunner().invoke(app, ["bench", "--profile", "--model", str(tmp_path / "cut.gguf")])
+    assert done.exit_code != 0
+    assert "cut.gguf cannot be read here" in str(done.exception) + done.output
+
+
 def demo(router: ScriptedRouter, *arguments: str) -> tuple[int, str]:
     prompts = ("--limit", "2", "--router", router.address)
     result = CliRunner().invoke(app, ["demo", *prompts, *arguments])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -147,6 +148,27 @@ def row_after_a_swap(engine: HFEngine) -> tuple[bytes, bytes]:
     rows = engine.forward([Segment.chain(s, [7], [0]) for s in (sequences[0], back)])
     kept, moved = (np.asarray(row[0]).tobytes() for row in rows)
     return kept, moved
+
+
+def test_the_engine_is_lost_when_a_move_fails_once(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The moves behind it are never done, so the next pass would read wrong keys."""
+    engine = HFEngine.load(folder, pool_tokens=512)
+    sequence = engine.allocate(len(TEXT) + 1)
+    engine.forward([Segment.chain(sequence, TEXT, [])])
+    engine.commit(sequence, range(len(TEXT)))
+    load, failures = HostKV.load, iter([RuntimeError("out of memory")])
+
+    def fails_once(self: HostKV, key: int, places: Sequence[int]) -> None:
+        for failure in failures:
+            raise failure
+        load(self, key, places)
+
+    monkeypatch.setattr(HostKV, "load", fails_once)
+    back = engine.swap_in(engine.swap_out(sequence), len(TEXT) + 1)
+    with pytest.raises(EngineLost, match=r"moves within the KV pool failed: .*out of memory"):
+        engine.forward([Segment.chain(back, [7], [0])])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -15,11 +15,13 @@ from numpy.typing import NDArray
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from treecast.decoding.local import generate
+from treecast.engine import memory
 from treecast.engine.base import KVSequence, Segment
 from treecast.engine.exactness import differing_rows
 from treecast.engine.hf import HFEngine
 from treecast.engine.loading import LoadOptions
 from treecast.engine.lora_folder import read_adapter
+from treecast.engine.memory import estimate
 from treecast.engine.narrow import has_fbgemm
 from treecast.errors import ModelError, NotServed
 from treecast.sampling.params import SamplingParams
@@ -235,6 +237,24 @@ def test_missing_and_cut_weights_are_refused(folders: Path, tmp_path: Path) -> N
     (tmp_path / "adapter_model.safetensors").write_bytes(whole[:-100])
     with pytest.raises(ModelError, match=r"adapter_model.safetensors cannot be read"):
         read_adapter("a", tmp_path)
+
+
+def test_memory_is_reckoned_with_adapters(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What they take is what is hung on the layers; it counts before anything is read."""
+    loaded = [read_adapter(name, folders / name) for name in ("all", "few")]
+    held = sum(low_rank.num_bytes for one in loaded for low_rank in one.layers.values())
+    options = LoadOptions("float32", "exact", "cpu", None)
+    need = estimate(folders / "base", options, 2048)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: need.most + held)
+    load(folders)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: need.most + held - 1)
+    monkeypatch.setattr("treecast.engine.hf.load_model", never)
+    with pytest.raises(ModelError, match=r"GiB for weights, 0\.00 GiB for adapters"):
+        load(folders)
+
+
+def never(*_: object) -> None:
+    raise AssertionError("weights were read")
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,9 @@ import typer
 
 from treecast.errors import InvalidRequest
 
-from .bench_report import check_options
+from .bench_report import check_options, mesh_settings
 from .output import stderr, stdout, write_json
-from .up import parse_speculators, running_mesh, termination_as_interrupt
+from .up import running_mesh, termination_as_interrupt
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -47,7 +47,7 @@ def write_arrivals(context: typer.Context, arrivals: str) -> None:
     )
     if asked["contenders"] == "treecast-plain":
         speculation = replace(speculation, max_nodes=0)
-    settings = _settings(asked)
+    settings = mesh_settings(asked)
     loads = []
     with termination_as_interrupt():
         for level in levels:
@@ -73,17 +73,6 @@ def parse_levels(text: str) -> list[int]:
     if not parts or any(not part.isdigit() or not 1 <= int(part) <= 256 for part in parts):
         raise InvalidRequest(f"--levels is {text!r}; numbers from 1 to 256, commas between")
     return [int(part) for part in parts]
-
-
-def _settings(asked: dict[str, Any]) -> MeshSettings:
-    from treecast.services.local import MeshSettings
-
-    names = ("model", "draft", "numerics", "device", "dtype", "weights", "planner")
-    return MeshSettings(
-        speculators=parse_speculators(asked["speculators"]),
-        torch_threads=asked["threads"],
-        **{name: asked[name] for name in names},
-    )
 
 
 def _offer(

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
-from .bench_report import check_options
+from .bench_report import check_options, mesh_settings
 from .output import stderr, stdout, write_json
-from .up import parse_speculators, running_mesh, termination_as_interrupt
+from .up import running_mesh, termination_as_interrupt
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -42,15 +41,15 @@ def write_profile(context: typer.Context) -> None:
     """Time the engine's steps, then a whole mesh, and print both."""
     from treecast.bench.machine import describe_machine
     from treecast.bench.phases import profile_steps
-    from treecast.checkpoints import ensure_default_target
+    from treecast.checkpoints import ensure_folder
     from treecast.engine.loading import LoadOptions, resolve_dtype
     from treecast.engine.openmp import spin_briefly
 
     check_options(context, "--profile", _NOT_HEEDED)
     asked = context.params
     spin_briefly()
-    settings = _settings(asked)
-    folder = ensure_default_target() if settings.model == "default" else Path(settings.model)
+    settings = mesh_settings(asked)
+    folder = ensure_folder(settings.model)
     options = LoadOptions(
         resolve_dtype(settings.dtype, settings.device),
         settings.numerics,
@@ -70,17 +69,6 @@ def write_profile(context: typer.Context) -> None:
     for step in steps:
         stdout().print(operator_table(step))
     stdout().print(mesh_table(mesh))
-
-
-def _settings(asked: dict[str, Any]) -> MeshSettings:
-    from treecast.services.local import MeshSettings
-
-    names = ("model", "draft", "numerics", "device", "dtype", "weights", "planner")
-    return MeshSettings(
-        speculators=parse_speculators(asked["speculators"]),
-        torch_threads=asked["threads"],
-        **{name: asked[name] for name in names},
-    )
 
 
 def _profile_mesh(settings: MeshSettings, asked: dict[str, Any]) -> MeshProfile:

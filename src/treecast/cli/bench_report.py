@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from treecast.bench.study.folder import Folder
     from treecast.bench.study.measure import Show
     from treecast.bench.study.sections import Section
+    from treecast.services.local import MeshSettings
 
 SECTIONS = ("success", "width", "laws", "length", "time", "shape", "calibration")
 
@@ -51,6 +52,18 @@ def write_report(context: typer.Context, out: Path) -> None:
         write_json({"report": str(page)})
     else:
         stdout().print(f"wrote {page}", soft_wrap=True)
+
+
+def mesh_settings(asked: Mapping[str, Any]) -> MeshSettings:
+    """The mesh of a mode that starts one by the options that all of them have."""
+    from treecast.services.local import MeshSettings
+
+    names = ("model", "draft", "numerics", "device", "dtype", "weights", "planner")
+    return MeshSettings(
+        speculators=parse_speculators(asked["speculators"]),
+        torch_threads=asked["threads"],
+        **{name: asked[name] for name in names},
+    )
 
 
 def check_options(

@@ -25,7 +25,7 @@ from treecast.engine.steps import (
     padded_rows,
     paged_attention,
 )
-from treecast.errors import ModelError
+from treecast.errors import EngineLost, ModelError
 from treecast.kernels.exact import NORM_COLUMNS, ExactAttention
 from treecast.kernels.fast import FastAttention
 from treecast.kernels.oracle import OracleAttention
@@ -94,7 +94,11 @@ class Executor(Protocol):
         """See `kv_pool.Storage.forget`."""
 
     def run(self, packed: PackedPass) -> PassOutput:
-        """Compute a pass; its keys and values are in the pool then. Blocks."""
+        """Compute a pass; its keys and values are in the pool then. Blocks.
+
+        Raises:
+            EngineLost: the pool does not hold any more what its sequences believe.
+        """
 
     def read(self, places: Sequence[int]) -> list[Tensor]:
         """See `KVTensors.read`."""
@@ -205,7 +209,7 @@ class LocalExecutor:
         return self._tensors.read(places)
 
     def run(self, packed: PackedPass) -> PassOutput:
-        self._tensors.settle()
+        self._settle()
         layouts = _layouts(packed.segments)
         with torch.inference_mode():
             if self._steps is None:
@@ -216,6 +220,15 @@ class LocalExecutor:
             )
             with self._marked(adapters, padded_rows(len(packed.tokens))):
                 return self._steps.run(given)
+
+    def _settle(self) -> None:
+        """Do the moves that wait; some are done and others lost if one fails."""
+        try:
+            self._tensors.settle()
+        except EngineLost:
+            raise
+        except Exception as error:
+            raise EngineLost(f"moves within the KV pool failed: {error!r}") from error
 
     def _run_here(
         self, packed: PackedPass, layouts: Sequence[SegmentLayout]

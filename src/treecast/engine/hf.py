@@ -40,7 +40,7 @@ from treecast.engine.loading import (
     load_model,
     resolve_dtype,
 )
-from treecast.engine.lora_folder import read_adapter
+from treecast.engine.lora_folder import count_numbers, read_adapter
 from treecast.engine.memory import fitted
 from treecast.engine.offload import RESIDENT, Offload
 from treecast.engine.residency import ALL_RESIDENT, Offloaded
@@ -99,8 +99,9 @@ class HFEngine:
 
         Raises:
             ModelError: the folder is missing, no causal LM, or one that cannot be served; or an
-                adapter is not served, or does not fit the model.
+                adapter is not served, does not fit the model, or is given with offload.
         """
+        offload.check_adapters(adapters)
         folder = Path(path)
         checkpoints.check_model_dir(folder)
         options = LoadOptions(
@@ -114,7 +115,8 @@ class HFEngine:
             swap_dtype=swap_dtype,
             kept_kv=kv_dtype,
         )
-        options, pool_tokens = fitted(folder, options, pool_tokens)
+        numbers = sum(count_numbers(name, Path(where)) for name, where in adapters.items())
+        options, pool_tokens = fitted(folder, options, pool_tokens, numbers)
         model = load_model(folder, options)
         loaded = [read_adapter(name, Path(where)) for name, where in adapters.items()]
         info = replace(

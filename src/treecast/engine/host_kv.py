@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from treecast.engine.kv_dtype import KVFormat
 from treecast.errors import EngineLost
 
 _CHUNK = 1024
@@ -46,8 +47,9 @@ class HostKV:
         for plane, at, piece in self._pieces(places, buffer):
             rows = plane.index_select(1, at)
             if self._lossy:
-                scale, rounded = _quantise(rows)
+                rounded, scale = KVFormat(torch.int8).narrow(rows)
                 scales, values = _split(piece, rows.shape)
+                assert scale is not None, "int8 has scales"
                 scales.copy_(scale, non_blocking=True)
                 values.copy_(rounded, non_blocking=True)
             else:
@@ -102,13 +104,6 @@ class HostKV:
 
 def _row_bytes(plane: Tensor) -> int:
     return plane.shape[2] * plane.element_size()
-
-
-def _quantise(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Scales ([planes, places, 1] float32) and int8 values, symmetric about zero."""
-    values = rows.float()
-    scale = values.abs().amax(dim=-1, keepdim=True) / 127
-    return scale, (values / scale.clamp_min(1e-30)).round().to(torch.int8)
 
 
 def _split(piece: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from treecast.engine.narrow import is_bfloat16
 from treecast.engine.tensor_files import read_whole
 from treecast.errors import ModelError
 
@@ -78,7 +79,8 @@ class DiskStore:
         begin, parts = self._end, []
         for tensor in tensors:
             raw = bytes_of(tensor.cpu())
-            halved = _is_on_cpu(tensor) and tensor.dtype == torch.float32 and _is_bfloat16(raw)
+            wide = _is_on_cpu(tensor) and tensor.dtype == torch.float32
+            halved = wide and is_bfloat16(torch.from_numpy(raw.view(np.float32)))
             kept = raw.view(np.uint16)[1::2].copy() if halved else raw
             parts.append(_Part(self._end - begin, kept.nbytes, halved))
             self._write(kept.view(np.uint8))
@@ -181,11 +183,6 @@ def _page_aligned(size: int, pinned: bool) -> Tensor:
     if pinned:
         return torch.empty(size, dtype=torch.uint8, pin_memory=True)
     return torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)
-
-
-def _is_bfloat16(raw: NDArray[np.uint8]) -> bool:
-    """Whether the lower half of every float32 is empty."""
-    return not raw.view(np.uint16)[::2].any()
 
 
 def _widen(short: NDArray[np.uint16], wide: NDArray[np.uint32]) -> None:

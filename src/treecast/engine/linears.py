@@ -133,6 +133,11 @@ def packed_layers(min_rows: int) -> RowLayers:
     return RowLayers(lambda linear: PackedLinear(linear, min_rows), _rms_norm, can_pack)
 
 
+def auto_narrows() -> bool:
+    """Whether weights `auto` keep 16 bits where those hold all of a layer on this processor."""
+    return has_fbgemm() and not multiplies_bfloat16()
+
+
 def cpu_layers(weights: Weights, dtype: torch.dtype, exact: bool) -> RowLayers:
     """For CPU, with weights of some number of bits (see `engine.narrow`).
 
@@ -151,10 +156,9 @@ def cpu_layers(weights: Weights, dtype: torch.dtype, exact: bool) -> RowLayers:
     if weights in ("bfloat16", "int8") and not has_fbgemm():
         raise ModelError(f"weights {weights} need FBGEMM's kernels, which this torch does not have")
     packed = packed_layers(2 if exact else 1)
-    native = multiplies_bfloat16()
-    if weights == "auto" and (native or not has_fbgemm()):
+    if weights == "auto" and not auto_narrows():
         return packed
-    if weights == "bfloat16" and native and dtype == torch.bfloat16:
+    if weights == "bfloat16" and multiplies_bfloat16() and dtype == torch.bfloat16:
         return packed
     if weights == "float32":
         return replace(packed, linear=partial(_float32_linear, min_rows=2 if exact else 1))

@@ -21,9 +21,9 @@ from treecast.engine.cut_head import cut_head
 from treecast.engine.kv_dtype import KV_FORMATS, KVFormat
 from treecast.engine.linears import (
     RowLayers,
+    auto_narrows,
     cpu_layers,
     fixed_layers,
-    packed_layers,
     plain_layers,
     product_dtype,
 )
@@ -128,15 +128,23 @@ class LoadOptions:
         """The same, with weights that lose nothing: an adapter's are few, and are not narrowed."""
         return replace(self, weights="auto")
 
+    @property
+    def kept_weights(self) -> Weights:
+        """The kind that is computed with, which decides about bits.
+
+        FBGEMM's packed weights are no tensors whose contents could be exchanged; so `auto` keeps
+        none in 16 bits where layers take turns.
+        """
+        narrowed = self.weights == "auto" and self.on_cpu and auto_narrows()
+        return "float32" if narrowed and self.offload.mode != "none" else self.weights
+
     def row_layers(self) -> RowLayers:
         """What linear layers and norms are computed with."""
         if self.uses_triton and self.numerics == "exact":
             return fixed_layers()
         if not self.on_cpu:
             return plain_layers()
-        if self.offload.mode != "none":
-            return packed_layers(self.min_rows)
-        return cpu_layers(self.weights, DTYPES[self.dtype], self.min_rows > 1)
+        return cpu_layers(self.kept_weights, DTYPES[self.dtype], self.min_rows > 1)
 
     @property
     def kv_format(self) -> KVFormat:
@@ -297,7 +305,7 @@ def fingerprint(revision: str, options: LoadOptions) -> str:
         "revision": revision,
         "computation": _COMPUTATION,
         "dtype": options.dtype,
-        "weights": options.weights,
+        "weights": options.kept_weights,
         "numerics": options.numerics,
         "kv": f"{options.kv_dtype} of {options.kv_format.dtype}",
         "kernels": _triton_version() if options.uses_triton else "torch",

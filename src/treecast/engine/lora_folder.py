@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +61,19 @@ def read_adapter(name: str, folder: Path) -> AdapterWeights:
     return AdapterWeights(Adapter(name, _revision(folder)), layers)
 
 
+def count_numbers(name: str, folder: Path) -> int:
+    """Numbers of all A and B, by the header alone.
+
+    Raises:
+        ModelError: the file is missing or cut.
+    """
+    from safetensors import safe_open
+
+    where, weights = f"adapter {name!r} in {folder}", folder / _WEIGHTS
+    with _readable(where), safe_open(weights, framework="pt") as file:
+        return sum(math.prod(file.get_slice(each).get_shape()) for each in file.keys())  # noqa: SIM118
+
+
 def _read_config(file: Path, where: str) -> Mapping[str, Any]:
     try:
         config = json.loads(file.read_text())
@@ -81,11 +96,18 @@ def _read_config(file: Path, where: str) -> Mapping[str, Any]:
 
 
 def _tensors(file: Path, where: str) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    try:
+    with _readable(where):
         return load_file(file)
+
+
+@contextmanager
+def _readable(where: str) -> Iterator[None]:
+    from safetensors import SafetensorError
+
+    try:
+        yield
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{where}: {_WEIGHTS} cannot be read: {error}") from None
 

@@ -39,22 +39,25 @@ class MemoryNeed:
         kv_pool: all of it.
         workspace: activations and logits of a pass of `WORKSPACE_ROWS`.
         loading: beside the weights while they are read, and given back then.
+        adapters: as they are computed with, less the zeros that fusing layers puts between them.
     """
 
     weights: int
     kv_pool: int
     workspace: int
     loading: int
+    adapters: int = 0
 
     @property
     def most(self) -> int:
         """At the time when it is most."""
-        return self.weights + max(self.loading, self.kv_pool + self.workspace)
+        return self.weights + self.adapters + max(self.loading, self.kv_pool + self.workspace)
 
     def __str__(self) -> str:
+        adapters = f"{gib(self.adapters)} for adapters, " if self.adapters else ""
         return (
-            f"{gib(self.most)}: {gib(self.weights)} for weights, {gib(self.kv_pool)} for the KV "
-            f"pool, {gib(self.workspace)} for a pass, {gib(self.loading)} more while loading"
+            f"{gib(self.most)}: {gib(self.weights)} for weights, {adapters}{gib(self.kv_pool)} for "
+            f"the KV pool, {gib(self.workspace)} for a pass, {gib(self.loading)} more while loading"
         )
 
     def check(self, free: int, where: str) -> None:
@@ -67,12 +70,15 @@ class MemoryNeed:
             raise ModelError(f"the model needs {self}; {where} has {gib(free)} free")
 
 
-def fitted(path: Path, options: LoadOptions, pool_tokens: int | None) -> tuple[LoadOptions, int]:
+def fitted(
+    path: Path, options: LoadOptions, pool_tokens: int | None, adapter_numbers: int = 0
+) -> tuple[LoadOptions, int]:
     """See that a model will fit, before any weight is read, and tell the log what it will take.
 
     Args:
         pool_tokens: of the KV pool; None for half of what weights leave on a host, which others
             use too, and nine tenths on a GPU; `MOST_POOL_TOKENS` at most.
+        adapter_numbers: in all adapters' matrices (see `lora_folder.count_numbers`).
 
     Returns:
         The options, with a share of the device for weights that are offloaded by what is free; and
@@ -88,7 +94,7 @@ def fitted(path: Path, options: LoadOptions, pool_tokens: int | None) -> tuple[L
         pool = free // 4 if pool_tokens is None else token_bytes * pool_tokens
         share = max(0, free - pool - _workspace_bytes(config))
         options = replace(options, offload=replace(options.offload, device_bytes=share))
-    need = estimate(path, options, pool_tokens or 0)
+    need = estimate(path, options, pool_tokens or 0, adapter_numbers)
     if pool_tokens is None:
         left = (free - need.most) * (0.5 if options.on_cpu else 0.9)
         pool_tokens = min(MOST_POOL_TOKENS, max(FEWEST_POOL_TOKENS, int(left // token_bytes)))
@@ -103,7 +109,9 @@ def fitted(path: Path, options: LoadOptions, pool_tokens: int | None) -> tuple[L
     return options, pool_tokens
 
 
-def estimate(path: Path, options: LoadOptions, pool_tokens: int) -> MemoryNeed:
+def estimate(
+    path: Path, options: LoadOptions, pool_tokens: int, adapter_numbers: int = 0
+) -> MemoryNeed:
     """What a model folder will take, by its config and the headers of its weights alone.
 
     Of the KV pool exact for models whose config tells KV heads and their size as most do.
@@ -123,7 +131,14 @@ def estimate(path: Path, options: LoadOptions, pool_tokens: int) -> MemoryNeed:
         kv_pool=kv_bytes_per_token(config, options) * pool_tokens,
         workspace=_workspace_bytes(config),
         loading=own if whole and options.on_cpu else 0,
+        adapters=adapter_numbers * _number_bytes(options),
     )
+
+
+def _number_bytes(options: LoadOptions) -> int:
+    """Of a number of an adapter's: those are not narrowed with the model's weights."""
+    own = DTYPES[options.dtype]
+    return (product_dtype(own) if options.on_cpu else own).itemsize
 
 
 def empty_of(path: Path, options: LoadOptions) -> tuple[Any, Any]:

@@ -41,6 +41,7 @@ _SECOND_DIGIT = 2 * _DIGIT
 _LEAST = 1e-30
 _OUTPUT_STEP = 16
 _ROWS_AT_ONCE = 1024
+_NUMBERS_AT_ONCE = 1 << 20
 
 
 class HalfLinear(nn.Module):
@@ -240,14 +241,14 @@ class _NarrowEmbedding(nn.Module):
 
 def is_bfloat16(weight: Tensor) -> bool:
     """Whether bfloat16 holds every weight exactly: it does those of most published models."""
-    parts = _in_parts(weight.detach())
+    parts = _in_parts(weight.detach().reshape(-1), _NUMBERS_AT_ONCE)
     return all(torch.equal(part.bfloat16().to(part.dtype), part) for part in parts)
 
 
-def _in_parts(weight: Tensor) -> Iterator[Tensor]:
+def _in_parts(weight: Tensor, at_once: int = _ROWS_AT_ONCE) -> Iterator[Tensor]:
     """A few rows at a time, so that what is made of them stays small."""
-    for begin in range(0, len(weight), _ROWS_AT_ONCE):
-        yield weight[begin : begin + _ROWS_AT_ONCE]
+    for begin in range(0, len(weight), at_once):
+        yield weight[begin : begin + at_once]
 
 
 def has_fbgemm() -> bool:

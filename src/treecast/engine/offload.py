@@ -12,7 +12,7 @@ they are pointed at these.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from treecast.engine.layer_stores import LayerStore, layout_of
-from treecast.errors import EngineLost
+from treecast.errors import EngineLost, ModelError
 
 GIB = 2**30
 NUM_BUFFERS = 2
@@ -48,6 +48,18 @@ class Offload:
     device_bytes: int | None = None
     folder: Path | None = None
     most_bytes_per_s: float | None = None
+
+    def check_adapters(self, names: Collection[str]) -> None:
+        """Refuse adapters beside layers that are not there to hang them on.
+
+        Raises:
+            ModelError: there are both.
+        """
+        if names and self.mode != "none":
+            raise ModelError(
+                f"adapters {', '.join(names)} cannot be served with offload {self.mode}; they "
+                "need a model whose layers stay on the device"
+            )
 
 
 RESIDENT = Offload()
