@@ -312,10 +312,9 @@ def test_bits_do_not_depend_on_what_is_beside_them_when_weights_are_narrow(
     assert differing_rows(engine) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.model
-@pytest.mark.parametrize(
-    "seeds", [1, pytest.param(10, marks=pytest.mark.slow)], ids=["one", "many"]
-)
+@pytest.mark.parametrize("seeds", [1, 10], ids=["one", "many"])
 def test_bits_of_the_real_model_do_not_depend_on_what_is_beside_them(seeds: int) -> None:
     engine = HFEngine.load(ensure_default_target(), numerics="exact", threads=2)
     assert [differing_rows(engine, seed) for seed in range(seeds)] == [0] * seeds

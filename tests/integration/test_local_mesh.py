@@ -84,6 +84,7 @@ def test_nothing_is_left_when_the_mesh_is_stopped(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_every_speculator_runs_when_several_are_of_one_kind(tmp_path):
     settings = toy(tmp_path, speculators=("ssm", "ngram", "ssm"))
     with LocalMesh(settings) as mesh, Client(mesh.router_address) as client:
@@ -103,6 +104,7 @@ def test_the_mesh_tells_why_when_a_process_cannot_start(tmp_path):
     assert "pool_tokens" in (tmp_path / "verifier-0.log").read_text().replace("-", "_")
 
 
+@pytest.mark.slow
 def test_the_default_draft_is_left_out_when_the_model_is_another(tmp_path):
     told: list[tuple[str, str]] = []
     settings = MeshSettings(model=str(tmp_path / "other"), log_dir=tmp_path)
@@ -202,6 +204,7 @@ def has_ended(pidfd: int, timeout_s: float) -> bool:
         os.close(pidfd)
 
 
+@pytest.mark.slow
 def test_mesh_with_tls_and_keys_serves_those_who_have_both(tmp_path, monkeypatch):
     keys = tmp_path / "keys.toml"
     keys.write_text(entry_of("tc_admin", "ops", {}, admin=True))

@@ -116,7 +116,8 @@ def test_no_bit_differs_from_the_resident_model(
         assert engine.moved_bytes > before
 
 
-@pytest.mark.parametrize("numerics", [pytest.param("exact", marks=pytest.mark.slow), "fast"])
+@pytest.mark.slow
+@pytest.mark.parametrize("numerics", NUMERICS)
 def test_no_bit_differs_under_the_kernels_of_a_device(
     save: Save, tmp_path: Path, numerics: str
 ) -> None:
