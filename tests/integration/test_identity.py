@@ -131,9 +131,8 @@ def serving_verifier(mesh: LocalMesh, client: Client, stream: Stream) -> Service
     return next(process for process in processes if process.address == serving)
 
 
-@pytest.mark.parametrize(
-    "sampling", [pytest.param(GREEDY, marks=pytest.mark.slow), SAMPLED], ids=["greedy", "sampled"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 def test_text_is_the_same_when_its_verifier_is_killed_mid_stream(
     mesh: LocalMesh, client: Client, sampling: SamplingParams
 ) -> None:

@@ -194,7 +194,7 @@ async def test_output_is_distributed_as_the_targets_when_served(
     speculation: SpeculationParams, name: str
 ) -> None:
     async with mesh() as rig:
-        census, accepted = await take_census(rig, SAMPLINGS[name], speculation, 10_000)
+        census, accepted = await take_census(rig, SAMPLINGS[name], speculation, 6_000)
     assert accepted > census.num_tokens / 4
     assert census.p_value() > 1e-3
 
