@@ -154,7 +154,7 @@ class StepLoop:
         )
 
     def _free_slots(self) -> int:
-        return max(0, self._settings.max_running - len(self._roster))
+        return max(0, self._settings.capacity - len(self._roster))
 
     # --- the loop -------------------------------------------------------------------------------
 
