@@ -759,7 +759,8 @@ async def test_requests_go_to_the_least_loaded_verifier(start: Callable[..., Any
         for _ in range(4):
             replies.append(client.generate())
             await replies[-1].read(lambda reply: bool(reply.of("started")))
-        assert (len(one.started), len(two.started)) == (2, 2)
+        for verifier in (one, two):  # clients are told of a placement before the verifier is
+            await verifier.until(lambda verifier=verifier: len(verifier.started) == 2)
         assert client.metric("placements_total", by="load") == 4
         one.allow(100)
         two.allow(100)
