@@ -26,6 +26,9 @@ from .text import ModelText, TextCache
 
 TOKENIZER_TIMEOUT_S = 10.0
 
+SHORT_CHARACTERS = 500
+"""A prompt up to here is encoded in the time that it takes to have another thread do it."""
+
 
 @dataclass(frozen=True, slots=True)
 class Checked:
@@ -67,7 +70,10 @@ class Admission:
         text = await self._texts.get(
             model.model, model.model_revision, lambda: self._fetch_tokenizer(model)
         )
-        prompt = await asyncio.to_thread(encode, ask.prompt, text)
+        if num_characters(ask.prompt) > SHORT_CHARACTERS:
+            prompt = await asyncio.to_thread(encode, ask.prompt, text)
+        else:
+            prompt = encode(ask.prompt, text)
         if ask.truncate_prompt:  # the verifier cuts what is too long still, with the output
             prompt = prompt[-model.context_tokens :]
         check_tokens(ask, prompt, model)
@@ -163,6 +169,16 @@ def choose(
 
 def same_model(one: Hello, other: Hello) -> bool:
     return (one.model, one.model_revision) == (other.model, other.model_revision)
+
+
+def num_characters(prompt: Prompt) -> int:
+    """Of the text that is to be encoded; 0 for tokens."""
+    match prompt:
+        case TextPrompt():
+            return len(prompt.text)
+        case ChatPrompt():
+            return sum(len(message.content) for message in prompt.messages)
+    return 0
 
 
 def encode(prompt: Prompt, text: ModelText) -> tuple[int, ...]:

@@ -15,6 +15,9 @@ from .queue import Share, WaitingQueue
 from .seat import Seat
 from .turns import turns
 
+SEATS_PER_TURN = 8
+"""Requests that are seated at one turn of the event loop; each then has something to do."""
+
 CHARGED = Share("")
 """Of a request that is placed anew: it was charged when it was placed first."""
 
@@ -54,7 +57,8 @@ class Dispatcher:
         self._queue: WaitingQueue[Ticket] = WaitingQueue(queue_limit)
         self._grace_s = grace_s
         self._metrics = metrics
-        fleet.watch(self._pump)
+        self._pumping = False
+        fleet.watch(self._pump_soon)
 
     @property
     def num_waiting(self) -> int:
@@ -100,7 +104,7 @@ class Dispatcher:
             late = DeadlineExceeded("deadline passed while the request waited for a verifier")
             loop = asyncio.get_running_loop()
             ticket.timers.append(loop.call_at(deadline_s, ticket.fail, late))
-        self._pump()
+        self._pump_soon()
         try:
             return await ticket.turn
         except asyncio.CancelledError:
@@ -111,18 +115,27 @@ class Dispatcher:
             self._queue.leave(ticket)
             self._metrics.queued.set(len(self._queue))
 
-    def _pump(self) -> None:
-        """Seat whoever can be seated, in order. Called whenever that may have changed.
-
-        Whose turn it is where, `turns` says.
+    def _pump_soon(self) -> None:
+        """Have the queue looked through, once however much has changed. Called whenever somebody
+        may have got a turn.
         """
-        if not self._queue:
-            return
+        if self._queue and not self._pumping:
+            self._pumping = True
+            asyncio.get_running_loop().call_soon(self._pump)
+
+    def _pump(self) -> None:
+        """Seat whoever can be seated, in order. Whose turn it is where, `turns` says."""
+        self._pumping = False
         there = self._fleet.candidates()
+        seated = 0
         for ticket, placement in turns(self._waiting(), self._fleet.candidates):
             if placement is not None:
                 self._seat(ticket, placement)
+                seated += 1
             self._watch_grace(ticket, there)
+            if seated == SEATS_PER_TURN:
+                self._pump_soon()
+                break
         self._metrics.queued.set(len(self._queue))
 
     def _waiting(self) -> Iterator[Ticket]:

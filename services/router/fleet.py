@@ -161,7 +161,7 @@ class Fleet:
 
     def candidates(self) -> list[Candidate]:
         """The healthy ones, draining or not."""
-        found = (verifier.candidate for verifier in self.verifiers)
+        found = (verifier.candidate for verifier in self._open.values())
         return [candidate for candidate in found if candidate is not None]
 
     def open_hellos(self) -> list[Hello]:
@@ -171,8 +171,8 @@ class Fleet:
     def by_instance(self, instance_id: str) -> Verifier | None:
         """The verifier's process, if its stream is open."""
         for verifier in self._open.values():
-            candidate = verifier.candidate
-            if candidate is not None and candidate.instance_id == instance_id:
+            link = verifier.link
+            if link is not None and link.alive and link.peer.instance_id == instance_id:
                 return verifier
         return None
 

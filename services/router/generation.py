@@ -27,6 +27,7 @@ from .queue import Share
 from .relay import Relay
 from .seat import Lost, Seat
 from .sessions import Session
+from .turnstile import Turnstile
 from .writer import Writer
 
 MAX_STALE_LEASES = 3
@@ -106,6 +107,7 @@ class Generation:
         dispatcher: Dispatcher,
         prefixes: Prefixes,
         lengths: LengthPredictor,
+        turnstile: Turnstile,
         max_placements: int,
         metrics: RouterMetrics,
         tracing: Tracing,
@@ -115,6 +117,7 @@ class Generation:
         self._dispatcher = dispatcher
         self._prefixes = prefixes
         self._lengths = lengths
+        self._turnstile = turnstile
         self._max_placements = max_placements
         self._metrics = metrics
         self._seats: list[Seat] = []
@@ -184,6 +187,7 @@ class Generation:
                 if sample.index == 0:
                     job.span.note(_facts(job, end, placements))
                 return end.finish
+            await self._turnstile.enter()  # a verifier that is lost may have had hundreds
             self._bear(sample, seat, end)
             placed = await self._place(self._readmit, 1, sample.fingerprint, sample.avoid)
             seat, key = placed.seats[0], placed.key

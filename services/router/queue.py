@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from bisect import insort
+from bisect import bisect_left, insort
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -76,24 +76,26 @@ class Level(Generic[T]):
     served: defaultdict[str, int] = field(default_factory=lambda: defaultdict(int))
     joined: int = 0
 
-    def join(self, item: T, share: Share) -> None:
+    def join(self, item: T, share: Share) -> Place[T]:
         line = self.lines.get(share.tenant)
         if line is None:
             level = min((self.served[tenant] for tenant in self.lines), default=self._newest())
             self.served[share.tenant] = max(self.served[share.tenant], level)
             line = self.lines[share.tenant] = []
         self.joined += 1
-        insort(line, Place(share.rank, self.joined, item, share.cost))
+        place = Place(share.rank, self.joined, item, share.cost)
+        insort(line, place)
+        return place
 
     def _newest(self) -> int:
         """With nobody waiting all start level: at the most that anyone has been served."""
         return max(self.served.values(), default=0)
 
-    def leave(self, item: T, share: Share) -> None:
-        line = self.lines[share.tenant]
-        del line[next(at for at, place in enumerate(line) if place.item is item)]
+    def leave(self, place: Place[T], tenant: str) -> None:
+        line = self.lines[tenant]
+        del line[bisect_left(line, place)]
         if not line:
-            del self.lines[share.tenant]
+            del self.lines[tenant]
 
     def in_order(self) -> Iterator[T]:
         """As they would be served if each could be: at every turn the least served tenant's.
@@ -123,18 +125,18 @@ class WaitingQueue(Generic[T]):
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._ahead: list[T] = []
+        self._ahead: dict[int, T] = {}  # by id() of the item, as the next
+        self._places: dict[int, tuple[Share, Place[T]]] = {}
         self._levels: dict[int, Level[T]] = {}
-        self._shares: dict[int, Share] = {}  # by id() of the item
         self._waiting: Counter[str] = Counter()
 
     def __len__(self) -> int:
-        return len(self._ahead) + len(self._shares)
+        return len(self._ahead) + len(self._places)
 
     def __iter__(self) -> Iterator[T]:
         """In the order in which they should be served; safe against changes meanwhile."""
         levels = [self._levels[priority].in_order() for priority in sorted(self._levels)[::-1]]
-        return iter([*self._ahead, *itertools.chain.from_iterable(levels)])
+        return iter([*self._ahead.values(), *itertools.chain.from_iterable(levels)])
 
     def join(self, item: T, share: Share) -> T | None:
         """Add an item, where its rank is in the line of its tenant and priority.
@@ -149,23 +151,23 @@ class WaitingQueue(Generic[T]):
         pushed_out = None
         if len(self) >= self._limit:
             pushed_out = self._give_way(share)
-        self._shares[id(item)] = share
         self._waiting[share.tenant] += 1
-        self._level(share).join(item, share)
+        self._places[id(item)] = share, self._level(share).join(item, share)
         return pushed_out
 
     def rejoin(self, item: T) -> None:
         """Add an item that was served before: ahead of all newcomers, and whatever the limit."""
-        self._ahead.append(item)
+        self._ahead[id(item)] = item
 
     def leave(self, item: T) -> None:
         """Take an item out. Safe to repeat."""
-        share = self._shares.pop(id(item), None)
-        if share is None:
-            self._ahead = [one for one in self._ahead if one is not item]
+        found = self._places.pop(id(item), None)
+        if found is None:
+            self._ahead.pop(id(item), None)
             return
+        share, place = found
         self._waiting[share.tenant] -= 1
-        self._level(share).leave(item, share)
+        self._level(share).leave(place, share.tenant)
 
     def charge(self, share: Share, tokens: int) -> None:
         """Count tokens that a tenant was served; below 0 those it was charged in vain."""

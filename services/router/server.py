@@ -40,6 +40,7 @@ from .sessions import (
 from .settings import RouterSettings
 from .status import models_of, status_of
 from .text import ModelText
+from .turnstile import Turnstile
 from .writer import Write, Writer
 
 DEADLINE_ROUNDING = 0.01
@@ -103,6 +104,7 @@ class RouterService(router_pb2_grpc.RouterServiceServicer):
             fleet, settings.queue_limit, settings.verifier_grace_s, metrics
         )
         self._admission = Admission(fleet, settings.verifier_grace_s)
+        self._turnstile = Turnstile()
         self._lengths = predictor_of(settings.length_predictor)
         self._running: dict[RequestName, asyncio.Timeout] = {}
         self._idle = asyncio.Event()
@@ -168,6 +170,7 @@ class RouterService(router_pb2_grpc.RouterServiceServicer):
     async def _generate(
         self, request: pb.GenerateRequest, call: Call, caller: Caller, span: Span
     ) -> str:
+        await self._turnstile.enter()
         key = self._keys.caller(call.authorization)
         caller.tenant = key.tenant
         self._draining.check()
@@ -211,6 +214,7 @@ class RouterService(router_pb2_grpc.RouterServiceServicer):
         arrived_s = loop.time()
         deadline_s = self._deadline(call.left_s, arrived_s)
         checked = await self._admission.check(ask, deadline_s)
+        await self._turnstile.enter()
         caller.model = checked.model.model
         cost = ask.largest_cost(len(checked.prompt))
         expected = self._expect(ask, caller, checked)
@@ -236,6 +240,7 @@ class RouterService(router_pb2_grpc.RouterServiceServicer):
             self._dispatcher,
             self._prefixes,
             self._lengths,
+            self._turnstile,
             limit,
             self._metrics,
             self._tracing,

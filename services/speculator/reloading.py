@@ -15,6 +15,7 @@ from treecast.drafting.ssm import SSMDrafter
 from treecast.drafting.swap import SwappableDrafter
 from treecast.engine.base import Engine, ModelInfo
 from treecast.errors import InvalidRequest, NotServed, PermissionDenied, Unavailable
+from treecast.heap import settle_heap
 
 from .grower import Grower
 from .loading import load_beside, make_model_drafter
@@ -147,6 +148,7 @@ class Reloading:
         draft.engine, draft.model = engine, model
         self._metrics.show_draft(draft.spec.name, engine.info)
         moved, kept = self._sessions.move()
+        settle_heap()
         log.info(
             "draft.reloaded", drafter=draft.spec.name, revision=engine.info.revision, moved=moved
         )

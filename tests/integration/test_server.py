@@ -147,6 +147,17 @@ async def test_no_call_is_lost_when_more_come_at_once_than_the_loop_takes_up() -
             channel.close()
 
 
+@pytest.mark.slow
+async def test_no_call_is_lost_when_the_loop_takes_none_up_for_over_half_a_minute() -> None:
+    async with serving(Router()) as (_, address):
+        with grpc.insecure_channel(address) as channel:
+            stub: Any = RouterServiceStub(channel)
+            calls = [stub.Abort.future(pb.AbortRequest(request_id="r")) for _ in range(8)]
+            time.sleep(33)  # noqa: ASYNC251  this is the loop
+            answers = await asyncio.gather(*(asyncio.to_thread(call.result, 10) for call in calls))
+    assert all(answer.aborted for answer in answers)
+
+
 async def test_health_follows_readiness_when_asked() -> None:
     async with serving(Router()) as (server, address), open_channel(address) as channel:
         stub = health_pb2_grpc.HealthStub(channel)

@@ -18,6 +18,7 @@ from prometheus_client import CollectorRegistry
 
 from treecast.address import parse_address
 from treecast.errors import TreecastError
+from treecast.heap import settle_heap
 from treecast.settings import ServiceSettings, unknown_variables
 from treecast.telemetry.logs import configure_logs
 from treecast.telemetry.metrics import serve_metrics
@@ -156,6 +157,7 @@ class Presence:
     async def until_stopped(self) -> None:
         """Announce this process, then wait for SIGTERM or SIGINT."""
         stopped = stop_signal()
+        settle_heap()
         log.info("service.started", address=self.address, metrics=self.metrics_address)
         if self._settings.announce:
             self._announce()

@@ -36,9 +36,12 @@ _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 MAX_PENDING_CALLS = 16_384
 """Calls that have come and wait for the event loop to take them up.
 
-Left to itself gRPC drops some of them at random from 1,000 on, as if their callers had cancelled
-them. A queue of ours refuses by name what is too much.
+Left to itself gRPC drops some of them at random from 1,000 on, and all after half a minute, as if
+their callers had cancelled them. A queue of ours refuses by name what is too much.
 """
+
+MAX_PENDING_S = 24 * 3600
+"""How long they wait; their callers have deadlines of their own."""
 
 
 def server_options(max_answer_bytes: int = MAX_MESSAGE_BYTES) -> Options:
@@ -48,6 +51,7 @@ def server_options(max_answer_bytes: int = MAX_MESSAGE_BYTES) -> Options:
         *PATIENT,
         ("grpc.server.max_pending_requests", MAX_PENDING_CALLS),
         ("grpc.server.max_pending_requests_hard_limit", MAX_PENDING_CALLS),
+        ("grpc.server_max_unrequested_time_in_server", MAX_PENDING_S),
         ("grpc.http2.min_ping_interval_without_data_ms", PROMPT_MS // 2),
         # Two processes on one port would share its connections instead of failing at start.
         ("grpc.so_reuseport", 0),
