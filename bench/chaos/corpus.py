@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from google.protobuf.message import Message
 from grpc_health.v1 import health_pb2
@@ -92,6 +93,37 @@ VERIFIER = (
     *_HEALTH,
 )
 SPECULATOR = _HEALTH
+
+EDGE: tuple[tuple[str, dict[str, Any]], ...] = (
+    (
+        "/v1/chat/completions",
+        {
+            "model": "toy",
+            "messages": [{"role": "user", "content": "x"}],
+            "max_completion_tokens": 4,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            "logprobs": True,
+            "top_logprobs": 2,
+            "stop": ["x"],
+        },
+    ),
+    (
+        "/v1/completions",
+        {
+            "model": "toy",
+            "prompt": [1, 2, 3],
+            "max_tokens": 4,
+            "n": 2,
+            "seed": 1,
+            "logit_bias": {"5": 1.0},
+            "temperature": 0.8,
+            "top_p": 0.9,
+            "session_id": "fuzz",
+        },
+    ),
+)
+"""Paths of the HTTP edge and valid bodies of theirs."""
 
 REFLECTION = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
 REFLECTED = reflection_pb2.ServerReflectionRequest(list_services="")

@@ -1,9 +1,10 @@
-"""Garbage and adversarial frames on every RPC, from a seed, while the mesh serves its load."""
+"""Garbage on every RPC and on the HTTP edge, from a seed, while the mesh serves its load."""
 
 from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
@@ -11,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 import grpc
+import httpx2
 from google.protobuf.message import Message
 
 from treecast.wire import codec
@@ -26,6 +28,7 @@ from .mutate import Mutator
 
 FRAMES_PER_MESSAGE = 64
 _CALL_S = 2.0
+_JSON = {"content-type": "application/json"}
 _GARBAGE = 0.02
 """Share of messages on pair streams whose bytes are mutated: most end the stream."""
 
@@ -67,6 +70,8 @@ class Fuzzer:
             ):
                 group.create_task(self._calls(address, rpcs, total // 100))
                 group.create_task(self._reflect(address, total // 1000))
+            if router.http_address is not None:
+                group.create_task(self.edge(router.http_address, total // 100))
             group.create_task(self.pair(verifier.address, corpus.SERVE, Role.ROUTER, total // 2))
             group.create_task(
                 self.pair(speculator.address, corpus.SPECULATE, Role.VERIFIER, total * 35 // 100)
@@ -129,6 +134,30 @@ class Fuzzer:
                     self.answers["ended before all was written"] += 1
                 finally:
                     call.cancel()
+
+    # --- the HTTP edge ----------------------------------------------------------------------------
+
+    async def edge(self, address: str, count: int) -> None:
+        """Requests to the OpenAI-compatible API."""
+        numbers = iter(range(count))
+        async with httpx2.AsyncClient(base_url=f"http://{address}", timeout=_CALL_S) as client:
+            await asyncio.gather(*(self._post_on(client, numbers) for _ in range(8)))
+
+    async def _post_on(self, client: httpx2.AsyncClient, numbers: Iterator[int]) -> None:
+        for number in numbers:
+            path, valid = corpus.EDGE[number % len(corpus.EDGE)]
+            body = json.dumps(self._mutator.mutate_json(valid)).encode()
+            if self._mutator.random.random() < 0.4:
+                body = self._mutator.mutate_bytes(body)
+            self.sent[path] += 1
+            try:
+                answer = await client.post(path, content=body, headers=_JSON)
+            except httpx2.TimeoutException:
+                self.answers["left running"] += 1
+            except httpx2.HTTPError as error:
+                self.answers[type(error).__name__] += 1
+            else:
+                self.answers[f"HTTP {answer.status_code}"] += 1
 
     # --- pair streams -----------------------------------------------------------------------------
 

@@ -184,6 +184,7 @@ class ChaosMesh:
         flags = {
             **router_flags(self.settings.mesh, [*verifiers, *self._strangers("verifier")]),
             "listen": f"127.0.0.1:{quiet_port()}",
+            "http_listen": f"127.0.0.1:{quiet_port()}",
             "drain_s": DRAIN_S,
             **self.settings.further_router_flags,
         }

@@ -1,4 +1,4 @@
-"""Seeded mutations of protobuf messages: of their bytes, and of their fields.
+"""Seeded mutations of protobuf messages and of JSON: of their bytes, and of their fields.
 
 After byte flips alone most frames fail to parse, and what lies behind the parser is never reached.
 Fields set to extremes parse, and go deep.
@@ -25,6 +25,8 @@ _INTEGERS = {
 }
 _REALS = (0.0, -0.0, 1.0, -1.0, 0.5, 1e-30, 1e30, float("inf"), float("-inf"), float("nan"))
 _TEXTS = ("", "x", "<1,1>", "best-first", "dp:24:10,0.3,2", "x" * 129, "x" * 5000, "\0", "é€😀")
+_INTEGERS_OF_JSON = (0, 1, -1, 97, 2**31, 2**63, 2**64, -(2**63), 10**400)
+_OTHERS_OF_JSON: tuple[Any, ...] = (None, True, False, [], {}, [[[[]]]], {"a": {}}, "\ud800")
 _LENGTHS = (0, 1, 2, 3, 17, 65, 257, 1025)
 
 
@@ -62,6 +64,26 @@ class Mutator:
         copy.CopyFrom(message)
         for _ in range(self.random.randint(1, 3)):
             self._change(copy)
+        return copy
+
+    def mutate_json(self, value: Any) -> Any:
+        """A copy with a value, at any depth, replaced by something extreme, added or left out."""
+        children = list(value.items()) if isinstance(value, dict) else None
+        if isinstance(value, list):
+            children = list(enumerate(value))
+        if not children or self.random.random() < 0.2:
+            return self.random.choice((*_INTEGERS_OF_JSON, *_REALS, *_TEXTS, *_OTHERS_OF_JSON))
+        key, child = self.random.choice(children)
+        copy = value.copy()
+        match self.random.randrange(8):
+            case 0:
+                del copy[key]
+            case 1 if isinstance(copy, list):
+                copy.extend([child] * self.random.choice(_LENGTHS))
+            case 1:
+                copy[self.random.choice(_TEXTS)] = child
+            case _:
+                copy[key] = self.mutate_json(child)
         return copy
 
     def _change(self, message: Message) -> None:

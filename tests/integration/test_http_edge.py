@@ -10,8 +10,12 @@ from typing import Any
 import httpx2
 import openai
 import pytest
+from structlog.testing import capture_logs
 
 from treecast.adapter import Adapter
+from treecast.bench.chaos import corpus
+from treecast.bench.chaos.faults import Amounts
+from treecast.bench.chaos.fuzz import Fuzzer
 from treecast.errors import Overloaded, SettingsError, StaleLease
 from treecast.sampling.logprobs import TokenLogprobs
 from treecast.services.router.edge.listener import HttpListener
@@ -346,7 +350,7 @@ async def test_unknown_model_is_not_found(edge: Edge) -> None:
 
 async def test_prompt_beyond_the_context_is_refused(edge: Edge) -> None:
     with pytest.raises(openai.BadRequestError, match="the limit is 512") as caught:
-        await edge.complete(prompt="x" * 600)
+        await edge.complete(prompt="x" * 160)
     assert caught.value.code == "context_length_exceeded"
 
 
@@ -449,3 +453,17 @@ async def test_output_equals_grpcs_for_the_same_seed(edge: Edge) -> None:
     http = await edge.complete(seed=7)
     grpc = await edge.router.generate(sampling={"seed": 7}).read_all()
     assert http.choices[0].text == grpc.text() == bytes(output_of(HELLO, 5)).decode()
+
+
+async def test_fuzzed_bodies_are_refused_by_name_and_harm_nobody() -> None:
+    fuzzer = Fuzzer(Amounts(seed=3))
+    with capture_logs() as logs:
+        async with ScriptedVerifier(model="toy") as verifier, edge_of(verifier) as edge:
+            await fuzzer.edge(edge.http.base_url.netloc.decode(), 160)
+            assert (await edge.chat(model="toy")).choices[0].message.content == text_of(CHAT, 5)
+    assert {path: fuzzer.sent[path] for path, _ in corpus.EDGE} == dict.fromkeys(
+        (path for path, _ in corpus.EDGE), 80
+    )
+    assert {"HTTP 200", "HTTP 400"} <= fuzzer.answers.keys()
+    assert "HTTP 500" not in fuzzer.answers, fuzzer.answers
+    assert not [entry for entry in logs if entry["log_level"] == "error"]
