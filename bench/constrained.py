@@ -1,14 +1,15 @@
 """Generations under a JSON schema: all valid, and the same with speculation as without.
 
-`python -m treecast.bench.constrained` answers prompts with the default model and draft, sampled
-with a seed each, plainly and through drafted trees, and validates what comes out with an
-implementation of JSON Schema that had no part in making it. The same without the mask is the
-control: a small model left alone writes little JSON.
+`python -m treecast.bench.constrained` asks a whole mesh with the default model and drafts, several
+requests at once: each prompt sampled with a seed of its own (every fourth greedy), plainly and
+through trees; what comes out is validated with an implementation of JSON Schema that had no part in
+making it. The same without the mask is the control: a small model left alone writes little JSON.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -16,16 +17,10 @@ from typing import Any
 
 import jsonschema
 from rich.console import Console
-from tokenizers import Tokenizer
 
-from treecast.checkpoints import ensure_default_draft, ensure_default_target
-from treecast.decoding.local import generate
-from treecast.drafting.growth import BestFirst
-from treecast.drafting.ssm import SSMDrafter
-from treecast.engine.hf import HFEngine
-from treecast.sampling.grammar import Grammars
-from treecast.sampling.noise import noise_key
-from treecast.sampling.params import SamplingParams
+from treecast.client import AsyncClient, ChatMessage, Result, SamplingParams
+from treecast.services.local.mesh import LocalMesh
+from treecast.services.local.settings import MeshSettings
 
 SCHEMA: dict[str, Any] = {
     "type": "object",
@@ -37,12 +32,12 @@ SCHEMA: dict[str, Any] = {
     "required": ["animal", "legs", "colors"],
     "additionalProperties": False,
 }
-_PROMPT = "<|im_start|>user\nDescribe {} as JSON.<|im_end|>\n<|im_start|>assistant\n"
 _SUBJECTS = ("a cat", "a spider", "a bird you like", "some animal", "a fish")
-_NODES = 8
+_AT_ONCE = 8
+_MAX_TOKENS = 60
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Tally:
     """What became of a number of generations.
 
@@ -62,63 +57,49 @@ class Tally:
     unmasked: int = 0
     unmasked_valid: int = 0
 
-
-class _Models:
-    """The default model, its draft and its grammars."""
-
-    def __init__(self) -> None:
-        folder = ensure_default_target()
-        self.engine = HFEngine.load(folder)
-        self.draft = HFEngine.load(ensure_default_draft())
-        definition = (folder / "tokenizer.json").read_bytes()
-        self.tokenizer = Tokenizer.from_str(definition.decode())
-        info = self.engine.info
-        self.grammars = Grammars.for_model(definition, info.eos_token_ids, info.vocab_size)
-
-    def text(self, tokens: list[int]) -> str:
-        text: str = self.tokenizer.decode(tokens)
-        return text
+    def add(self, plain: Result, drafted: Result) -> None:
+        """Count one prompt's two answers."""
+        self.generations += 1
+        self.valid += is_valid(drafted.text)
+        self.identical += plain.token_ids == drafted.token_ids
+        self.tokens += len(drafted.token_ids)
+        self.plain_steps += plain.usage.steps
+        self.steps += drafted.usage.steps
 
 
-def measure(
-    generations: int, unmasked: int, progress: Callable[[str], None], max_tokens: int = 60
+async def measure(
+    client: AsyncClient, generations: int, unmasked: int, progress: Callable[[str], None]
 ) -> Tally:
-    """Generate, compare and validate; the last `unmasked` seeds again without a mask. Blocks."""
-    models, tally = _Models(), Tally()
-    for seed in range(generations):
-        progress(f"{seed} of {generations}: {tally.valid} valid, {tally.identical} identical")
-        prompt = models.tokenizer.encode(_PROMPT.format(_SUBJECTS[seed % len(_SUBJECTS)])).ids
+    """Generate, compare and validate; the first `unmasked` seeds again without a mask."""
+    tally, turns = Tally(), asyncio.Semaphore(_AT_ONCE)
+
+    async def answer(seed: int, max_nodes: int | None = None, masked: bool = True) -> Result:
         sampling = SamplingParams(
-            temperature=1.0 if seed % 4 else 0.0, max_tokens=max_tokens, json_schema=SCHEMA
+            temperature=1.0 if seed % 4 else 0.0,
+            seed=seed,
+            max_tokens=_MAX_TOKENS,
+            json_schema=SCHEMA,
         )
-        tally = _count(tally, models, prompt, sampling, noise_key(seed))
-        if seed >= generations - unmasked:
-            free = replace(sampling, json_schema="", temperature=1.0)
-            done = generate(models.engine, prompt, free, noise_key(seed))
-            tally = replace(
-                tally,
-                unmasked=tally.unmasked + 1,
-                unmasked_valid=tally.unmasked_valid + is_valid(models.text(done.tokens)),
-            )
+        if not masked:
+            sampling = replace(sampling, json_schema="", temperature=1.0)
+        subject = _SUBJECTS[seed % len(_SUBJECTS)]
+        chat: list[ChatMessage] = [{"role": "user", "content": f"Describe {subject} as JSON."}]
+        async with turns:
+            return await client.generate(chat, sampling, max_nodes=max_nodes).result()
+
+    async def compare(seed: int) -> None:
+        tally.add(await answer(seed, max_nodes=0), await answer(seed))
+        progress(
+            f"{tally.generations} of {generations}: "
+            f"{tally.valid} valid, {tally.identical} identical"
+        )
+
+    async def leave_free(seed: int) -> None:
+        tally.unmasked_valid += is_valid((await answer(seed, masked=False)).text)
+        tally.unmasked += 1
+
+    await asyncio.gather(*map(compare, range(generations)), *map(leave_free, range(unmasked)))
     return tally
-
-
-def _count(
-    tally: Tally, models: _Models, prompt: list[int], sampling: SamplingParams, key: int
-) -> Tally:
-    plain, drafted = (
-        generate(models.engine, prompt, sampling, key, drafter, _NODES, grammars=models.grammars)
-        for drafter in (None, SSMDrafter(models.draft, BestFirst()))
-    )
-    return replace(
-        tally,
-        generations=tally.generations + 1,
-        valid=tally.valid + is_valid(models.text(drafted.tokens)),
-        identical=tally.identical + (plain.tokens == drafted.tokens),
-        tokens=tally.tokens + len(drafted.tokens),
-        plain_steps=tally.plain_steps + plain.steps,
-        steps=tally.steps + drafted.steps,
-    )
 
 
 def is_valid(text: str) -> bool:
@@ -130,15 +111,21 @@ def is_valid(text: str) -> bool:
     return True
 
 
+async def _measure_at(router: str, generations: int, unmasked: int) -> Tally:
+    console = Console(stderr=True)
+    with console.status("generating") as shown:
+        show = shown.update if console.is_terminal else console.print
+        async with AsyncClient(router) as client:
+            return await measure(client, generations, unmasked, show)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--generations", type=int, default=200)
     parser.add_argument("--unmasked", type=int, default=20, help="control without the mask")
     asked = parser.parse_args()
-    console = Console(stderr=True)
-    with console.status("loading") as shown:
-        show = shown.update if console.is_terminal else console.print
-        tally = measure(asked.generations, asked.unmasked, show)
+    with LocalMesh(MeshSettings(planner="full")) as mesh:
+        tally = asyncio.run(_measure_at(mesh.router_address, asked.generations, asked.unmasked))
     print(json.dumps(asdict(tally)))
 
 
