@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from treecast.engine.base import Engine
 from treecast.engine.curve import StepCurve
 from treecast.errors import Overloaded
+from treecast.settings import GIB
 
 from .metrics import VerifierMetrics
 from .pace import Goodput
@@ -21,7 +22,6 @@ from .spans import RequestSpans
 from .speculation import Speculation
 from .swapping import SwapSpace
 
-GIB = 2**30
 REVIEW_STEPS = 8
 """Steps between two looks at whether others should run, while all slots are taken."""
 
