@@ -69,12 +69,12 @@ class Turns:
         self.engine = ToyEngine(vocab_size=VOCAB, pool_tokens=pool_tokens)
         self.settings = VerifierSettings(engine="toy", **settings)
         self.metrics = VerifierMetrics()
-        self.sessions = SessionStore(self.engine, 600, self.metrics.evicted)
+        self.sessions = SessionStore(self.engine, 600, self.metrics.memory.evicted)
         self.router = Sink()
         self.ran: Counter[int] = Counter()
         self._curve = StepCurve({1: 0.001, 2: 0.002})
         policy = TreePolicy(ChoiceMetrics(self.metrics.registry), 0)
-        speculation = Speculation(policy, self.settings.max_nodes, (), self.metrics)
+        speculation = Speculation(policy, self.settings.max_nodes, (), self.metrics.trees)
         spans = RequestSpans(open_tracing(None, "verifier", "turns"))
         self.scheduler = Scheduler(
             self.engine,
@@ -88,7 +88,12 @@ class Turns:
         )
         self.roster = self.scheduler.roster
         self.endings = Endings(
-            self.roster, self.sessions, self.scheduler.swap, speculation, self.metrics, spans
+            self.roster,
+            self.sessions,
+            self.scheduler.swap,
+            speculation,
+            self.metrics.requests,
+            spans,
         )
         self._handles = itertools.count(1)
 

@@ -11,7 +11,7 @@ from treecast.errors import DeadlineExceeded, HandedOver, TreecastError
 from treecast.sampling.stops import FinishReason, Stop
 from treecast.wire.frames import Completed, Failed
 
-from .metrics import VerifierMetrics
+from .metrics.requests import RequestMetrics
 from .requests import Request, Roster
 from .schedule import State
 from .sessions import SessionStore
@@ -33,7 +33,7 @@ class Endings:
         sessions: SessionStore,
         swap: SwapSpace,
         speculation: Speculation,
-        metrics: VerifierMetrics,
+        metrics: RequestMetrics,
         spans: RequestSpans,
     ) -> None:
         self._roster = roster
@@ -61,7 +61,7 @@ class Endings:
         """End a request with its output; its session keeps what was computed."""
         self._leave(request)
         outcome = stop.reason.name.lower()
-        self._metrics.requests.labels(outcome).inc()
+        self._metrics.ended.labels(outcome).inc()
         self._spans.ended(request, outcome)
         request.link.send(
             Completed(request.start.handle, stop.reason, request.usage(), stop.characters)
@@ -91,7 +91,7 @@ class Endings:
 
     def _refuse(self, request: Request, error: TreecastError) -> None:
         outcome = error.reason.lower()
-        self._metrics.requests.labels(outcome).inc()
+        self._metrics.ended.labels(outcome).inc()
         self._spans.ended(request, outcome, outcome)
         request.link.send(Failed(request.start.handle, error))
         request.on_end()

@@ -46,7 +46,7 @@ class Scheduler:
         spans: RequestSpans,
     ) -> None:
         self.roster = Roster()
-        self.swap = SwapSpace(engine, int(settings.swap_gib * GIB), metrics)
+        self.swap = SwapSpace(engine, int(settings.swap_gib * GIB), metrics.memory)
         self.room = KVRoom(engine, self.roster, sessions, self.swap, settings.max_nodes)
         self._settings = settings
         self._speculation = speculation
@@ -160,7 +160,7 @@ class Scheduler:
         self.roster.remove(request)
         if request.state is State.WAITING:
             request.go_on(step)
-            self._metrics.wait.observe(request.admitted_at - request.arrived_at)
+            self._metrics.requests.wait.observe(request.admitted_at - request.arrived_at)
             self._spans.admitted(request)
         else:
             request.go_on(step)
@@ -175,7 +175,7 @@ class Scheduler:
         self.roster.paused.append(request)
         self._speculation.release(request)
         self.room.give_back_ahead(request)
-        self._metrics.preemptions.labels(why).inc()
+        self._metrics.requests.preemptions.labels(why).inc()
 
     def _bring_ahead(self) -> None:
         """The paused request whose turn comes next has its KV back when it does."""

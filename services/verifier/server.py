@@ -66,7 +66,7 @@ class Verifier(verifier_pb2_grpc.VerifierServiceServicer):
         self._hand_over: asyncio.TimerHandle | None = None
         self.tls = tls_of(settings)
         self.metrics = VerifierMetrics()
-        self.metrics.watch_weights(lambda: engine.moved_bytes)
+        self.metrics.memory.watch_weights(lambda: engine.moved_bytes)
         model = engine.info.name
         self.metrics.registry.register(
             ProcessCollector("verifier", lambda: [model], lambda: self._draining)
@@ -77,7 +77,7 @@ class Verifier(verifier_pb2_grpc.VerifierServiceServicer):
             policy,
             settings.max_nodes,
             settings.trusted_speculators,
-            self.metrics,
+            self.metrics.trees,
         )
         self._tracing = open_tracing(settings.otlp_endpoint, "verifier", instance_id)
         self.steps = StepLoop(

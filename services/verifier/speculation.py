@@ -33,7 +33,7 @@ from .attachments import Attachment, Origin, Owed, Speculator, SpeculatorLink, T
 from .calibration import Calibration, PodCalibration
 from .choice import Offer, TreePolicy
 from .choice.vote import voter_names
-from .metrics import VerifierMetrics
+from .metrics.trees import TreeMetrics
 from .requests import Request
 
 log = structlog.get_logger()
@@ -47,7 +47,7 @@ class Speculation:
         policy: TreePolicy,
         max_nodes: int,
         trusted: Collection[str],
-        metrics: VerifierMetrics,
+        metrics: TreeMetrics,
     ) -> None:
         """Begin without speculators.
 
@@ -322,7 +322,7 @@ class Speculation:
             self._drop(attachment.speculator, self._requests[error.handle])
 
     def received(self, link: SpeculatorLink, frame: SpeculatorFrame) -> None:
-        self._metrics.trees.inc(isinstance(frame, Draft))
+        self._metrics.received.inc(isinstance(frame, Draft))
         attachment = self._find(link, frame.handle)
         if attachment is None:
             self._metrics.stale_frames.inc()

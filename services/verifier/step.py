@@ -62,7 +62,7 @@ class StepLoop:
         self.curve = curve
         self._goodput = Goodput(1 / curve(1))
         self._times = StepTimes()
-        self.sessions = SessionStore(engine, settings.session_ttl_s, metrics.evicted)
+        self.sessions = SessionStore(engine, settings.session_ttl_s, metrics.memory.evicted)
         self._scheduler = Scheduler(
             engine,
             settings,
@@ -74,7 +74,9 @@ class StepLoop:
             spans,
         )
         self._roster, swap = self._scheduler.roster, self._scheduler.swap
-        self._endings = Endings(self._roster, self.sessions, swap, speculation, metrics, spans)
+        self._endings = Endings(
+            self._roster, self.sessions, swap, speculation, metrics.requests, spans
+        )
         self._forgotten: list[SessionKey] = []
         self._handing_over = False
         self._wake = asyncio.Event()
@@ -205,7 +207,7 @@ class StepLoop:
         """
         if not self._speculation.owed(self._roster.running):
             return
-        with self._metrics.draft_wait.time():
+        with self._metrics.steps.draft_wait.time():
             await self._wait_while_worth()
 
     async def _wait_while_worth(self) -> None:
@@ -260,15 +262,15 @@ class StepLoop:
         trees = [self._speculation.tree(request, room.for_tree(request)) for request in running]
         price = self._price * len(running)
         batch = plan(running, trees, self.curve, self._settings.max_rows, price)
-        self._metrics.planned(sum(map(len, trees)), (work.tree for work in batch))
+        self._metrics.steps.planned(sum(map(len, trees)), (work.tree for work in batch))
         return batch
 
     async def _forward(self, batch: Sequence[Work]) -> list[LogitRows]:
         """One packed pass on the engine's thread."""
         rows = sum(work.num_rows for work in batch)
         segments = [work.segment() for work in batch]
-        self._metrics.batch_size.observe(len(batch))
-        self._metrics.batch_rows.observe(rows)
+        self._metrics.steps.batch_size.observe(len(batch))
+        self._metrics.steps.batch_rows.observe(rows)
         self._times.forward = self._step_began = time.monotonic()
         self._predicted_s = self.curve(rows)
         try:
@@ -301,7 +303,7 @@ class StepLoop:
             assert request.sequence is not None
             accepted = () if walked is None else walked.accepted
             self._engine.commit(request.sequence, work.path(accepted))
-            self._metrics.prefill_tokens.inc(work.num_pending - (walked is not None))
+            self._metrics.steps.prefill_tokens.inc(work.num_pending - (walked is not None))
             if walked is not None:
                 self._tell(work, walked)
         self._times.began = self._times.ended
@@ -314,7 +316,7 @@ class StepLoop:
         if counts and all(work.num_pending == 1 for work in batch):
             self._goodput.saw(sum(counts), len(counts), took_s)
         self._speculation.tokens_per_s = self._price
-        self._metrics.goodput.set(self._price)
+        self._metrics.steps.goodput.set(self._price)
 
     def _tell(self, work: Work, walked: Walk) -> None:
         request = work.request
@@ -326,18 +328,18 @@ class StepLoop:
 
     def _show(self) -> None:
         """Gauges are read when they are asked for: between two requests nothing would set them."""
-        metrics, engine = self._metrics, self._engine
-        metrics.pages.labels("free").set_function(lambda: engine.usage.free)
-        metrics.pages.labels("used").set_function(lambda: engine.usage.used)
-        metrics.running.set_function(lambda: len(self._roster.running))
-        metrics.waiting.set_function(lambda: len(self._roster.waiting))
-        metrics.paused.set_function(lambda: len(self._roster.paused))
-        metrics.swapped.set_function(lambda: self._scheduler.swap.used_bytes)
-        metrics.retained.set_function(lambda: len(self.sessions))
+        requests, memory, engine = self._metrics.requests, self._metrics.memory, self._engine
+        requests.running.set_function(lambda: len(self._roster.running))
+        requests.waiting.set_function(lambda: len(self._roster.waiting))
+        requests.paused.set_function(lambda: len(self._roster.paused))
+        memory.pages.labels("free").set_function(lambda: engine.usage.free)
+        memory.pages.labels("used").set_function(lambda: engine.usage.used)
+        memory.swapped.set_function(lambda: self._scheduler.swap.used_bytes)
+        memory.retained.set_function(lambda: len(self.sessions))
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:
-        with self._metrics.phase.labels(phase).time():
+        with self._metrics.steps.phase.labels(phase).time():
             yield
 
     def close(self) -> None:
