@@ -27,6 +27,7 @@ from treecast.sampling.params import Law, SamplingParams
 from treecast.sampling.pick import Picker
 from treecast.sampling.stops import StopRules
 from treecast.sampling.transforms import Context
+from treecast.services.verifier.assignments import Assignments
 from treecast.services.verifier.choice import TreePolicy
 from treecast.services.verifier.choice.metrics import ChoiceMetrics
 from treecast.services.verifier.endings import Endings
@@ -38,7 +39,6 @@ from treecast.services.verifier.scheduler import Scheduler
 from treecast.services.verifier.sessions import SessionStore
 from treecast.services.verifier.settings import VerifierSettings
 from treecast.services.verifier.spans import RequestSpans
-from treecast.services.verifier.speculation import Speculation
 from treecast.telemetry.traces import open_tracing
 from treecast.tree import TokenTree
 from treecast.wire.frames import SessionKey, Start
@@ -74,13 +74,13 @@ class BareLoop:
         self.ran: Counter[int] = Counter()
         self._curve = StepCurve({1: 0.001, 2: 0.002})
         policy = TreePolicy(ChoiceMetrics(self.metrics.registry), 0)
-        speculation = Speculation(policy, self.settings.max_nodes, (), self.metrics.trees)
+        assignments = Assignments(policy, self.settings.max_nodes, (), self.metrics.trees)
         spans = RequestSpans(open_tracing(None, "verifier", "schedules"))
         self.scheduler = Scheduler(
             self.engine,
             self.settings,
             self.sessions,
-            speculation,
+            assignments,
             self._curve,
             Goodput(1000.0),
             self.metrics,
@@ -91,7 +91,7 @@ class BareLoop:
             self.roster,
             self.sessions,
             self.scheduler.swap,
-            speculation,
+            assignments,
             self.metrics.requests,
             spans,
         )

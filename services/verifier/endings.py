@@ -11,12 +11,12 @@ from treecast.errors import DeadlineExceeded, HandedOver, TreecastError
 from treecast.sampling.stops import FinishReason, Stop
 from treecast.wire.frames import Completed, Failed
 
+from .assignments import Assignments
 from .metrics.requests import RequestMetrics
 from .requests import Request, Roster
 from .schedule import State
 from .sessions import SessionStore
 from .spans import RequestSpans
-from .speculation import Speculation
 from .swapping import SwapSpace
 
 HANDED_OVER = "the verifier is draining and has handed the request over"
@@ -32,14 +32,14 @@ class Endings:
         roster: Roster,
         sessions: SessionStore,
         swap: SwapSpace,
-        speculation: Speculation,
+        assignments: Assignments,
         metrics: RequestMetrics,
         spans: RequestSpans,
     ) -> None:
         self._roster = roster
         self._sessions = sessions
         self._swap = swap
-        self._speculation = speculation
+        self._assignments = assignments
         self._metrics = metrics
         self._spans = spans
 
@@ -78,14 +78,14 @@ class Endings:
     def abandon(self, request: Request, error: TreecastError) -> None:
         """End a running request with an error; its KV is not to be trusted."""
         self._roster.remove(request)
-        self._speculation.release(request)
+        self._assignments.release(request)
         self._sessions.discard(request)
         self._refuse(request, error)
 
     def _leave(self, request: Request) -> None:
         """Take it out; its session keeps what was computed, if that is in the pool."""
         self._roster.remove(request)
-        self._speculation.release(request)
+        self._assignments.release(request)
         self._swap.discard(request)
         self._sessions.close(request, self._roster.begun)
 

@@ -11,6 +11,7 @@ from treecast.engine.curve import StepCurve
 from treecast.errors import Overloaded
 from treecast.settings import GIB
 
+from .assignments import Assignments
 from .metrics import VerifierMetrics
 from .pace import Goodput
 from .requests import Request, Roster
@@ -19,7 +20,6 @@ from .schedule import Choice, Claim, Policy, State, by_length, choose, expected_
 from .sessions import SessionStore
 from .settings import VerifierSettings
 from .spans import RequestSpans
-from .speculation import Speculation
 from .swapping import SwapSpace
 
 REVIEW_STEPS = 8
@@ -39,7 +39,7 @@ class Scheduler:
         engine: Engine,
         settings: VerifierSettings,
         sessions: SessionStore,
-        speculation: Speculation,
+        assignments: Assignments,
         curve: StepCurve,
         goodput: Goodput,
         metrics: VerifierMetrics,
@@ -49,7 +49,7 @@ class Scheduler:
         self.swap = SwapSpace(engine, int(settings.swap_gib * GIB), metrics.memory)
         self.room = KVRoom(engine, self.roster, sessions, self.swap, settings.max_nodes)
         self._settings = settings
-        self._speculation = speculation
+        self._assignments = assignments
         self._curve = curve
         self._goodput = goodput
         self._metrics = metrics
@@ -165,7 +165,7 @@ class Scheduler:
         else:
             request.go_on(step)
         self.roster.running.append(request)
-        self._speculation.admit(request)
+        self._assignments.admit(request)
         return True
 
     def pause(self, request: Request, why: str) -> None:
@@ -173,7 +173,7 @@ class Scheduler:
         self.roster.running.remove(request)
         request.pause()
         self.roster.paused.append(request)
-        self._speculation.release(request)
+        self._assignments.release(request)
         self.room.give_back_ahead(request)
         self._metrics.requests.preemptions.labels(why).inc()
 

@@ -20,6 +20,7 @@ from treecast.telemetry.traces import Tracing
 from treecast.wire.frames import Heartbeat, SessionKey
 from treecast.wire.link import SILENCE_S
 
+from .assignments import Assignments
 from .attachments import PROBE_EVERY
 from .endings import Endings
 from .metrics import VerifierMetrics
@@ -47,6 +48,7 @@ class StepLoop:
         engine: Engine,
         thread: ThreadPoolExecutor,
         settings: VerifierSettings,
+        assignments: Assignments,
         speculation: Speculation,
         curve: StepCurve,
         metrics: VerifierMetrics,
@@ -55,6 +57,7 @@ class StepLoop:
         self._engine = engine
         self._thread = thread
         self._settings = settings
+        self._assignments = assignments
         self._speculation = speculation
         self._metrics = metrics
         spans = RequestSpans(tracing)
@@ -67,7 +70,7 @@ class StepLoop:
             engine,
             settings,
             self.sessions,
-            speculation,
+            assignments,
             curve,
             self._goodput,
             metrics,
@@ -75,7 +78,7 @@ class StepLoop:
         )
         self._roster, swap = self._scheduler.roster, self._scheduler.swap
         self._endings = Endings(
-            self._roster, self.sessions, swap, speculation, metrics.requests, spans
+            self._roster, self.sessions, swap, assignments, metrics.requests, spans
         )
         self._forgotten: list[SessionKey] = []
         self._handing_over = False
@@ -84,7 +87,7 @@ class StepLoop:
         self._steps = 0
         self._step_began: float | None = None
         self._predicted_s = 0.0
-        speculation.on_tree = self._wake.set
+        assignments.on_tree = self._wake.set
         self._show()
 
     # --- from the event loop, at any time -------------------------------------------------------
@@ -257,7 +260,7 @@ class StepLoop:
         self._forgotten.clear()
         self.sessions.expire()
         self._scheduler.arrange(self._steps)
-        self._speculation.rearrange()
+        self._assignments.rearrange()
         running, room = self._roster.running, self._scheduler.room
         trees = [self._speculation.tree(request, room.for_tree(request)) for request in running]
         price = self._price * len(running)
@@ -315,7 +318,7 @@ class StepLoop:
         counts = [len(walked.tokens) for walked in walks if isinstance(walked, Walk)]
         if counts and all(work.num_pending == 1 for work in batch):
             self._goodput.saw(sum(counts), len(counts), took_s)
-        self._speculation.tokens_per_s = self._price
+        self._assignments.tokens_per_s = self._price
         self._metrics.steps.goodput.set(self._price)
 
     def _tell(self, work: Work, walked: Walk) -> None:

@@ -128,7 +128,7 @@ async def mesh(drafts: Path, **settings: Any) -> AsyncIterator[Rig]:
         made = Mesh(router, [worker], [address], {})
         await made.until(lambda: len(router.fleet.candidates()) == 1)
         async with asyncio.timeout(60):
-            while not worker.verifier.speculation.instances:
+            while not worker.verifier.assignments.instances:
                 await asyncio.sleep(0.01)  # nothing tells when a verifier's stream opens
         yield Rig(speculator, address, made)
 

@@ -191,7 +191,7 @@ async def test_metrics_tell_what_was_waited_for_planned_and_gained_when_trees_co
     assert seen["plan_nodes_at_hand_total"] >= usage.drafted
     assert 0 < seen["plan_predicted_tokens_total"] <= usage.drafted
     assert 0 < seen["draft_wait_seconds_count"] <= usage.steps
-    assert goodput == pytest.approx(rig.verifier.speculation.tokens_per_s)
+    assert goodput == pytest.approx(rig.verifier.assignments.tokens_per_s)
 
 
 def wrong(handle: int, text: list[int], future: list[int]) -> SpeculatorFrame:

@@ -160,7 +160,7 @@ async def toy_mesh(
         await mesh.until(lambda: len(router_.fleet.candidates()) == num_verifiers)
         async with asyncio.timeout(60):
             for worker in workers:
-                while len(worker.verifier.speculation.instances) < len(speculators):
+                while len(worker.verifier.assignments.instances) < len(speculators):
                     await asyncio.sleep(0.01)  # nothing tells when a verifier's stream opens
         yield mesh
 
