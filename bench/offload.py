@@ -39,8 +39,9 @@ from treecast.drafting.merge import MergedDrafter
 from treecast.drafting.ngram import NgramDrafter
 from treecast.drafting.ssm import SSMDrafter
 from treecast.engine.hf import HFEngine
-from treecast.engine.offload import GIB, Offload
+from treecast.engine.offload import Offload
 from treecast.sampling.params import SamplingParams
+from treecast.settings import GIB
 
 _POOL_TOKENS = 1024
 _CHUNK_TOKENS = 256

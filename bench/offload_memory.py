@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from treecast.engine.offload import GIB
+from treecast.settings import GIB
 
 _SAMPLED_EVERY_S = 0.02
 _FIELDS = {"anon_gib": "RssAnon", "file_gib": "RssFile", "all_gib": "VmRSS"}

@@ -20,7 +20,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, __version__
 
 from treecast.bench.offload_memory import MemoryWatch
-from treecast.engine.offload import GIB
+from treecast.settings import GIB
 
 
 def main() -> None:

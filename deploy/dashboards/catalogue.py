@@ -38,8 +38,8 @@ class Declared:
 def catalogue() -> dict[str, tuple[Declared, ...]]:
     """Metrics by who has them: router, verifier, speculator, and "all" for those of every one."""
     verifier = VerifierMetrics()
-    verifier.watch(lambda: ())
-    verifier.watch_weights(lambda: 0)
+    verifier.trees.watch(lambda: ())
+    verifier.memory.watch_weights(lambda: 0)
     ChoiceMetrics(verifier.registry)
     shared = CollectorRegistry()
     shared.register(ProcessCollector("router", lambda: ["model"], lambda: False))

@@ -11,12 +11,12 @@ from treecast.errors import DeadlineExceeded, HandedOver, TreecastError
 from treecast.sampling.stops import FinishReason, Stop
 from treecast.wire.frames import Completed, Failed
 
-from .metrics import VerifierMetrics
+from .assignments import Assignments
+from .metrics.requests import RequestMetrics
 from .requests import Request, Roster
 from .schedule import State
 from .sessions import SessionStore
 from .spans import RequestSpans
-from .speculation import Speculation
 from .swapping import SwapSpace
 
 HANDED_OVER = "the verifier is draining and has handed the request over"
@@ -32,14 +32,14 @@ class Endings:
         roster: Roster,
         sessions: SessionStore,
         swap: SwapSpace,
-        speculation: Speculation,
-        metrics: VerifierMetrics,
+        assignments: Assignments,
+        metrics: RequestMetrics,
         spans: RequestSpans,
     ) -> None:
         self._roster = roster
         self._sessions = sessions
         self._swap = swap
-        self._speculation = speculation
+        self._assignments = assignments
         self._metrics = metrics
         self._spans = spans
 
@@ -61,7 +61,7 @@ class Endings:
         """End a request with its output; its session keeps what was computed."""
         self._leave(request)
         outcome = stop.reason.name.lower()
-        self._metrics.requests.labels(outcome).inc()
+        self._metrics.ended.labels(outcome).inc()
         self._spans.ended(request, outcome)
         request.link.send(
             Completed(request.start.handle, stop.reason, request.usage(), stop.characters)
@@ -78,20 +78,20 @@ class Endings:
     def abandon(self, request: Request, error: TreecastError) -> None:
         """End a running request with an error; its KV is not to be trusted."""
         self._roster.remove(request)
-        self._speculation.release(request)
+        self._assignments.release(request)
         self._sessions.discard(request)
         self._refuse(request, error)
 
     def _leave(self, request: Request) -> None:
         """Take it out; its session keeps what was computed, if that is in the pool."""
         self._roster.remove(request)
-        self._speculation.release(request)
+        self._assignments.release(request)
         self._swap.discard(request)
         self._sessions.close(request, self._roster.begun)
 
     def _refuse(self, request: Request, error: TreecastError) -> None:
         outcome = error.reason.lower()
-        self._metrics.requests.labels(outcome).inc()
+        self._metrics.ended.labels(outcome).inc()
         self._spans.ended(request, outcome, outcome)
         request.link.send(Failed(request.start.handle, error))
         request.on_end()

@@ -12,6 +12,7 @@ from treecast.engine.exactness import differing_rows
 from treecast.engine.sharding.shape import Place
 from treecast.engine.toy import ToyEngine
 from treecast.errors import ModelError, SettingsError
+from treecast.settings import GIB
 from treecast.text.tokenizer import TokenizerFiles
 from treecast.wire.channel import MAX_ANSWER_BYTES
 
@@ -74,7 +75,7 @@ def _load(settings: VerifierSettings, folder: Path, place: Place | None) -> Engi
 
 
 def _offload(settings: VerifierSettings) -> Offload:
-    from treecast.engine.offload import GIB, Offload
+    from treecast.engine.offload import Offload
 
     share = settings.device_memory
     return Offload(

@@ -46,17 +46,17 @@ class Reporter:
         accepted = Counter(work.tree.proposers[node] for node in walked.accepted)
         for bits, verified in Counter(work.tree.proposers).items():
             names = self._speculation.proposers(request, bits)
-            self._metrics.proposed(names, verified, accepted[bits])
+            self._metrics.trees.proposed(names, verified, accepted[bits])
         depth = max(work.tree.depths, default=0)
-        self._metrics.tree_verified(len(work.tree), depth, len(walked.accepted))
-        self._metrics.tokens.inc(count)
-        self._metrics.step_tokens.observe(count)
+        self._metrics.trees.verified(len(work.tree), depth, len(walked.accepted))
+        self._metrics.requests.tokens.inc(count)
+        self._metrics.requests.step_tokens.observe(count)
         now = time.monotonic()
         if request.last_commit_at is None:
-            self._metrics.first_token.observe(now - request.arrived_at)
+            self._metrics.requests.first_token.observe(now - request.arrived_at)
             self._spans.prefilled(request, now)
         else:
-            self._metrics.inter_token.observe((now - request.last_commit_at) / count)
+            self._metrics.requests.inter_token.observe((now - request.last_commit_at) / count)
         request.last_commit_at = now
 
 

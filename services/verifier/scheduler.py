@@ -9,7 +9,9 @@ from collections.abc import Sequence
 from treecast.engine.base import Engine
 from treecast.engine.curve import StepCurve
 from treecast.errors import Overloaded
+from treecast.settings import GIB
 
+from .assignments import Assignments
 from .metrics import VerifierMetrics
 from .pace import Goodput
 from .requests import Request, Roster
@@ -18,10 +20,8 @@ from .schedule import Choice, Claim, Policy, State, by_length, choose, expected_
 from .sessions import SessionStore
 from .settings import VerifierSettings
 from .spans import RequestSpans
-from .speculation import Speculation
 from .swapping import SwapSpace
 
-GIB = 2**30
 REVIEW_STEPS = 8
 """Steps between two looks at whether others should run, while all slots are taken."""
 
@@ -39,17 +39,17 @@ class Scheduler:
         engine: Engine,
         settings: VerifierSettings,
         sessions: SessionStore,
-        speculation: Speculation,
+        assignments: Assignments,
         curve: StepCurve,
         goodput: Goodput,
         metrics: VerifierMetrics,
         spans: RequestSpans,
     ) -> None:
         self.roster = Roster()
-        self.swap = SwapSpace(engine, int(settings.swap_gib * GIB), metrics)
+        self.swap = SwapSpace(engine, int(settings.swap_gib * GIB), metrics.memory)
         self.room = KVRoom(engine, self.roster, sessions, self.swap, settings.max_nodes)
         self._settings = settings
-        self._speculation = speculation
+        self._assignments = assignments
         self._curve = curve
         self._goodput = goodput
         self._metrics = metrics
@@ -160,12 +160,12 @@ class Scheduler:
         self.roster.remove(request)
         if request.state is State.WAITING:
             request.go_on(step)
-            self._metrics.wait.observe(request.admitted_at - request.arrived_at)
+            self._metrics.requests.wait.observe(request.admitted_at - request.arrived_at)
             self._spans.admitted(request)
         else:
             request.go_on(step)
         self.roster.running.append(request)
-        self._speculation.admit(request)
+        self._assignments.admit(request)
         return True
 
     def pause(self, request: Request, why: str) -> None:
@@ -173,9 +173,9 @@ class Scheduler:
         self.roster.running.remove(request)
         request.pause()
         self.roster.paused.append(request)
-        self._speculation.release(request)
+        self._assignments.release(request)
         self.room.give_back_ahead(request)
-        self._metrics.preemptions.labels(why).inc()
+        self._metrics.requests.preemptions.labels(why).inc()
 
     def _bring_ahead(self) -> None:
         """The paused request whose turn comes next has its KV back when it does."""

@@ -36,6 +36,7 @@ from treecast.wire.streams import Streams
 from treecast.wire.tls import tls_of
 
 from .admission import Admission
+from .assignments import Assignments
 from .choice import make_policy
 from .loading import load_engine, read_tokenizer
 from .metrics import VerifierMetrics
@@ -66,22 +67,27 @@ class Verifier(verifier_pb2_grpc.VerifierServiceServicer):
         self._hand_over: asyncio.TimerHandle | None = None
         self.tls = tls_of(settings)
         self.metrics = VerifierMetrics()
-        self.metrics.watch_weights(lambda: engine.moved_bytes)
+        self.metrics.memory.watch_weights(lambda: engine.moved_bytes)
         model = engine.info.name
         self.metrics.registry.register(
             ProcessCollector("verifier", lambda: [model], lambda: self._draining)
         )
         curve = thread.submit(measure_curve, engine, settings.max_rows).result()
         policy = make_policy(settings, self.metrics.registry, curve)
-        self.speculation = Speculation(
-            policy,
-            settings.max_nodes,
-            settings.trusted_speculators,
-            self.metrics,
+        self.assignments = Assignments(
+            policy, settings.max_nodes, settings.trusted_speculators, self.metrics.trees
         )
+        speculation = Speculation(self.assignments, self.metrics.trees)
         self._tracing = open_tracing(settings.otlp_endpoint, "verifier", instance_id)
         self.steps = StepLoop(
-            engine, thread, settings, self.speculation, curve, self.metrics, self._tracing
+            engine,
+            thread,
+            settings,
+            self.assignments,
+            speculation,
+            curve,
+            self.metrics,
+            self._tracing,
         )
         info = engine.info
         grammars = Grammars.for_model(tokenizer.definition, info.eos_token_ids, info.vocab_size)
@@ -91,9 +97,7 @@ class Verifier(verifier_pb2_grpc.VerifierServiceServicer):
         )
         self._routers = Acceptor(SERVE, self._hello, self._heartbeat, self._admission)
         self._registry = Registry(redis, Role.SPECULATOR, settings.speculators)
-        self._speculators = Streams(
-            SPECULATE, self._hello, self._heartbeat, self.speculation, self.tls
-        )
+        self._speculators = Streams(SPECULATE, self._hello, self._heartbeat, speculation, self.tls)
         self._stepping: asyncio.Task[None] | None = None
 
     # --- life-cycle -----------------------------------------------------------------------------
@@ -156,11 +160,11 @@ class Verifier(verifier_pb2_grpc.VerifierServiceServicer):
 
     @property
     def _laws(self) -> list[Law]:
-        return [law for law in self._settings.laws if law in self.speculation.policy.laws]
+        return [law for law in self._settings.laws if law in self.assignments.policy.laws]
 
     def _check_law(self, law: Law) -> None:
         """Raise NotServed, and why, for a law that is not served."""
-        self.speculation.policy.check_law(law)
+        self.assignments.policy.check_law(law)
         if law not in self._laws:
             names = ", ".join(one.name.lower() for one in self._laws)
             raise NotServed(f"law {law.name.lower()} is not served; this verifier has {names}")
@@ -207,7 +211,7 @@ class Verifier(verifier_pb2_grpc.VerifierServiceServicer):
         return pb.GetLoadResponse(
             identity=codec.encode_hello(self._hello()),
             load=codec.encode_heartbeat(self._heartbeat()),
-            speculators=self.speculation.instances,
+            speculators=self.assignments.instances,
             retained_sessions=len(self.steps.sessions),
             step_ms_by_rows={rows: 1000 * seconds for rows, seconds in curve.items()},
         )

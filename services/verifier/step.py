@@ -20,6 +20,7 @@ from treecast.telemetry.traces import Tracing
 from treecast.wire.frames import Heartbeat, SessionKey
 from treecast.wire.link import SILENCE_S
 
+from .assignments import Assignments
 from .attachments import PROBE_EVERY
 from .endings import Endings
 from .metrics import VerifierMetrics
@@ -47,6 +48,7 @@ class StepLoop:
         engine: Engine,
         thread: ThreadPoolExecutor,
         settings: VerifierSettings,
+        assignments: Assignments,
         speculation: Speculation,
         curve: StepCurve,
         metrics: VerifierMetrics,
@@ -55,6 +57,7 @@ class StepLoop:
         self._engine = engine
         self._thread = thread
         self._settings = settings
+        self._assignments = assignments
         self._speculation = speculation
         self._metrics = metrics
         spans = RequestSpans(tracing)
@@ -62,19 +65,21 @@ class StepLoop:
         self.curve = curve
         self._goodput = Goodput(1 / curve(1))
         self._times = StepTimes()
-        self.sessions = SessionStore(engine, settings.session_ttl_s, metrics.evicted)
+        self.sessions = SessionStore(engine, settings.session_ttl_s, metrics.memory.evicted)
         self._scheduler = Scheduler(
             engine,
             settings,
             self.sessions,
-            speculation,
+            assignments,
             curve,
             self._goodput,
             metrics,
             spans,
         )
         self._roster, swap = self._scheduler.roster, self._scheduler.swap
-        self._endings = Endings(self._roster, self.sessions, swap, speculation, metrics, spans)
+        self._endings = Endings(
+            self._roster, self.sessions, swap, assignments, metrics.requests, spans
+        )
         self._forgotten: list[SessionKey] = []
         self._handing_over = False
         self._wake = asyncio.Event()
@@ -82,7 +87,7 @@ class StepLoop:
         self._steps = 0
         self._step_began: float | None = None
         self._predicted_s = 0.0
-        speculation.on_tree = self._wake.set
+        assignments.on_tree = self._wake.set
         self._show()
 
     # --- from the event loop, at any time -------------------------------------------------------
@@ -205,7 +210,7 @@ class StepLoop:
         """
         if not self._speculation.owed(self._roster.running):
             return
-        with self._metrics.draft_wait.time():
+        with self._metrics.steps.draft_wait.time():
             await self._wait_while_worth()
 
     async def _wait_while_worth(self) -> None:
@@ -255,20 +260,20 @@ class StepLoop:
         self._forgotten.clear()
         self.sessions.expire()
         self._scheduler.arrange(self._steps)
-        self._speculation.rearrange()
+        self._assignments.rearrange()
         running, room = self._roster.running, self._scheduler.room
         trees = [self._speculation.tree(request, room.for_tree(request)) for request in running]
         price = self._price * len(running)
         batch = plan(running, trees, self.curve, self._settings.max_rows, price)
-        self._metrics.planned(sum(map(len, trees)), (work.tree for work in batch))
+        self._metrics.steps.planned(sum(map(len, trees)), (work.tree for work in batch))
         return batch
 
     async def _forward(self, batch: Sequence[Work]) -> list[LogitRows]:
         """One packed pass on the engine's thread."""
         rows = sum(work.num_rows for work in batch)
         segments = [work.segment() for work in batch]
-        self._metrics.batch_size.observe(len(batch))
-        self._metrics.batch_rows.observe(rows)
+        self._metrics.steps.batch_size.observe(len(batch))
+        self._metrics.steps.batch_rows.observe(rows)
         self._times.forward = self._step_began = time.monotonic()
         self._predicted_s = self.curve(rows)
         try:
@@ -301,7 +306,7 @@ class StepLoop:
             assert request.sequence is not None
             accepted = () if walked is None else walked.accepted
             self._engine.commit(request.sequence, work.path(accepted))
-            self._metrics.prefill_tokens.inc(work.num_pending - (walked is not None))
+            self._metrics.steps.prefill_tokens.inc(work.num_pending - (walked is not None))
             if walked is not None:
                 self._tell(work, walked)
         self._times.began = self._times.ended
@@ -313,8 +318,8 @@ class StepLoop:
         counts = [len(walked.tokens) for walked in walks if isinstance(walked, Walk)]
         if counts and all(work.num_pending == 1 for work in batch):
             self._goodput.saw(sum(counts), len(counts), took_s)
-        self._speculation.tokens_per_s = self._price
-        self._metrics.goodput.set(self._price)
+        self._assignments.tokens_per_s = self._price
+        self._metrics.steps.goodput.set(self._price)
 
     def _tell(self, work: Work, walked: Walk) -> None:
         request = work.request
@@ -326,18 +331,18 @@ class StepLoop:
 
     def _show(self) -> None:
         """Gauges are read when they are asked for: between two requests nothing would set them."""
-        metrics, engine = self._metrics, self._engine
-        metrics.pages.labels("free").set_function(lambda: engine.usage.free)
-        metrics.pages.labels("used").set_function(lambda: engine.usage.used)
-        metrics.running.set_function(lambda: len(self._roster.running))
-        metrics.waiting.set_function(lambda: len(self._roster.waiting))
-        metrics.paused.set_function(lambda: len(self._roster.paused))
-        metrics.swapped.set_function(lambda: self._scheduler.swap.used_bytes)
-        metrics.retained.set_function(lambda: len(self.sessions))
+        requests, memory, engine = self._metrics.requests, self._metrics.memory, self._engine
+        requests.running.set_function(lambda: len(self._roster.running))
+        requests.waiting.set_function(lambda: len(self._roster.waiting))
+        requests.paused.set_function(lambda: len(self._roster.paused))
+        memory.pages.labels("free").set_function(lambda: engine.usage.free)
+        memory.pages.labels("used").set_function(lambda: engine.usage.used)
+        memory.swapped.set_function(lambda: self._scheduler.swap.used_bytes)
+        memory.retained.set_function(lambda: len(self.sessions))
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:
-        with self._metrics.phase.labels(phase).time():
+        with self._metrics.steps.phase.labels(phase).time():
             yield
 
     def close(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from treecast.engine.base import Engine
 
-from .metrics import VerifierMetrics
+from .metrics.memory import MemoryMetrics
 from .requests import Request
 
 
@@ -15,7 +15,7 @@ class SwapSpace:
         used_bytes: what is there now; never above the limit.
     """
 
-    def __init__(self, engine: Engine, limit_bytes: int, metrics: VerifierMetrics) -> None:
+    def __init__(self, engine: Engine, limit_bytes: int, metrics: MemoryMetrics) -> None:
         self._engine = engine
         self._limit_bytes = limit_bytes
         self._metrics = metrics

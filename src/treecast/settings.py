@@ -19,12 +19,14 @@ from treecast.errors import SettingsError
 
 ENV_PREFIX = "TREECAST_"
 
+GIB = 2**30
+"""Bytes in what memory is given and told in."""
+
 DType = Literal["auto", "bfloat16", "float32"]
 """Of weights and activations; auto: bfloat16 where the processor multiplies it, else float32."""
 
 Weights = Literal["auto", "float32", "bfloat16", "int8", "int4"]
 """In what linear layers' weights are kept on CPU, whatever the activations are."""
-
 
 KVDType = Literal["auto", "bfloat16", "float16", "float32", "int8", "fp8"]
 """Of the KV pool; auto: what attention computes in; int8 and fp8 are lossy."""

@@ -19,7 +19,7 @@ from treecast.services.verifier.settings import VerifierSettings
 from treecast.wire.frames import SessionKey
 
 from .scripted_verifier import ScriptedVerifier
-from .toy_mesh import GREEDY, NUMBERS, Mesh, lookup_speculator, toy_verifier
+from .toy_mesh import GREEDY, NUMBERS, Mesh, toy_speculator, toy_verifier
 from .verifier_rig import VOCAB, Rig, plain, verifier_rig
 
 SHORT = SamplingParams(temperature=0, max_tokens=8)
@@ -101,7 +101,7 @@ async def test_unknown_adapter_is_refused_by_the_verifier_with_the_list() -> Non
 async def mixed_mesh() -> AsyncIterator[Mesh]:
     """Three verifiers: with both adapters, with one of them, with none; and a speculator."""
     async with AsyncExitStack() as stack:
-        speculator = await stack.enter_async_context(lookup_speculator())
+        speculator = await stack.enter_async_context(toy_speculator())
         workers = [
             await stack.enter_async_context(
                 toy_verifier(shifts=shifts, speculators=(speculator,), planner="full")
@@ -112,7 +112,7 @@ async def mixed_mesh() -> AsyncIterator[Mesh]:
             verifiers=tuple(worker.address for worker in workers), metrics_listen=None
         )
         router = await stack.enter_async_context(Router(settings, f"router-{next(NUMBERS)}"))
-        mesh = Mesh(router, workers, speculator, {})
+        mesh = Mesh(router, workers, [speculator], {})
         await mesh.until(lambda: len(router.fleet.candidates()) == len(workers))
         yield mesh
 

@@ -19,7 +19,7 @@ from treecast.services.router.settings import RouterSettings
 from treecast.text.tokenizer import TokenizerFiles
 
 from ..byte_tokenizer import SPECIAL_TOKENS, TEMPLATE, byte_tokenizer
-from .test_router import sample
+from .router.rig import sample
 from .verifier_rig import Rig, verifier_rig
 
 VOCAB = 258

@@ -15,8 +15,8 @@ from treecast.services.router import fleet
 from treecast.wire.channel import open_channel
 from treecast.wire.frames import Heartbeat
 
+from .router.rig import HELLO, RouterClient, routing
 from .scripted_verifier import ScriptedVerifier, output_of
-from .test_router import HELLO, RouterClient, routing
 from .toy_mesh import PROMPT, Mesh, toy_mesh
 
 SLOW = {"toy_step_s": 0.01}

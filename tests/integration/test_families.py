@@ -15,7 +15,7 @@ from treecast.bench.families.check import (
 )
 from treecast.bench.families.configs import FAMILIES, QUICK, REFUSED
 from treecast.bench.families.real import check_real
-from treecast.engine import adapters
+from treecast.engine import rerouting
 from treecast.kernels.scores import PLAIN
 
 QUICKLY = Effort(prompts=1, prompt_tokens=40, max_tokens=12)
@@ -57,8 +57,8 @@ def test_real_models_give_the_text_of_transformers() -> None:
 def test_a_lost_bias_or_window_is_seen(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The negative control: an adapter that forgets what its family does to scores."""
-    monkeypatch.setattr(adapters, "ScoreRule", lambda **_: PLAIN)
+    """The negative control: a detour that forgets what its family does to scores."""
+    monkeypatch.setattr(rerouting, "ScoreRule", lambda **_: PLAIN)
     save_random_model(family, tmp_path)
     found = check_folder(family, tmp_path, None, [PROMPT], 8)
     assert not found.is_good(REFUSED)

@@ -25,8 +25,8 @@ from treecast.wire.channel import MAX_MESSAGE_BYTES
 from treecast.wire.frames import Completed, FinishReason, Progress, Usage
 
 from ..byte_tokenizer import BOS
+from .router.rig import HELLO, RouterClient, routing
 from .scripted_verifier import ScriptedVerifier, output_of, text_of
-from .test_router import HELLO, RouterClient, routing
 
 HTTP = "127.0.0.1:0"
 HI = [{"role": "user", "content": "hi"}]

@@ -13,10 +13,10 @@ import pytest
 from treecast.engine.toy import ToyEngine
 from treecast.errors import NotServed
 from treecast.sampling.params import Law, SamplingParams, SpeculationParams
+from treecast.services.verifier.assignments import Assignments
 from treecast.services.verifier.attachments import Speculator
 from treecast.services.verifier.choice.hedge import Hedge
 from treecast.services.verifier.requests import Request
-from treecast.services.verifier.speculation import Speculation
 from treecast.tree import TokenTree
 from treecast.wire.frames import (
     Attach,
@@ -218,13 +218,13 @@ async def test_old_speculator_drafts_until_the_new_ones_first_tree() -> None:
 async def test_gap_is_seen_when_the_old_one_is_let_go_at_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    move = Speculation._move
+    move = Assignments._move
 
-    def hasty(self: Speculation, request: Request, to: Speculator) -> None:
+    def hasty(self: Assignments, request: Request, to: Speculator) -> None:
         move(self, request, to)
-        self._take_over(request, self._attachments[request.handle][-1])
+        self.take_over(request, self._attachments[request.handle][-1])
 
-    monkeypatch.setattr(Speculation, "_move", hasty)
+    monkeypatch.setattr(Assignments, "_move", hasty)
     stage = Stage()
     async with mesh(*actors(stage), **SPIN) as rig:
         await run_switch(stage, rig)

@@ -21,8 +21,8 @@ from treecast.telemetry.logs import configure_logs
 from treecast.v1 import router_pb2 as pb
 
 from ..byte_tokenizer import BOS
+from .router.rig import routing
 from .scripted_verifier import ScriptedVerifier, text_of
-from .test_router import routing
 from .toy_mesh import GREEDY, toy_mesh
 
 MARKER = "xyzzy-plugh"

@@ -125,10 +125,10 @@ async def mesh(drafts: Path, **settings: Any) -> AsyncIterator[Rig]:
         )
         routing = RouterSettings(verifiers=(worker.address,), metrics_listen=None)
         router = await stack.enter_async_context(Router(routing, f"router-{next(NUMBERS)}"))
-        made = Mesh(router, [worker], address, {})
+        made = Mesh(router, [worker], [address], {})
         await made.until(lambda: len(router.fleet.candidates()) == 1)
         async with asyncio.timeout(60):
-            while not worker.verifier.speculation.instances:
+            while not worker.verifier.assignments.instances:
                 await asyncio.sleep(0.01)  # nothing tells when a verifier's stream opens
         yield Rig(speculator, address, made)
 

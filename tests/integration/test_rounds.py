@@ -10,7 +10,7 @@ import pytest
 from treecast.client import AsyncClient, Law, Result, SamplingParams
 from treecast.wire.rounds import MAX_ROUNDS
 
-from .byte_mesh import toy_mesh
+from .toy_mesh import byte_mesh
 
 GREEDY = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
 PROMPT = "to be or not to be"
@@ -18,7 +18,7 @@ PROMPT = "to be or not to be"
 
 @pytest.fixture
 async def client() -> AsyncIterator[AsyncClient]:
-    async with toy_mesh() as address, AsyncClient(address) as client:
+    async with byte_mesh() as address, AsyncClient(address) as client:
         yield client
 
 
@@ -62,7 +62,7 @@ async def test_rounds_name_proposers_and_times_when_trees_were_drafted(client):
 
 
 async def test_a_node_names_all_its_proposers_when_two_speculators_agree():
-    async with toy_mesh(("ssm", "ssm")) as address, AsyncClient(address) as client:
+    async with byte_mesh(("ssm", "ssm")) as address, AsyncClient(address) as client:
         result = await client.generate(PROMPT, GREEDY, report_rounds=True).result()
     both = [report.round for report in result.rounds if len(report.round.drafts) == 2]
     assert both
@@ -71,14 +71,14 @@ async def test_a_node_names_all_its_proposers_when_two_speculators_agree():
 
 @pytest.mark.parametrize("policy", ["tree", "spin", "vote"])
 async def test_rounds_tell_the_output_when_another_policy_chooses(policy):
-    async with toy_mesh(verifiers={"policy": policy}) as address, AsyncClient(address) as client:
+    async with byte_mesh(verifiers={"policy": policy}) as address, AsyncClient(address) as client:
         check_rounds(await client.generate(PROMPT, GREEDY, report_rounds=True).result())
 
 
 async def test_rounds_tell_the_output_when_trees_are_draws():
     trusting = {"trusted_speculators": ("all",)}
     sampling = SamplingParams(temperature=1, seed=3, max_tokens=40, ignore_eos=True)
-    async with toy_mesh(verifiers=trusting) as address, AsyncClient(address) as client:
+    async with byte_mesh(verifiers=trusting) as address, AsyncClient(address) as client:
         stream = client.generate(PROMPT, sampling, law=Law.MSS, report_rounds=True)
         check_rounds(await stream.result())
 

@@ -29,8 +29,8 @@ from treecast.v1 import router_pb2 as pb
 from treecast.wire.frames import Start
 from treecast.wire.status import from_rpc_error
 
+from .router.rig import Reply, RouterClient, routing
 from .scripted_verifier import ScriptedVerifier
-from .test_router import Reply, RouterClient, routing
 
 KEYS = "\n".join(
     [

@@ -88,7 +88,7 @@ async def test_clients_need_no_certificate_where_any_may_call(
 async def test_worker_cannot_pass_for_a_router(mesh: Mesh) -> None:
     """A client sends its prompt and key to nobody whose certificate has not the router's name."""
     ours = mesh.certificates["client"]
-    for address in (mesh.verifiers[0].address, mesh.speculator):
+    for address in (mesh.verifiers[0].address, mesh.speculators[0]):
         with pytest.raises(Unavailable, match="Hostname Verification Check failed"):
             await ask(AsyncClient(address, ONCE, tls=ours))
 
@@ -102,7 +102,7 @@ WORKER_CALLS = {
 async def reach_workers(mesh: Mesh, tls: Tls | None) -> list[str]:
     """What becomes of calls for a worker's RPCs: the error, or nothing."""
     verifier = open_channel(mesh.verifiers[0].address, tls=tls, peer_role="verifier")
-    speculator = open_channel(mesh.speculator, tls=tls, peer_role="speculator")
+    speculator = open_channel(mesh.speculators[0], tls=tls, peer_role="speculator")
     async with verifier, speculator:
         stub: Any = verifier_pb2_grpc.VerifierServiceStub(verifier)
         calls = [
@@ -175,7 +175,7 @@ async def test_verifier_is_refused_under_a_clients_certificate(
     tls, hello = Tls(certificates["client"]), Hello("v", Role.VERIFIER)
     recorder = Recorder()
     dialer: Dialer[Any, Any] = Dialer(
-        mesh.speculator, SPECULATE, lambda: hello, Heartbeat, recorder, tls=tls
+        mesh.speculators[0], SPECULATE, lambda: hello, Heartbeat, recorder, tls=tls
     )
     dialer.start()
     try:
@@ -220,7 +220,7 @@ async def test_streams_go_on_and_new_connections_change_when_certificates_rotate
     async with toy_mesh(files, verifier=SLOW) as mesh, mesh.client() as client:
         [link] = [verifier.link for verifier in mesh.router.fleet.verifiers]
         places = {"router": mesh.address, "verifier": mesh.verifiers[0].address}
-        places["speculator"] = mesh.speculator
+        places["speculator"] = mesh.speculators[0]
         before = {role: der(files[role].cert) for role in places}
         stream = client.generate(PROMPT, GREEDY, max_nodes=0)
         chunks = [await anext(stream) for _ in range(3)]

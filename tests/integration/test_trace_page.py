@@ -13,7 +13,7 @@ from treecast.client import AsyncClient, Result, SamplingParams
 from treecast.tracepage import render_page
 
 from ..browser import Page, open_browser
-from .byte_mesh import toy_mesh
+from .toy_mesh import byte_mesh
 
 HOSTILE = (
     "</script><img src=x onerror=\"window.hacked=1\"><svg onload='hacked=1'>\u202e{{ 7*7 }}&amp;"
@@ -23,7 +23,7 @@ PHONE, DESKTOP = (390, 844), (1280, 900)
 
 async def _generate() -> Result:
     sampling = SamplingParams(temperature=0.9, seed=5, max_tokens=40, ignore_eos=True)
-    async with toy_mesh() as address, AsyncClient(address) as client:
+    async with byte_mesh() as address, AsyncClient(address) as client:
         return await client.generate(HOSTILE, sampling, report_rounds=True).result()
 
 

@@ -23,8 +23,8 @@ from treecast.errors import InvalidRequest, SettingsError
 from treecast.services.local import LocalMesh, MeshSettings
 from treecast.services.router.settings import RouterSettings
 
-from .byte_mesh import toy_mesh
 from .otlp_receiver import Received, Receiver, receiving
+from .toy_mesh import byte_mesh
 
 GREEDY = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
 PROMPT = "xyzzy plugh"
@@ -63,7 +63,10 @@ def key(span: Received) -> tuple[str, str]:
 
 async def traced_request(receiver: Receiver, caller: SpanContext | None = CALLER) -> str:
     """Run one request through a mesh that traces; returns its text."""
-    async with toy_mesh(otlp_endpoint=receiver.endpoint) as address, AsyncClient(address) as client:
+    async with (
+        byte_mesh(otlp_endpoint=receiver.endpoint) as address,
+        AsyncClient(address) as client,
+    ):
         if caller is None:
             return (await client.generate(PROMPT, GREEDY).result()).text
         with use_span(NonRecordingSpan(caller)):
@@ -134,7 +137,7 @@ async def test_nothing_is_told_when_the_caller_does_not_sample():
 
 async def test_a_span_says_why_when_a_request_is_refused():
     async with receiving() as receiver:
-        mesh = toy_mesh((), otlp_endpoint=receiver.endpoint)
+        mesh = byte_mesh((), otlp_endpoint=receiver.endpoint)
         async with mesh as address, AsyncClient(address) as client:
             with pytest.raises(InvalidRequest):
                 await client.generate([9999], GREEDY).result()
@@ -145,13 +148,13 @@ async def test_a_span_says_why_when_a_request_is_refused():
 
 async def test_requests_are_served_when_the_collector_is_gone():
     gone = "http://127.0.0.1:1"
-    async with toy_mesh((), otlp_endpoint=gone) as address, AsyncClient(address) as client:
+    async with byte_mesh((), otlp_endpoint=gone) as address, AsyncClient(address) as client:
         assert (await client.generate(PROMPT, GREEDY).result()).usage.output_tokens == 40
 
 
 async def test_the_trace_passes_through_when_only_speculators_trace():
     async with receiving() as receiver:
-        mesh = toy_mesh(speculators={"otlp_endpoint": receiver.endpoint})
+        mesh = byte_mesh(speculators={"otlp_endpoint": receiver.endpoint})
         async with mesh as address, AsyncClient(address) as client:
             with use_span(NonRecordingSpan(CALLER)):
                 await client.generate(PROMPT, GREEDY).result()
@@ -183,7 +186,7 @@ _OFF = """
 import asyncio, sys
 sys.modules["opentelemetry"] = None  # whoever imports it fails
 
-from tests.integration.byte_mesh import toy_mesh
+from tests.integration.toy_mesh import byte_mesh
 from treecast.client import AsyncClient, SamplingParams
 from treecast.telemetry import traces
 
@@ -193,7 +196,7 @@ def refuse(*args):
 traces.NoTracing.record = refuse
 
 async def main():
-    async with toy_mesh() as address, AsyncClient(address) as client:
+    async with byte_mesh() as address, AsyncClient(address) as client:
         stream = client.generate("a b c", SamplingParams(temperature=0, max_tokens=40))
         assert (await stream.result()).usage.accepted > 0
 

@@ -191,7 +191,7 @@ async def test_metrics_tell_what_was_waited_for_planned_and_gained_when_trees_co
     assert seen["plan_nodes_at_hand_total"] >= usage.drafted
     assert 0 < seen["plan_predicted_tokens_total"] <= usage.drafted
     assert 0 < seen["draft_wait_seconds_count"] <= usage.steps
-    assert goodput == pytest.approx(rig.verifier.speculation.tokens_per_s)
+    assert goodput == pytest.approx(rig.verifier.assignments.tokens_per_s)
 
 
 def wrong(handle: int, text: list[int], future: list[int]) -> SpeculatorFrame:
@@ -262,7 +262,7 @@ async def test_draws_crowd_nobody_out_when_the_law_is_replay() -> None:
     ):
         await rig.speculators(2)
         outcome = await rig.router.run(PROMPT, GREEDY)
-        assert rig.verifier.metrics.bad_frames._value.get() == 1
+        assert rig.verifier.metrics.trees.bad_frames._value.get() == 1
     assert outcome.completed is not None
     assert outcome.completed.usage.accepted >= 16  # of 24 tokens, four in five from a draft
 
@@ -281,7 +281,7 @@ async def test_a_late_tree_is_used_when_its_path_was_committed() -> None:
     async with speculator(drafter) as address, verifier_rig(engine, speculators=[address]) as rig:
         await rig.speculators(1)
         outcome = await rig.router.run(PROMPT, GREEDY)
-        hits = rig.verifier.metrics.run_ahead_hits._value.get()
+        hits = rig.verifier.metrics.trees.run_ahead_hits._value.get()
     assert outcome.tokens == plain(PROMPT, GREEDY)
     assert outcome.completed is not None
     assert hits > 0

@@ -1,10 +1,10 @@
-"""A whole mesh in this process, on real ports: router, toy verifiers, a lookup speculator."""
+"""A whole mesh in this process, on real ports: router, toy verifiers, speculators."""
 
 from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -23,11 +23,27 @@ from treecast.text.tokenizer import TokenizerFiles
 from treecast.wire.guarded_redis import GuardedRedis
 from treecast.wire.tls import TlsFiles
 
+from ..byte_tokenizer import SPECIAL_TOKENS, TEMPLATE, byte_tokenizer
+
 PROMPT = [5, 6, 7]
 GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
 NUMBERS = itertools.count(1)
 
 Certificates = Mapping[str, TlsFiles]
+
+
+@dataclass(frozen=True)
+class ToyModel:
+    """What the toys pass for."""
+
+    vocab_size: int
+    files: TokenizerFiles
+
+
+NUMBER_MODEL = ToyModel(97, TokenizerFiles())
+BYTE_MODEL = ToyModel(
+    258, TokenizerFiles(byte_tokenizer().to_str().encode(), TEMPLATE, SPECIAL_TOKENS)
+)
 
 
 def tls_settings(certificates: Certificates, role: str) -> dict[str, Any]:
@@ -45,7 +61,7 @@ class Worker:
 class Mesh:
     router: Router
     verifiers: list[Worker]
-    speculator: str
+    speculators: Sequence[str]
     certificates: Certificates
 
     @property
@@ -65,15 +81,16 @@ class Mesh:
 async def toy_verifier(
     certificates: Certificates = {},  # noqa: B006
     shifts: Mapping[str, int] = {},
+    model: ToyModel = NUMBER_MODEL,
     **settings: Any,
 ) -> AsyncIterator[Worker]:
     """`shifts` are the toy's adapters."""
     settings = {"engine": "toy", "metrics_listen": None} | settings
     given = VerifierSettings(**settings, **tls_settings(certificates, "verifier"))
     thread, redis = ThreadPoolExecutor(1), GuardedRedis(given.redis_url)
-    engine = ToyEngine(step_s=given.toy_step_s, adapters=shifts)
+    engine = ToyEngine(model.vocab_size, step_s=given.toy_step_s, adapters=shifts)
     name = f"verifier-{next(NUMBERS)}"
-    verifier = Verifier(given, engine, TokenizerFiles(), redis, name, thread)
+    verifier = Verifier(given, engine, model.files, redis, name, thread)
     server = server_of(verifier)
     try:
         await verifier.start()
@@ -85,10 +102,17 @@ async def toy_verifier(
 
 
 @asynccontextmanager
-async def lookup_speculator(certificates: Certificates = {}, **settings: Any) -> AsyncIterator[str]:  # noqa: B006
+async def toy_speculator(
+    name: str = "speculator-0",
+    certificates: Certificates = {},  # noqa: B006
+    model: ToyModel = NUMBER_MODEL,
+    **settings: Any,
+) -> AsyncIterator[str]:
+    """Looks up, unless told to draft otherwise; the drafter `ssm` is the toy itself."""
     settings = {"drafters": ("ngram",), "engine": "toy"} | settings
     given = SpeculatorSettings(**settings, **tls_settings(certificates, "speculator"))
-    speculator = Speculator(given, (), f"speculator-{next(NUMBERS)}", ThreadPoolExecutor(1))
+    engines = [ToyEngine(model.vocab_size)] if "ssm" in given.drafters else []
+    speculator = Speculator(given, engines, name, ThreadPoolExecutor(1))
     server = server_of_speculator(speculator)
     await asyncio.to_thread(speculator.warm_up)
     speculator.start()
@@ -96,6 +120,7 @@ async def lookup_speculator(certificates: Certificates = {}, **settings: Any) ->
         yield await server.listen("127.0.0.1:0")
     finally:
         speculator.close()
+        await asyncio.to_thread(speculator.tracing.close)
         await server.stop()
 
 
@@ -103,24 +128,58 @@ async def lookup_speculator(certificates: Certificates = {}, **settings: Any) ->
 async def toy_mesh(
     certificates: Certificates = {},  # noqa: B006
     num_verifiers: int = 1,
+    drafters: Sequence[str] = ("ngram",),
+    model: ToyModel = NUMBER_MODEL,
+    speculator: Mapping[str, Any] = {},
     verifier: Mapping[str, Any] = {},
     **router: Any,
 ) -> AsyncIterator[Mesh]:
-    """All of it, with the router's streams open and the verifiers' to the speculator."""
+    """All of it, with the router's streams open and the verifiers' to the speculators.
+
+    There is a speculator for each of `drafters`.
+    """
     async with AsyncExitStack() as stack:
-        speculator = await stack.enter_async_context(lookup_speculator(certificates))
-        options = {"speculators": (speculator,), "planner": "full"} | dict(verifier)
+        speculators = [
+            await stack.enter_async_context(
+                toy_speculator(
+                    f"speculator-{place}", certificates, model, drafters=(drafter,), **speculator
+                )
+            )
+            for place, drafter in enumerate(drafters)
+        ]
+        options = {"speculators": tuple(speculators), "planner": "full"} | dict(verifier)
         workers = [
-            await stack.enter_async_context(toy_verifier(certificates, **options))
+            await stack.enter_async_context(toy_verifier(certificates, model=model, **options))
             for _ in range(num_verifiers)
         ]
         options = {"verifiers": tuple(worker.address for worker in workers)} | router
         options |= {"metrics_listen": None} | tls_settings(certificates, "router")
         settings = RouterSettings(**options)
         router_ = await stack.enter_async_context(Router(settings, f"router-{next(NUMBERS)}"))
-        mesh = Mesh(router_, workers, speculator, certificates)
+        mesh = Mesh(router_, workers, speculators, certificates)
         await mesh.until(lambda: len(router_.fleet.candidates()) == num_verifiers)
         async with asyncio.timeout(60):
-            while not all(worker.verifier.speculation.instances for worker in workers):
-                await asyncio.sleep(0.01)  # nothing tells when a verifier's stream opens
+            for worker in workers:
+                while len(worker.verifier.assignments.instances) < len(speculators):
+                    await asyncio.sleep(0.01)  # nothing tells when a verifier's stream opens
         yield mesh
+
+
+@asynccontextmanager
+async def byte_mesh(
+    drafters: Sequence[str] = ("ssm", "ngram"),
+    speculators: Mapping[str, Any] = {},
+    verifiers: Mapping[str, Any] = {},
+    **settings: Any,
+) -> AsyncIterator[str]:
+    """A mesh whose tokens are bytes; yields the router's address.
+
+    Args:
+        speculators, verifiers: settings of these alone.
+        settings: those of all services.
+    """
+    drafting, verifying = {**settings, **speculators}, {**settings, **verifiers}
+    async with toy_mesh(
+        drafters=drafters, model=BYTE_MODEL, speculator=drafting, verifier=verifying, **settings
+    ) as mesh:
+        yield mesh.address

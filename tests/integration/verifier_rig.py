@@ -218,7 +218,7 @@ class Rig:
     async def speculators(self, count: int) -> None:
         """Wait for open streams to so many speculators."""
         async with asyncio.timeout(60):
-            while len(self.verifier.speculation.instances) != count:
+            while len(self.verifier.assignments.instances) != count:
                 await asyncio.sleep(0.01)  # the service has no such event
 
 

@@ -15,7 +15,7 @@ from treecast.bench.prompts import DEFAULT_PROMPTS, read_prompts
 from treecast.bench.report import Report
 from treecast.bench.run import Run
 from treecast.cli.app import app
-from treecast.cli.bench import render
+from treecast.cli.bench_comparison import render
 from treecast.client import Usage
 from treecast.errors import CorpusError
 from treecast.sampling.params import SpeculationParams

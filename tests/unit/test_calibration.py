@@ -19,7 +19,8 @@ from treecast.services.verifier.calibration import (
     bin_of,
     isotonic,
 )
-from treecast.services.verifier.metrics import MAX_PROPOSER_LABELS, VerifierMetrics
+from treecast.services.verifier.metrics import VerifierMetrics
+from treecast.services.verifier.metrics.trees import MAX_PROPOSER_LABELS
 from treecast.tree import ROOT, TokenTree
 
 
@@ -164,11 +165,11 @@ def test_pod_keeps_few_curves_when_names_are_many() -> None:
 
 def test_labels_are_bounded_when_names_are_many() -> None:
     metrics = VerifierMetrics()
-    pod = PodCalibration(metrics.proposer_label)
-    metrics.watch(pod.reliability)
+    pod = PodCalibration(metrics.trees.proposer_label)
+    metrics.trees.watch(pod.reliability)
     for number in range(10 * MAX_PROPOSER_LABELS):
         name = f"drafter-{number}"
-        metrics.proposed([name], verified=2, accepted=1)
+        metrics.trees.proposed([name], verified=2, accepted=1)
         Calibration(pod, [name]).learn(TokenTree.chain([5], confidence=0.6), [5])
     samples = [sample for family in metrics.registry.collect() for sample in family.samples]
     assert len({s.labels["proposer"] for s in samples if "proposer" in s.labels}) == 33

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from treecast.bench.turns import VOCAB, Foretold, Turns
-from treecast.bench.turns import serve as serve_all
-from treecast.bench.turns import traffic as arrivals
+from treecast.bench.schedules import VOCAB, BareLoop, Foretold
+from treecast.bench.schedules import serve as serve_all
+from treecast.bench.schedules import traffic as arrivals
 from treecast.engine.toy import toy_logits
 from treecast.errors import Overloaded
 from treecast.sampling.pick import Picker
@@ -41,7 +41,7 @@ class Traffic:
     cancel_after: int | None
 
 
-class Loop(Turns):
+class Loop(BareLoop):
     """Each step is checked before its pass."""
 
     def send(self, traffic: Traffic) -> Request:

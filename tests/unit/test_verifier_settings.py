@@ -24,7 +24,7 @@ def test_other_pool_tokens_are_refused_by_name(given: str) -> None:
 
 def test_what_is_moved_is_told_as_it_is_when_asked() -> None:
     metrics, moved = VerifierMetrics(), [5]
-    metrics.watch_weights(lambda: moved[0])
+    metrics.memory.watch_weights(lambda: moved[0])
     moved[0] = 7
     told = generate_latest(metrics.registry).decode()
     assert "treecast_verifier_weights_moved_bytes_total 7.0" in told

@@ -35,8 +35,8 @@ class Offer:
 class TreePolicy:
     """Attach unlike speculators, verify the union of their trees (SpecInfer). The default.
 
-    The other policies change a part of this. `Speculation` asks at clear points and carries out
-    the answers, so that a policy sends no frames; all of it runs on the event loop.
+    The other policies change a part of this. `Assignments` and `Speculation` ask at clear points
+    and carry out the answers, so that a policy sends no frames; all of it runs on the event loop.
     """
 
     name: ClassVar[str] = "tree"

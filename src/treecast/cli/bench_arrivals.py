@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -23,6 +23,24 @@ if TYPE_CHECKING:
     from treecast.bench.arrivals import Load, LoadSummary, Poisson
     from treecast.sampling.params import SpeculationParams
     from treecast.services.local import MeshSettings
+
+Process = Annotated[
+    str | None,
+    typer.Option(
+        metavar="poisson:RATE",
+        help="Offer load instead: RATE requests a second arrive at random, however busy the "
+        "mesh is; latencies count from the planned arrival, so all queueing is in them.",
+    ),
+]
+Levels = Annotated[
+    str,
+    typer.Option(
+        metavar="A,B",
+        help="Of --arrivals: most requests in one step, a mesh and the same arrivals for each.",
+    ),
+]
+Seconds = Annotated[float, typer.Option(min=1, help="Of --arrivals: how long requests arrive.")]
+Seed = Annotated[int, typer.Option(help="Of --arrivals: same seed, same arrivals.")]
 
 
 def write_arrivals(context: typer.Context, arrivals: str) -> None:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -25,6 +25,21 @@ if TYPE_CHECKING:
     from treecast.services.local import MeshSettings
 
 SECTIONS = ("success", "width", "laws", "length", "time", "shape", "calibration")
+
+Directory = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        help="Measure what trees are worth instead, in one process, and write Markdown and "
+        "plots; goes on with what the folder lacks.",
+    ),
+]
+Sections = Annotated[
+    str, typer.Option(metavar="A,B", help=f"Of --report; some of: {', '.join(SECTIONS)}.")
+]
+MaxNodes = Annotated[
+    int, typer.Option(min=1, max=256, help="Of --report: nodes of a tree as served.")
+]
 
 _OF_THE_COMPARISON = ("law", "proposal", "rounds", "contenders", "planner", "device", "out")
 

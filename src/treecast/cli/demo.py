@@ -13,9 +13,6 @@ from . import options
 from .outcome import OTHER
 from .output import stdout, write_json, write_text
 from .up import (
-    Dtype,
-    Numerics,
-    Speculators,
     parse_speculators,
     running_mesh,
     termination_as_interrupt,
@@ -43,9 +40,9 @@ def demo(
     max_tokens: options.MaxTokens = 96,
     model: options.Model = "default",
     draft: options.Draft = "default",
-    speculators: Speculators = "ssm,ngram",
-    numerics: Numerics = "exact",
-    dtype: Dtype = "auto",
+    speculators: options.Speculators = "ssm,ngram",
+    numerics: options.Numerics = "exact",
+    dtype: options.Dtype = "auto",
     threads: options.Threads = 2,
     planner: options.Planner = "full",
     router: options.Router = None,

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from treecast.sampling.params import Law, Proposal
+from treecast.settings import DType, Weights
 
 Router = Annotated[
     str | None,
@@ -127,6 +128,32 @@ Draft = Annotated[
         envvar="TREECAST_DRAFT",
         metavar="PATH",
         help="Model folder of the draft; 'default' is the one that ships.",
+    ),
+]
+Numerics = Annotated[
+    Literal["exact", "fast"],
+    typer.Option(help="exact: the same bits with any tree or batch; fast: free to reorder sums."),
+]
+Dtype = Annotated[
+    DType,
+    typer.Option(
+        help="Weights and activations; auto: bfloat16 where the processor multiplies it, "
+        "else float32."
+    ),
+]
+WeightsKind = Annotated[
+    Weights,
+    typer.Option(
+        help="Of the LLM's linear layers on CPU: bfloat16, int8, int4 take a half, a quarter, a "
+        "sixth of float32's memory; auto: 16 bits where they lose nothing."
+    ),
+]
+Speculators = Annotated[
+    str,
+    typer.Option(
+        metavar="ssm,ngram",
+        help="Drafters, a process each: ssm, another draft as ssm=FOLDER, ngram, suffix; '' for "
+        "none.",
     ),
 ]
 Planner = Annotated[

@@ -15,7 +15,6 @@ import typer
 
 from treecast.address import parse_address
 from treecast.errors import SettingsError
-from treecast.settings import DType, Weights
 from treecast.wire.guarded_redis import redacted
 
 from . import options
@@ -25,33 +24,6 @@ if TYPE_CHECKING:
     from treecast.services.local import LocalMesh, MeshSettings, ServiceProcess
 
 DEFAULT_LISTEN = "127.0.0.1:7070"
-
-Numerics = Annotated[
-    Literal["exact", "fast"],
-    typer.Option(help="exact: the same bits with any tree or batch; fast: free to reorder sums."),
-]
-Dtype = Annotated[
-    DType,
-    typer.Option(
-        help="Weights and activations; auto: bfloat16 where the processor multiplies it, "
-        "else float32."
-    ),
-]
-WeightsKind = Annotated[
-    Weights,
-    typer.Option(
-        help="Of the LLM's linear layers on CPU: bfloat16, int8, int4 take a half, a quarter, a "
-        "sixth of float32's memory; auto: 16 bits where they lose nothing."
-    ),
-]
-Speculators = Annotated[
-    str,
-    typer.Option(
-        metavar="ssm,ngram",
-        help="Drafters, a process each: ssm, another draft as ssm=FOLDER, ngram, suffix; '' for "
-        "none.",
-    ),
-]
 
 
 def register(app: typer.Typer) -> None:
@@ -70,11 +42,11 @@ def up(
         ),
     ] = None,
     verifiers: Annotated[int, typer.Option(min=1, help="Verifiers to start.")] = 1,
-    speculators: Speculators = "ssm,ngram",
-    numerics: Numerics = "exact",
+    speculators: options.Speculators = "ssm,ngram",
+    numerics: options.Numerics = "exact",
     device: options.Device = "cpu",
-    dtype: Dtype = "auto",
-    weights: WeightsKind = "auto",
+    dtype: options.Dtype = "auto",
+    weights: options.WeightsKind = "auto",
     planner: options.Planner = "goodput",
     policy: Annotated[
         Literal["tree", "spin", "vote"],

@@ -14,23 +14,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from treecast import checkpoints
-from treecast.engine.base import (
-    KVSequence,
-    LogitRows,
-    ModelInfo,
-    PoolUsage,
-    Segment,
-    SwappedKV,
-    check_adapter,
-)
+from treecast.engine.base import KVSequence, LogitRows, ModelInfo, Segment
 from treecast.engine.executor import Executor, LocalExecutor, PackedPass, PackedSegment
-from treecast.engine.kv_pool import (
-    PAGE_TOKENS,
-    KVPool,
-    PagedSequence,
-    SwappedSequence,
-    num_pages,
-)
+from treecast.engine.kv_pool import PAGE_TOKENS, KVPool, PagedSequence, num_pages
 from treecast.engine.loading import (
     Kernels,
     LoadOptions,
@@ -43,23 +29,23 @@ from treecast.engine.loading import (
 from treecast.engine.lora_folder import count_numbers, read_adapter
 from treecast.engine.memory import fitted
 from treecast.engine.offload import RESIDENT, Offload
+from treecast.engine.pooled import PooledEngine, paged
 from treecast.engine.residency import ALL_RESIDENT, Offloaded
 from treecast.engine.steps import PassOutput
-from treecast.errors import InvalidRequest, ModelError
+from treecast.errors import InvalidRequest
 from treecast.settings import DType, KVDType, Weights
 
 DEFAULT_POOL_TOKENS = 16384
 NO_ADAPTERS: Mapping[str, Path | str] = MappingProxyType({})
 
 
-class HFEngine:
+class HFEngine(PooledEngine):
     """A causal LM and its KV pool; see `engine.base.Engine`."""
 
     def __init__(self, executor: Executor, info: ModelInfo, total_pages: int) -> None:
         """`executor` has room for so many pages."""
+        super().__init__(info, KVPool(total_pages, executor))
         self._executor = executor
-        self._pool = KVPool(total_pages, executor)
-        self._info = info
 
     @classmethod
     def load(
@@ -128,49 +114,10 @@ class HFEngine:
         executor = LocalExecutor.of(model, options, pages, loaded, residency)
         return cls(executor, info, pages)
 
-    @property
-    def info(self) -> ModelInfo:
-        return self._info
-
-    @property
-    def usage(self) -> PoolUsage:
-        return self._pool.usage
-
-    def allocate(self, capacity: int, adapter: str = "") -> KVSequence:
-        check_adapter(self._info, adapter)
-        return self._pool.allocate(capacity, adapter)
-
-    def reserve(self, sequence: KVSequence, capacity: int) -> None:
-        self._pool.reserve(_paged(sequence), capacity)
-
-    def fork(self, sequence: KVSequence, length: int, capacity: int) -> KVSequence:
-        return self._pool.fork(_paged(sequence), length, capacity)
-
-    def truncate(self, sequence: KVSequence, length: int) -> None:
-        self._pool.truncate(_paged(sequence), length)
-
-    def trim(self, sequence: KVSequence) -> None:
-        self._pool.trim(_paged(sequence))
-
-    def free(self, sequence: KVSequence) -> None:
-        self._pool.free(_paged(sequence))
-
-    def swap_out(self, sequence: KVSequence) -> SwappedSequence:
-        return self._pool.swap_out(_paged(sequence))
-
-    def swap_in(self, swapped: SwappedKV, capacity: int) -> KVSequence:
-        return self._pool.swap_in(_swapped(swapped), capacity)
-
-    def discard(self, swapped: SwappedKV) -> None:
-        self._pool.discard(_swapped(swapped))
-
-    def commit(self, sequence: KVSequence, path: Sequence[int], keep: Sequence[int] = ()) -> None:
-        self._pool.commit(_paged(sequence), path, keep)
-
     def contents(self, sequence: KVSequence) -> list[Tensor]:
         """[planes, committed positions, dim] the sequence's keys and values: for comparisons."""
-        paged = _paged(sequence)
-        return self._executor.read(paged.places(0, paged.length))
+        own = paged(sequence)
+        return self._executor.read(own.places(0, own.length))
 
     @property
     def moved_bytes(self) -> int:
@@ -192,7 +139,7 @@ class HFEngine:
             InvalidTree: a parent does not precede its row.
             Overloaded: a reservation was too small and the pool is full.
         """
-        sequences = [_paged(segment.sequence) for segment in segments]
+        sequences = [paged(segment.sequence) for segment in segments]
         if len({id(sequence) for sequence in sequences}) < len(sequences):
             raise ValueError("a sequence may have one segment in a pass")
         before = [sequence.num_rows for sequence in sequences]
@@ -244,18 +191,6 @@ class _Rows:
         """The row's argmax, ties to the lowest id, where the device has found it; else None."""
         known = self._likeliest and self._likeliest[row] >= 0
         return self._likeliest[row] if known else None
-
-
-def _paged(sequence: KVSequence) -> PagedSequence:
-    if not isinstance(sequence, PagedSequence):
-        raise ModelError(f"a {type(sequence).__name__} is no sequence of this engine")
-    return sequence
-
-
-def _swapped(swapped: SwappedKV) -> SwappedSequence:
-    if not isinstance(swapped, SwappedSequence):
-        raise ModelError(f"a {type(swapped).__name__} was not swapped out by this engine")
-    return swapped
 
 
 def _check_segment(segment: Segment, vocab_size: int) -> None:

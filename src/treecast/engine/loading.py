@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from treecast import checkpoints
-from treecast.engine import adapters, bridge
+from treecast.engine import bridge, rerouting
 from treecast.engine.base import ModelInfo
 from treecast.engine.cut_head import cut_head
 from treecast.engine.kv_dtype import KV_FORMATS, KVFormat
@@ -210,7 +210,7 @@ def load_model(path: Path, options: LoadOptions) -> nn.Module:
         model = _read_model(path, config, options)
     except (OSError, ValueError) as error:
         raise ModelError(f"model folder {path} cannot be loaded: {error}") from error
-    adapters.adapt(model)
+    rerouting.reroute(model)
     cut_head(model)
     loaded: nn.Module = model.eval()._apply(lambda tensor: _placed(tensor, options))
     return loaded
@@ -250,7 +250,7 @@ def _read_model(path: Path, config: Any, options: LoadOptions) -> Any:
     """The whole of a rank's share; where layers are offloaded, all but those if that can be."""
     import transformers
 
-    dtype, attention = DTYPES[options.dtype], adapters.implementation(config.model_type)
+    dtype, attention = DTYPES[options.dtype], rerouting.implementation(config.model_type)
     if options.offload.mode != "none":
         model = unread_model(path, config, dtype, attention)
         if model is not None:

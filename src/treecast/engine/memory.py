@@ -14,11 +14,11 @@ from treecast.engine.free_memory import free_bytes
 from treecast.engine.linears import can_pack, is_linear, product_dtype
 from treecast.engine.loading import DTYPES, LoadOptions, read_servable_config
 from treecast.engine.narrow import kept_bytes
-from treecast.engine.offload import GIB, NUM_BUFFERS
+from treecast.engine.offload import NUM_BUFFERS
 from treecast.engine.unread import decoder_layers, empty_model, matching
 from treecast.errors import ModelError
 from treecast.kernels.exact import NORM_COLUMNS
-from treecast.settings import Weights
+from treecast.settings import GIB, Weights
 
 _log = structlog.get_logger()
 

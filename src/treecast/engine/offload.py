@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from treecast.engine.layer_stores import LayerStore, layout_of
 from treecast.errors import EngineLost, ModelError
 
-GIB = 2**30
 NUM_BUFFERS = 2
 
 OffloadMode = Literal["none", "cpu", "disk"]

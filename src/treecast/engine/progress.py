@@ -10,8 +10,8 @@ from typing import Any
 
 import structlog
 
-from treecast.engine.offload import GIB
 from treecast.model_folder import stored_tensors
+from treecast.settings import GIB
 
 _EVERY_S = 5.0
 

@@ -7,8 +7,8 @@ tokens, and the bits of a row need every token in its place. An adapter is a num
 favoured token is moved on.
 
 Rows are computed from token ids that lie in the pool where a real model's keys and values would,
-and by the same accounts: a wrong commit gives wrong logits. Breaches of the contract by the caller
-fail an assertion.
+and by the same accounts: a wrong commit gives wrong logits. Rows that break the contract fail an
+assertion.
 """
 
 from __future__ import annotations
@@ -23,16 +23,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from treecast.adapter import Adapter
-from treecast.engine.base import (
-    KVSequence,
-    LogitRows,
-    ModelInfo,
-    PoolUsage,
-    Segment,
-    SwappedKV,
-    check_adapter,
-)
-from treecast.engine.kv_pool import PAGE_TOKENS, KVPool, PagedSequence, SwappedSequence
+from treecast.engine.base import KVSequence, LogitRows, ModelInfo, Segment
+from treecast.engine.kv_pool import PAGE_TOKENS, KVPool, PagedSequence
+from treecast.engine.pooled import PooledEngine, paged
 
 _EMPTY = -1
 
@@ -115,7 +108,7 @@ class ToyRows:
         return self.states[row].logits(self.vocab_size, self.shift)
 
 
-class ToyEngine:
+class ToyEngine(PooledEngine):
     """The toy model and its pool. `num_passes` and `num_rows` count what it has computed.
 
     `storage` is what the pool holds, and what was swapped out of it.
@@ -142,7 +135,7 @@ class ToyEngine:
             on_forward: called at the start of every pass; may block to hold it, or raise.
             adapters: shifts by name.
         """
-        self._info = ModelInfo(
+        info = ModelInfo(
             name="toy",
             revision=f"toy-{vocab_size}",
             vocab_size=vocab_size,
@@ -154,49 +147,13 @@ class ToyEngine:
         )
         num_pages = -(-pool_tokens // PAGE_TOKENS)
         self.storage = TokenStorage(num_pages * PAGE_TOKENS)
-        self._pool = KVPool(num_pages, self.storage)
+        super().__init__(info, KVPool(num_pages, self.storage))
         self._step_s = step_s
         self._shifts = {"": 0, **adapters}
         self._on_forward = on_forward
         self.moved_bytes = 0
         self.num_passes = 0
         self.num_rows = 0
-
-    @property
-    def info(self) -> ModelInfo:
-        return self._info
-
-    @property
-    def usage(self) -> PoolUsage:
-        return self._pool.usage
-
-    def allocate(self, capacity: int, adapter: str = "") -> PagedSequence:
-        check_adapter(self._info, adapter)
-        return self._pool.allocate(capacity, adapter)
-
-    def reserve(self, sequence: KVSequence, capacity: int) -> None:
-        self._pool.reserve(_own(sequence), capacity)
-
-    def fork(self, sequence: KVSequence, length: int, capacity: int) -> PagedSequence:
-        return self._pool.fork(_own(sequence), length, capacity)
-
-    def truncate(self, sequence: KVSequence, length: int) -> None:
-        self._pool.truncate(_own(sequence), length)
-
-    def trim(self, sequence: KVSequence) -> None:
-        self._pool.trim(_own(sequence))
-
-    def free(self, sequence: KVSequence) -> None:
-        self._pool.free(_own(sequence))
-
-    def swap_out(self, sequence: KVSequence) -> SwappedSequence:
-        return self._pool.swap_out(_own(sequence))
-
-    def swap_in(self, swapped: SwappedKV, capacity: int) -> PagedSequence:
-        return self._pool.swap_in(_own_swapped(swapped), capacity)
-
-    def discard(self, swapped: SwappedKV) -> None:
-        self._pool.discard(_own_swapped(swapped))
 
     def forward(self, segments: Sequence[Segment]) -> list[LogitRows]:
         if self._on_forward is not None:
@@ -207,9 +164,9 @@ class ToyEngine:
         return [self._compute(segment) for segment in segments]
 
     def commit(self, sequence: KVSequence, path: Sequence[int], keep: Sequence[int] = ()) -> None:
-        own = _own(sequence)
+        own = paged(sequence)
         assert all(row < own.num_rows for row in (*path, *keep)), f"{path=} {keep=} {own.num_rows=}"
-        self._pool.commit(own, path, keep)
+        super().commit(own, path, keep)
 
     def check(self) -> None:
         """There is nobody to lose."""
@@ -236,14 +193,14 @@ class ToyEngine:
         assert not wanted or 0 <= wanted[0] <= wanted[-1] < count, f"{wanted=} of {count}"
 
     def _check_room(self, segment: Segment) -> None:
-        sequence = _own(segment.sequence)
+        sequence = paged(segment.sequence)
         depths = list(sequence.depths)
         for parent in segment.parents:
             depths.append(0 if parent < 0 else depths[parent] + 1)
         assert sequence.length + max(depths) < self.info.context_tokens, "beyond the context"
 
     def _compute(self, segment: Segment) -> LogitRows:
-        sequence = _own(segment.sequence)
+        sequence = paged(segment.sequence)
         first = sequence.num_rows
         self._pool.append(sequence, segment.parents)
         start = sequence.length + first
@@ -268,13 +225,3 @@ class ToyEngine:
         for token, parent in zip(tokens[sequence.length :], sequence.parents, strict=True):
             states.append((committed if parent < 0 else states[parent]).after(token))
         return states
-
-
-def _own(sequence: KVSequence) -> PagedSequence:
-    assert isinstance(sequence, PagedSequence), f"not a sequence of this engine: {sequence!r}"
-    return sequence
-
-
-def _own_swapped(swapped: SwappedKV) -> SwappedSequence:
-    assert isinstance(swapped, SwappedSequence), f"not of this engine: {swapped!r}"
-    return swapped

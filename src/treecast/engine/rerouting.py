@@ -1,6 +1,6 @@
 """Families whose attention does not go through transformers' interface: theirs is routed to ours.
 
-Each adapter is what is left of a family's attention module when scores, softmax and cache are
+Each detour is what is left of a family's attention module when scores, softmax and cache are
 ours: projections, rotation, and what it does to scores. Position biases follow a key's position in
 the text, so a tree's siblings share one.
 """
@@ -29,7 +29,7 @@ class _Route:
 
     def tree(self) -> TreePass:
         """The pass that goes on."""
-        assert self._tree is not None, "an adapted model was called without its pass"
+        assert self._tree is not None, "a rerouted model was called without its pass"
         return self._tree
 
     def take(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:
@@ -50,7 +50,7 @@ class _Route:
 
 
 @dataclass(frozen=True, slots=True)
-class _Adapter:
+class _Detour:
     """What is changed in a family: modules of one class, each given the route."""
 
     module: str
@@ -60,20 +60,20 @@ class _Adapter:
 
 def implementation(model_type: str) -> str:
     """Name of the attention that a family is to be loaded with."""
-    adapter = _ADAPTERS.get(model_type)
-    return bridge.IMPLEMENTATION if adapter is None else adapter.implementation
+    detour = _DETOURS.get(model_type)
+    return bridge.IMPLEMENTATION if detour is None else detour.implementation
 
 
-def adapt(model: Any) -> None:
+def reroute(model: Any) -> None:
     """Route the attention of a model that needs it, in place; others are left as they are."""
-    adapter = _ADAPTERS.get(model.config.model_type)
-    if adapter is None:
+    detour = _DETOURS.get(model.config.model_type)
+    if detour is None:
         return
     route = _Route()
     model.register_forward_pre_hook(route.take, with_kwargs=True)
     for module in model.modules():
-        if type(module).__name__ == adapter.module:
-            adapter.change(module, route)
+        if type(module).__name__ == detour.module:
+            detour.change(module, route)
 
 
 def _falcon(module: Any, route: _Route) -> None:
@@ -135,7 +135,7 @@ def _scores_only(
 ) -> Callable[[Any, _Route], None]:
     """For modules that have their scores and softmax in a method of its own, `_attn`."""
 
-    def adapter(module: Any, route: _Route) -> None:
+    def change(module: Any, route: _Route) -> None:
         scale, ruled = scaling(module), rule(module)
         layer = getattr(module, "layer_id", None)
 
@@ -146,7 +146,7 @@ def _scores_only(
 
         module._attn = MethodType(attn, module)
 
-    return adapter
+    return change
 
 
 def _neo_rule(module: Any) -> ScoreRule:
@@ -191,13 +191,13 @@ def _hand_down(module: Any, route: _Route) -> None:
 
 _scaled = _scores_only(lambda module: float(module.head_dim**-0.5))
 
-_ADAPTERS = {
-    "falcon": _Adapter("FalconAttention", _falcon),
-    "mpt": _Adapter("MptAttention", _mpt),
-    "bloom": _Adapter("BloomAttention", _bloom),
-    "gptj": _Adapter("GPTJAttention", _scaled),
-    "codegen": _Adapter("CodeGenAttention", _scaled),
-    "gpt_neo": _Adapter("GPTNeoSelfAttention", _scores_only(lambda module: 1.0, _neo_rule)),
-    "stablelm": _Adapter("StableLmAttention", _hand_down, bridge.IMPLEMENTATION),
-    "nemotron": _Adapter("NemotronAttention", _hand_down, bridge.IMPLEMENTATION),
+_DETOURS = {
+    "falcon": _Detour("FalconAttention", _falcon),
+    "mpt": _Detour("MptAttention", _mpt),
+    "bloom": _Detour("BloomAttention", _bloom),
+    "gptj": _Detour("GPTJAttention", _scaled),
+    "codegen": _Detour("CodeGenAttention", _scaled),
+    "gpt_neo": _Detour("GPTNeoSelfAttention", _scores_only(lambda module: 1.0, _neo_rule)),
+    "stablelm": _Detour("StableLmAttention", _hand_down, bridge.IMPLEMENTATION),
+    "nemotron": _Detour("NemotronAttention", _hand_down, bridge.IMPLEMENTATION),
 }

@@ -1,4 +1,4 @@
-"""What it is worth to let shorter requests go first: `python -m treecast.bench.turns`.
+"""What it is worth to let shorter requests go first: `python -m treecast.bench.schedules`.
 
 The verifier's own scheduler over the toy engine, without wire and threads; time is counted in
 steps, so that the machine does not matter. Requests come at random; 15% of the outputs are long.
@@ -27,6 +27,7 @@ from treecast.sampling.params import Law, SamplingParams
 from treecast.sampling.pick import Picker
 from treecast.sampling.stops import StopRules
 from treecast.sampling.transforms import Context
+from treecast.services.verifier.assignments import Assignments
 from treecast.services.verifier.choice import TreePolicy
 from treecast.services.verifier.choice.metrics import ChoiceMetrics
 from treecast.services.verifier.endings import Endings
@@ -38,7 +39,6 @@ from treecast.services.verifier.scheduler import Scheduler
 from treecast.services.verifier.sessions import SessionStore
 from treecast.services.verifier.settings import VerifierSettings
 from treecast.services.verifier.spans import RequestSpans
-from treecast.services.verifier.speculation import Speculation
 from treecast.telemetry.traces import open_tracing
 from treecast.tree import TokenTree
 from treecast.wire.frames import SessionKey, Start
@@ -58,7 +58,7 @@ class Sink:
         self.sent.append(frame)
 
 
-class Turns:
+class BareLoop:
     """A step loop without wire, threads and trees.
 
     Attributes:
@@ -69,18 +69,18 @@ class Turns:
         self.engine = ToyEngine(vocab_size=VOCAB, pool_tokens=pool_tokens)
         self.settings = VerifierSettings(engine="toy", **settings)
         self.metrics = VerifierMetrics()
-        self.sessions = SessionStore(self.engine, 600, self.metrics.evicted)
+        self.sessions = SessionStore(self.engine, 600, self.metrics.memory.evicted)
         self.router = Sink()
         self.ran: Counter[int] = Counter()
         self._curve = StepCurve({1: 0.001, 2: 0.002})
         policy = TreePolicy(ChoiceMetrics(self.metrics.registry), 0)
-        speculation = Speculation(policy, self.settings.max_nodes, (), self.metrics)
-        spans = RequestSpans(open_tracing(None, "verifier", "turns"))
+        assignments = Assignments(policy, self.settings.max_nodes, (), self.metrics.trees)
+        spans = RequestSpans(open_tracing(None, "verifier", "schedules"))
         self.scheduler = Scheduler(
             self.engine,
             self.settings,
             self.sessions,
-            speculation,
+            assignments,
             self._curve,
             Goodput(1000.0),
             self.metrics,
@@ -88,7 +88,12 @@ class Turns:
         )
         self.roster = self.scheduler.roster
         self.endings = Endings(
-            self.roster, self.sessions, self.scheduler.swap, speculation, self.metrics, spans
+            self.roster,
+            self.sessions,
+            self.scheduler.swap,
+            assignments,
+            self.metrics.requests,
+            spans,
         )
         self._handles = itertools.count(1)
 
@@ -186,26 +191,28 @@ class Served:
 
 def serve(arrivals: Sequence[Arrival], schedule: str) -> Served:
     """Serve all of them, four at a time."""
-    turns = Turns(64 * 24, max_running=4, max_waiting=len(arrivals), schedule=schedule, max_rows=64)
+    loop = BareLoop(
+        64 * 24, max_running=4, max_waiting=len(arrivals), schedule=schedule, max_rows=64
+    )
     coming, there = list(arrivals), dict[int, tuple[Arrival, Request]]()
     steps: list[int] = []
     per_token: list[float] = []
     for number in itertools.count():
         while coming and coming[0].at <= number:
             arrival, prompt = coming.pop(0), [len(coming) % VOCAB, 1]
-            request = turns.submit(prompt, arrival.num_tokens, expected_tokens=arrival.foretold)
+            request = loop.submit(prompt, arrival.num_tokens, expected_tokens=arrival.foretold)
             there[request.handle] = arrival, request
         if not coming and not there:
             break
         if there:
-            turns.step(number)
+            loop.step(number)
         for handle, (arrival, request) in list(there.items()):
             if request.tokens_left == 0:
                 del there[handle]
                 steps.append(number + 1 - arrival.at)
                 per_token.append(steps[-1] / arrival.num_tokens)
     name = "treecast_verifier_preemptions_total"
-    preemptions = turns.metrics.registry.get_sample_value(name, {"why": "length"}) or 0.0
+    preemptions = loop.metrics.registry.get_sample_value(name, {"why": "length"}) or 0.0
     return Served(steps, per_token, preemptions)
 
 
