@@ -29,6 +29,9 @@ TOKENIZER_TIMEOUT_S = 10.0
 SHORT_CHARACTERS = 500
 """A prompt up to here is encoded in the time that it takes to have another thread do it."""
 
+_MESSAGE_CHARACTERS = 50
+"""What a chat's template adds to each message, roughly."""
+
 
 @dataclass(frozen=True, slots=True)
 class Checked:
@@ -172,12 +175,12 @@ def same_model(one: Hello, other: Hello) -> bool:
 
 
 def num_characters(prompt: Prompt) -> int:
-    """Of the text that is to be encoded; 0 for tokens."""
+    """Of the text that is to be encoded, about; 0 for tokens."""
     match prompt:
         case TextPrompt():
             return len(prompt.text)
         case ChatPrompt():
-            return sum(len(message.content) for message in prompt.messages)
+            return sum(_MESSAGE_CHARACTERS + len(message.content) for message in prompt.messages)
     return 0
 
 

@@ -62,12 +62,14 @@ class Call:
         left_s: seconds until the client's deadline; None for none.
         traceparent: W3C trace context of the caller; empty for none.
         authorization: the call's `authorization` metadata or header, such as "Bearer KEY".
+        arrived_s: now, in time of the event loop.
     """
 
     write: Write
     left_s: float | None = None
     traceparent: str = ""
     authorization: str | None = field(default=None, repr=False)
+    arrived_s: float = field(default_factory=lambda: asyncio.get_running_loop().time())
 
 
 class ClientGone(Cancelled):
@@ -211,8 +213,7 @@ class RouterService(router_pb2_grpc.RouterServiceServicer):
 
     async def _serve(self, ask: Ask, key: Key, call: Call, caller: Caller, span: Span) -> str:
         loop = asyncio.get_running_loop()
-        arrived_s = loop.time()
-        deadline_s = self._deadline(call.left_s, arrived_s)
+        deadline_s = self._deadline(call)
         checked = await self._admission.check(ask, deadline_s)
         await self._turnstile.enter()
         caller.model = checked.model.model
@@ -228,7 +229,7 @@ class RouterService(router_pb2_grpc.RouterServiceServicer):
             adapter=checked.adapter,
             session=self._session(ask, key.tenant),
             deadline_s=deadline_s,
-            arrived_s=arrived_s,
+            arrived_s=call.arrived_s,
             detokenizer=lambda: checked.text.detokenizer(ask.sampling.stop),
             token_text=lambda token: checked.text.token(token).text,
             writer=Writer(call.write),
@@ -248,7 +249,7 @@ class RouterService(router_pb2_grpc.RouterServiceServicer):
         async with self._quotas.tokens(key, cost, lambda: generation.spent):
             reason = await generation.run()
         duration = self._metrics.duration.labels(caller.tenant, caller.model)
-        duration.observe(loop.time() - arrived_s)
+        duration.observe(loop.time() - call.arrived_s)
         return reason.name.lower()
 
     def _expect(self, ask: Ask, caller: Caller, checked: Checked) -> Expected | None:
@@ -263,12 +264,12 @@ class RouterService(router_pb2_grpc.RouterServiceServicer):
         settings = self._settings
         return rank_of(settings.queue_order, now_s, left, settings.queue_give_way_s)
 
-    def _deadline(self, left_s: float | None, now_s: float) -> float | None:
+    def _deadline(self, call: Call) -> float | None:
         """Ahead of the client's own, so that the last event still gets there."""
-        if left_s is None:
+        if call.left_s is None:
             return None
-        margin_s = self._settings.deadline_margin_s + DEADLINE_ROUNDING * left_s
-        return now_s + max(left_s / 2, left_s - margin_s)
+        margin_s = self._settings.deadline_margin_s + DEADLINE_ROUNDING * call.left_s
+        return call.arrived_s + max(call.left_s / 2, call.left_s - margin_s)
 
     def _session(self, ask: Ask, tenant: str) -> Session:
         if ask.session_id is not None:
@@ -280,7 +281,9 @@ class RouterService(router_pb2_grpc.RouterServiceServicer):
     # --- the other RPCs -----------------------------------------------------------------------
 
     async def Abort(self, request: pb.AbortRequest, context: Context) -> pb.AbortResponse:
-        """Ends a request of the caller's tenant with CANCELLED, wherever it is."""
+        """Ends a request of the caller's tenant with CANCELLED, wherever it is, once it has been
+        taken up.
+        """
         scope = self._running.get((self._caller(context).tenant, request.request_id))
         if scope is None or scope.expired():
             return pb.AbortResponse(aborted=False)

@@ -14,7 +14,7 @@ def settle_heap() -> None:
 
     What is freed by counting references, which is nearly all, is freed as before. To be called once
     everything is loaded, and again when much of that has been replaced: cycles among what was there
-    before stay until then.
+    before stay until then. Takes .3 s beside torch, in which nothing else runs.
     """
     gc.unfreeze()
     gc.collect()

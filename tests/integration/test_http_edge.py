@@ -350,7 +350,7 @@ async def test_unknown_model_is_not_found(edge: Edge) -> None:
 
 async def test_prompt_beyond_the_context_is_refused(edge: Edge) -> None:
     with pytest.raises(openai.BadRequestError, match="the limit is 512") as caught:
-        await edge.complete(prompt="x" * 160)
+        await edge.complete(prompt="x" * 600)
     assert caught.value.code == "context_length_exceeded"
 
 
