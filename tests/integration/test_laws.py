@@ -182,6 +182,7 @@ async def _outcome(
     return outcome, outcome.error is None
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     ("speculation", "name"),
     [
@@ -212,6 +213,7 @@ async def test_output_is_distributed_as_the_targets_when_a_million_tokens_are_se
     assert census.p_value() > 1e-3
 
 
+@pytest.mark.timeout(600)
 async def test_census_tells_a_law_apart_when_another_temperature_was_sampled() -> None:
     async with mesh() as rig:
         sampling = SamplingParams(temperature=0.7, max_tokens=OUTPUT)
