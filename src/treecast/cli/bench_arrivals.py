@@ -13,7 +13,8 @@ import typer
 
 from treecast.errors import InvalidRequest
 
-from .bench_report import check_options, mesh_settings
+from . import options
+from .bench_options import check_options, mesh_settings
 from .output import stderr, stdout, write_json
 from .up import running_mesh, termination_as_interrupt
 
@@ -52,8 +53,6 @@ def write_arrivals(context: typer.Context, arrivals: str) -> None:
     from treecast.bench.arrivals import Poisson
     from treecast.bench.study.plots import check_matplotlib
     from treecast.sampling.params import SpeculationParams
-
-    from . import options
 
     check_options(context, "--arrivals", ("rounds", "peer"))
     asked = context.params

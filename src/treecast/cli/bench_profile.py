@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from .bench_report import check_options, mesh_settings
+from .bench_options import check_options, mesh_settings
 from .output import stderr, stdout, write_json
 from .up import running_mesh, termination_as_interrupt
 
