@@ -108,7 +108,15 @@ async def _answer(
     sent, first, tokens = now(), None, 0
     sampling = SamplingParams(temperature=0, max_tokens=max_tokens)
     try:
-        async for chunk in client.generate(prompt, sampling, max_nodes=speculation.max_nodes):
+        stream = client.generate(
+            prompt,
+            sampling,
+            max_nodes=speculation.max_nodes,
+            law=speculation.law,
+            proposal=speculation.proposal,
+            growth=speculation.growth,
+        )
+        async for chunk in stream:
             first = now() if first is None else first
             tokens += len(chunk.token_ids)
     except TreecastError as error:

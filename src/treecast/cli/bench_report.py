@@ -41,20 +41,18 @@ MaxNodes = Annotated[
     int, typer.Option(min=1, max=256, help="Of --report: nodes of a tree as served.")
 ]
 
-_OF_THE_COMPARISON = ("law", "proposal", "rounds", "contenders", "planner", "device", "out")
-
 
 def write_report(context: typer.Context, out: Path) -> None:
     """Measure what the folder lacks of the sections asked for, and write the page.
 
     Raises:
-        InvalidRequest: an option that only the comparison knows, an unknown section, no draft
+        InvalidRequest: an option that a report does not heed, an unknown section, no draft
             model, a folder with figures of other settings, or no matplotlib.
     """
     from treecast.bench.study.plots import check_matplotlib
     from treecast.bench.study.render import render
 
-    check_options(context, "--report", _OF_THE_COMPARISON)
+    check_options(context, "--report", ("growth", "sections", "max_nodes"))
     asked = context.params
     sections = parse_sections(asked["sections"])
     settings = settings_of(asked)
