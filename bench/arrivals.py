@@ -21,7 +21,6 @@ from treecast.errors import InvalidRequest, TreecastError
 from treecast.sampling.params import SamplingParams, SpeculationParams
 
 PERCENTILES = (50, 90, 95, 99)
-LEVELS = (1, 2, 4, 8, 16, 32)
 
 
 @dataclass(frozen=True, slots=True)
