@@ -29,7 +29,6 @@ from treecast.sampling.stops import StopRules
 from treecast.sampling.transforms import Context
 from treecast.services.verifier.assignments import Assignments
 from treecast.services.verifier.choice import TreePolicy
-from treecast.services.verifier.choice.metrics import ChoiceMetrics
 from treecast.services.verifier.endings import Endings
 from treecast.services.verifier.metrics import VerifierMetrics
 from treecast.services.verifier.pace import Goodput
@@ -73,7 +72,7 @@ class BareLoop:
         self.router = Sink()
         self.ran: Counter[int] = Counter()
         self._curve = StepCurve({1: 0.001, 2: 0.002})
-        policy = TreePolicy(ChoiceMetrics(self.metrics.registry), 0)
+        policy = TreePolicy(self.metrics.choice, 0)
         assignments = Assignments(policy, self.settings.max_nodes, (), self.metrics.trees)
         spans = RequestSpans(open_tracing(None, "verifier", "schedules"))
         self.scheduler = Scheduler(
