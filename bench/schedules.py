@@ -34,7 +34,7 @@ class Arrival:
 
 
 def traffic(seed: int, count: int, foretold: Foretold) -> list[Arrival]:
-    """Outputs of 8 to 40 tokens, and of 300 each seventh time or so; one comes each 14 steps."""
+    """Outputs of 8 to 40 tokens, or 300 tokens in 15% of cases; one comes every 14 steps or so."""
     rng = random.Random(seed)
     arrivals, at = [], 0.0
     for _ in range(count):
