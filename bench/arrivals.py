@@ -21,7 +21,6 @@ from treecast.errors import InvalidRequest, TreecastError
 from treecast.sampling.params import SamplingParams, SpeculationParams
 
 PERCENTILES = (50, 90, 95, 99)
-LEVELS = (1, 2, 4, 8, 16, 32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +107,15 @@ async def _answer(
     sent, first, tokens = now(), None, 0
     sampling = SamplingParams(temperature=0, max_tokens=max_tokens)
     try:
-        async for chunk in client.generate(prompt, sampling, max_nodes=speculation.max_nodes):
+        stream = client.generate(
+            prompt,
+            sampling,
+            max_nodes=speculation.max_nodes,
+            law=speculation.law,
+            proposal=speculation.proposal,
+            growth=speculation.growth,
+        )
+        async for chunk in stream:
             first = now() if first is None else first
             tokens += len(chunk.token_ids)
     except TreecastError as error:

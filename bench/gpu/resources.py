@@ -20,8 +20,6 @@ from treecast.kernels.triton_exact import CHUNK_PAGES, EXACT_LANES, EXACT_STAGES
 from treecast.kernels.triton_fast import block_dim, stages_for, warps_for
 
 HOPPER = 90
-SHARED_BYTES = 232_448
-"""That one program may have on compute capability 9.0."""
 
 _POINTERS = {
     "table": "*i32",

@@ -11,7 +11,6 @@ from prometheus_client.metrics_core import Metric
 
 from treecast.services.router.metrics import RouterMetrics
 from treecast.services.speculator.metrics import SpeculatorMetrics
-from treecast.services.verifier.choice.metrics import ChoiceMetrics
 from treecast.services.verifier.metrics import VerifierMetrics
 from treecast.telemetry.process import ProcessCollector
 from treecast.wire.guarded_redis import GuardedRedis
@@ -40,7 +39,6 @@ def catalogue() -> dict[str, tuple[Declared, ...]]:
     verifier = VerifierMetrics()
     verifier.trees.watch(lambda: ())
     verifier.memory.watch_weights(lambda: 0)
-    ChoiceMetrics(verifier.registry)
     shared = CollectorRegistry()
     shared.register(ProcessCollector("router", lambda: ["model"], lambda: False))
     GuardedRedis("redis://127.0.0.1:1").measure(shared)

@@ -23,6 +23,7 @@ class Assignments:
     """All speculators, and all requests' attachments to them.
 
     Attributes:
+        policy: who drafts a request, and what of the drafts is verified.
         on_tree: called when a tree that was asked for has come, or will not come.
         tokens_per_s: of each request, lately; what drafting time is worth. 0: nothing.
     """
@@ -37,9 +38,10 @@ class Assignments:
         """Begin without speculators.
 
         Args:
-            policy: who drafts a request, and what of the drafts is verified.
+            policy: see the attribute.
             max_nodes: of one session's tree.
             trusted: addresses whose draws are believed, or "all"; only these serve the law mss.
+            metrics: of trees; they get the sums of the calibration that is kept here.
         """
         self.policy = policy
         self.on_tree: Callable[[], None] = lambda: None

@@ -73,7 +73,7 @@ class Verifier(verifier_pb2_grpc.VerifierServiceServicer):
             ProcessCollector("verifier", lambda: [model], lambda: self._draining)
         )
         curve = thread.submit(measure_curve, engine, settings.max_rows).result()
-        policy = make_policy(settings, self.metrics.registry, curve)
+        policy = make_policy(settings, self.metrics.choice, curve)
         self.assignments = Assignments(
             policy, settings.max_nodes, settings.trusted_speculators, self.metrics.trees
         )

@@ -20,7 +20,7 @@ from treecast.errors import SettingsError
 ENV_PREFIX = "TREECAST_"
 
 GIB = 2**30
-"""Bytes in what memory is given and told in."""
+"""Bytes of a GiB."""
 
 DType = Literal["auto", "bfloat16", "float32"]
 """Of weights and activations; auto: bfloat16 where the processor multiplies it, else float32."""

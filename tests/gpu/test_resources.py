@@ -8,6 +8,9 @@ import sys
 
 import pytest
 
+SHARED_BYTES = 232_448
+"""That one program may have on compute capability 9.0."""
+
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
@@ -21,4 +24,4 @@ def test_every_kernel_compiles_for_hopper_and_fits() -> None:
         registers, spilled, shared = (int(n) for n in line[36:].split()[:3])
         assert registers <= 255
         assert spilled <= 512, line
-        assert shared <= 232_448, line
+        assert shared <= SHARED_BYTES, line

@@ -9,14 +9,16 @@ from pathlib import Path
 
 import pytest
 
+from tests.scripted_router import ScriptedRouter, finished, play, started
 from treecast.bench.arrival_plots import draw_arrivals
 from treecast.bench.arrivals import Answer, Load, Poisson, offer
 from treecast.bench.mesh_phases import MESH_PHASES, REMAINDER, profile_mesh
 from treecast.client import Client, SamplingParams
 from treecast.errors import InvalidRequest
-from treecast.sampling.params import SpeculationParams
+from treecast.sampling.params import Law, Proposal, SpeculationParams
 from treecast.services.local.mesh import LocalMesh
 from treecast.services.local.settings import MeshSettings
+from treecast.wire import codec
 
 STEP_S = 0.005
 PLAIN = SpeculationParams(max_nodes=0)
@@ -49,6 +51,14 @@ def test_a_request_that_fails_is_counted(mesh: LocalMesh) -> None:
     summary = Load(1, answers).summary()
     assert (summary.offered, summary.failed) == (1, 1)
     assert summary.latency_ms == {}
+
+
+def test_a_load_is_speculated_on_as_asked() -> None:
+    asked = SpeculationParams(Law.MSS, Proposal.IID, "<1,2>", 7)
+    with ScriptedRouter(play(started(), finished(0))) as router:
+        asyncio.run(offer(router.address, [[5]], [0.0], 4, asked))
+    (request,) = router.requests
+    assert codec.decode_speculation(request, request.max_nodes) == asked
 
 
 def test_a_meshs_phases_add_up_to_what_its_client_saw(mesh: LocalMesh) -> None:

@@ -28,7 +28,7 @@ NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 @pytest.fixture
 async def mesh() -> AsyncIterator[Mesh]:
-    async with toy_mesh(num_verifiers=2, verifier=SLOW) as mesh:
+    async with toy_mesh(num_verifiers=2, verifiers=SLOW) as mesh:
         yield mesh
 
 

@@ -217,7 +217,7 @@ async def test_streams_go_on_and_new_connections_change_when_certificates_rotate
         return {role: authority.issue(folder, role) for role in roles}
 
     files = issue_all()
-    async with toy_mesh(files, verifier=SLOW) as mesh, mesh.client() as client:
+    async with toy_mesh(files, verifiers=SLOW) as mesh, mesh.client() as client:
         [link] = [verifier.link for verifier in mesh.router.fleet.verifiers]
         places = {"router": mesh.address, "verifier": mesh.verifiers[0].address}
         places["speculator"] = mesh.speculators[0]
@@ -259,7 +259,7 @@ async def test_authority_changes_without_a_gap_when_both_are_trusted_meanwhile(
     old, new = Authority.make(), Authority.make()
     roles = ("router", "verifier", "speculator", "client")
     files = {role: old.issue(tmp_path, role) for role in roles}
-    async with toy_mesh(files, verifier=SLOW) as mesh, mesh.client() as client:
+    async with toy_mesh(files, verifiers=SLOW) as mesh, mesh.client() as client:
         stream = client.generate(PROMPT, GREEDY)
         await anext(stream)
         ca = tmp_path / "ca.pem"

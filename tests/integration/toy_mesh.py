@@ -130,56 +130,51 @@ async def toy_mesh(
     num_verifiers: int = 1,
     drafters: Sequence[str] = ("ngram",),
     model: ToyModel = NUMBER_MODEL,
-    speculator: Mapping[str, Any] = {},
-    verifier: Mapping[str, Any] = {},
+    otlp_endpoint: str | None = None,
+    speculators: Mapping[str, Any] = {},
+    verifiers: Mapping[str, Any] = {},
     **router: Any,
 ) -> AsyncIterator[Mesh]:
     """All of it, with the router's streams open and the verifiers' to the speculators.
 
-    There is a speculator for each of `drafters`.
+    Args:
+        drafters: of as many speculators, one each.
+        otlp_endpoint: of all services, but where their own settings say otherwise.
+        speculators, verifiers, router: settings of these alone.
     """
+    traced = {"otlp_endpoint": otlp_endpoint}
     async with AsyncExitStack() as stack:
-        speculators = [
+        options = traced | dict(speculators)
+        drafting = [
             await stack.enter_async_context(
                 toy_speculator(
-                    f"speculator-{place}", certificates, model, drafters=(drafter,), **speculator
+                    f"speculator-{place}", certificates, model, drafters=(drafter,), **options
                 )
             )
             for place, drafter in enumerate(drafters)
         ]
-        options = {"speculators": tuple(speculators), "planner": "full"} | dict(verifier)
+        options = traced | {"speculators": tuple(drafting), "planner": "full"} | dict(verifiers)
         workers = [
             await stack.enter_async_context(toy_verifier(certificates, model=model, **options))
             for _ in range(num_verifiers)
         ]
-        options = {"verifiers": tuple(worker.address for worker in workers)} | router
+        options = traced | {"verifiers": tuple(worker.address for worker in workers)} | router
         options |= {"metrics_listen": None} | tls_settings(certificates, "router")
         settings = RouterSettings(**options)
         router_ = await stack.enter_async_context(Router(settings, f"router-{next(NUMBERS)}"))
-        mesh = Mesh(router_, workers, speculators, certificates)
+        mesh = Mesh(router_, workers, drafting, certificates)
         await mesh.until(lambda: len(router_.fleet.candidates()) == num_verifiers)
         async with asyncio.timeout(60):
             for worker in workers:
-                while len(worker.verifier.assignments.instances) < len(speculators):
+                while len(worker.verifier.assignments.instances) < len(drafting):
                     await asyncio.sleep(0.01)  # nothing tells when a verifier's stream opens
         yield mesh
 
 
 @asynccontextmanager
 async def byte_mesh(
-    drafters: Sequence[str] = ("ssm", "ngram"),
-    speculators: Mapping[str, Any] = {},
-    verifiers: Mapping[str, Any] = {},
-    **settings: Any,
+    drafters: Sequence[str] = ("ssm", "ngram"), **settings: Any
 ) -> AsyncIterator[str]:
-    """A mesh whose tokens are bytes; yields the router's address.
-
-    Args:
-        speculators, verifiers: settings of these alone.
-        settings: those of all services.
-    """
-    drafting, verifying = {**settings, **speculators}, {**settings, **verifiers}
-    async with toy_mesh(
-        drafters=drafters, model=BYTE_MODEL, speculator=drafting, verifier=verifying, **settings
-    ) as mesh:
+    """A toy mesh whose tokens are bytes; yields the router's address."""
+    async with toy_mesh(drafters=drafters, model=BYTE_MODEL, **settings) as mesh:
         yield mesh.address

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry
 
-from treecast.services.verifier.choice.metrics import MAX_LABELS, ChoiceMetrics
+from treecast.services.verifier.metrics.choice import MAX_LABELS, ChoiceMetrics
 from treecast.wire.frames import Hello, Role
 
 

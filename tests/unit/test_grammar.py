@@ -15,7 +15,6 @@ from treecast.drafting.growth import BestFirst, ExpansionVector
 from treecast.drafting.merge import MergedDrafter
 from treecast.drafting.ngram import NgramDrafter
 from treecast.drafting.ssm import SSMDrafter
-from treecast.drafting.toy import ToyDrafter
 from treecast.engine.toy import ToyEngine
 from treecast.errors import InvalidRequest, TreecastError
 from treecast.sampling.grammar import Grammars, draft_matcher, matcher_for
@@ -27,6 +26,7 @@ from treecast.tree import TokenTree
 from treecast.wire.codec.messages import decode_sampling, encode_sampling
 
 from ..byte_tokenizer import EOS, byte_tokenizer
+from .toy_drafter import ToyDrafter
 
 VOCAB = 258
 SCHEMA = {

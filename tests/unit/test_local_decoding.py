@@ -11,7 +11,6 @@ from treecast.decoding.local import generate
 from treecast.drafting.base import Drafter
 from treecast.drafting.growth import ExpansionVector
 from treecast.drafting.ssm import SSMDrafter
-from treecast.drafting.toy import ToyDrafter
 from treecast.engine.base import Segment
 from treecast.engine.toy import ToyEngine, toy_logits
 from treecast.errors import InvalidRequest, InvalidTree, Overloaded, PromptTooLong
@@ -20,6 +19,8 @@ from treecast.sampling.params import Law, SamplingParams, SpeculationParams
 from treecast.sampling.pick import Picker
 from treecast.sampling.stops import FinishReason, Stop
 from treecast.sampling.transforms import Context
+
+from .toy_drafter import ToyDrafter
 
 PROMPT = [1, 2]
 SIX = [8, 27, 90, 7, 15, 53]

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from treecast.bench.schedules import VOCAB, BareLoop, Foretold
+from treecast.bench.bare_loop import VOCAB, BareLoop
+from treecast.bench.schedules import Foretold
 from treecast.bench.schedules import serve as serve_all
 from treecast.bench.schedules import traffic as arrivals
 from treecast.engine.toy import toy_logits

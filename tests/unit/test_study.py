@@ -340,7 +340,11 @@ def test_the_extra_is_named_when_matplotlib_is_missing(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--law", "mss"], "--law is of the comparison; --report does not heed it"),
+        (["--law", "mss"], "--report does not heed --law"),
+        (["--weights", "int8"], "--report does not heed --weights"),
+        (["--peer", "vllm=/x"], "--report does not heed --peer"),
+        (["--peer-model", "vllm=/x"], "--report does not heed --peer-model"),
+        (["--levels", "1"], "--report does not heed --levels"),
         (["--sections", "width,depth"], "--sections is 'width,depth'; known: success, width"),
         (["--speculators", "ngram"], "--speculators is 'ngram'; a report needs ssm"),
         (["--model", "m"], "--model and --draft go together"),

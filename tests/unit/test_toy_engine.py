@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 
 from treecast.drafting.base import DraftRequest
-from treecast.drafting.toy import ToyDrafter
 from treecast.engine.base import Engine, KVSequence, LogitRows, Segment
 from treecast.engine.kv_pool import PAGE_TOKENS
 from treecast.engine.toy import ToyEngine, toy_logits
 from treecast.errors import InvalidTree, Overloaded
 from treecast.sampling.params import SamplingParams
 from treecast.tree import ROOT, TokenTree
+
+from .toy_drafter import ToyDrafter
 
 VOCAB = 97
 

@@ -9,26 +9,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from prometheus_client import CollectorRegistry
-
+from treecast.services.verifier.metrics.choice import ChoiceMetrics
 from treecast.services.verifier.settings import VerifierSettings
 
 from .base import Offer, TreePolicy
-from .metrics import ChoiceMetrics
 from .vote import VotePolicy
 
 __all__ = ["Offer", "TreePolicy", "make_policy"]
 
 
 def make_policy(
-    settings: VerifierSettings, registry: CollectorRegistry, step_s: Callable[[int], float]
+    settings: VerifierSettings, metrics: ChoiceMetrics, step_s: Callable[[int], float]
 ) -> TreePolicy:
     """The policy that the settings name.
 
     Args:
         step_s: predicted seconds of a step by its number of rows.
     """
-    metrics, per_session = ChoiceMetrics(registry), settings.speculators_per_session
+    per_session = settings.speculators_per_session
     if settings.policy == "vote":
         return VotePolicy(metrics, per_session, step_s)
     if settings.policy == "spin":

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from treecast.errors import NotServed
 from treecast.sampling.params import Law
+from treecast.services.verifier.metrics.choice import ChoiceMetrics
 from treecast.tree import TokenTree, merge
-
-from .metrics import ChoiceMetrics
 
 if TYPE_CHECKING:
     from treecast.services.verifier.attachments import Attachment, Speculator

@@ -7,10 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from treecast.services.verifier.metrics.choice import ChoiceMetrics
+
 from .bandit import RateBandit
 from .base import TreePolicy
 from .matching import match
-from .metrics import ChoiceMetrics
 
 if TYPE_CHECKING:
     from treecast.services.verifier.attachments import Attachment, Speculator

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
 from treecast.sampling.params import Law
+from treecast.services.verifier.metrics.choice import ChoiceMetrics
 from treecast.tree import MAX_DEPTH, TokenTree
 from treecast.wire.frames import Hello
 
@@ -14,7 +15,6 @@ from .ballot import Panel, elect
 from .base import Offer, TreePolicy
 from .hedge import Hedge
 from .length import AcceptanceTrend, AdaptiveLength
-from .metrics import ChoiceMetrics
 
 if TYPE_CHECKING:
     from treecast.services.verifier.attachments import Attachment, Speculator

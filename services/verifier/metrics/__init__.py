@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry
 
+from .choice import ChoiceMetrics
 from .memory import MemoryMetrics
 from .requests import RequestMetrics
 from .steps import StepMetrics
@@ -18,4 +19,5 @@ class VerifierMetrics:
         self.requests = RequestMetrics(registry)
         self.steps = StepMetrics(registry)
         self.trees = TreeMetrics(registry)
+        self.choice = ChoiceMetrics(registry)
         self.memory = MemoryMetrics(registry)

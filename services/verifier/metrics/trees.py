@@ -10,6 +10,8 @@ from prometheus_client.registry import Collector
 
 from treecast.services.verifier.calibration import Reliability
 
+from .labels import BoundedLabels
+
 MAX_DEPTH_LABEL = 16
 MAX_PROPOSER_LABELS = 32
 
@@ -19,7 +21,7 @@ class TreeMetrics:
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self._registry = registry
-        self._proposers: set[str] = set()
+        self._proposers = BoundedLabels(MAX_PROPOSER_LABELS)
         self.speculators = Gauge(
             "treecast_verifier_speculators", "Speculators with an open stream.", registry=registry
         )
@@ -87,9 +89,7 @@ class TreeMetrics:
 
     def proposer_label(self, name: str) -> str:
         """A proposer's name, or "other" once there are too many: names come from peers."""
-        if len(self._proposers) < MAX_PROPOSER_LABELS:
-            self._proposers.add(name)
-        return name if name in self._proposers else "other"
+        return self._proposers.bound(name)
 
     def proposed(self, names: Iterable[str], verified: int, accepted: int) -> None:
         """Count nodes that these drafters agreed on."""

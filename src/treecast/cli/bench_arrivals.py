@@ -13,7 +13,8 @@ import typer
 
 from treecast.errors import InvalidRequest
 
-from .bench_report import check_options, mesh_settings
+from . import options
+from .bench_options import OF_A_MESH, check_options, is_given, mesh_settings
 from .output import stderr, stdout, write_json
 from .up import running_mesh, termination_as_interrupt
 
@@ -42,28 +43,29 @@ Levels = Annotated[
 Seconds = Annotated[float, typer.Option(min=1, help="Of --arrivals: how long requests arrive.")]
 Seed = Annotated[int, typer.Option(help="Of --arrivals: same seed, same arrivals.")]
 
+_HEEDED = ("law", "proposal", "growth", "contenders", "out", "levels", "seconds", "seed")
+
 
 def write_arrivals(context: typer.Context, arrivals: str) -> None:
     """Offer the same arrivals at each level, and print and save what became of them.
 
     Raises:
-        InvalidRequest: arrivals or levels that cannot be read, or no matplotlib for `--out`.
+        InvalidRequest: an option or contender that is not of this mode, arrivals or levels that
+            cannot be read, or no matplotlib for `--out`.
     """
     from treecast.bench.arrivals import Poisson
     from treecast.bench.study.plots import check_matplotlib
     from treecast.sampling.params import SpeculationParams
 
-    from . import options
-
-    check_options(context, "--arrivals", ("rounds", "peer"))
-    asked = context.params
+    check_options(context, "--arrivals", (*OF_A_MESH, *_HEEDED))
+    asked, plain = context.params, _is_plain(context)
     poisson, levels = Poisson.parse(arrivals), parse_levels(asked["levels"])
     if asked["out"] is not None:
         check_matplotlib()
     speculation = SpeculationParams.of(
         options.law_of(asked["law"]), options.proposal_of(asked["proposal"]), asked["growth"]
     )
-    if asked["contenders"] == "treecast-plain":
+    if plain:
         speculation = replace(speculation, max_nodes=0)
     settings = mesh_settings(asked)
     loads = []
@@ -91,6 +93,18 @@ def parse_levels(text: str) -> list[int]:
     if not parts or any(not part.isdigit() or not 1 <= int(part) <= 256 for part in parts):
         raise InvalidRequest(f"--levels is {text!r}; numbers from 1 to 256, commas between")
     return [int(part) for part in parts]
+
+
+def _is_plain(context: typer.Context) -> bool:
+    """Whether the load is for decoding without trees."""
+    if not is_given(context, "contenders"):
+        return False
+    contender: str = context.params["contenders"]
+    if contender not in ("treecast", "treecast-plain"):
+        raise InvalidRequest(
+            f"--contenders is {contender!r}; --arrivals knows treecast or treecast-plain"
+        )
+    return contender == "treecast-plain"
 
 
 def _offer(

@@ -12,7 +12,7 @@ import typer
 from treecast.errors import InvalidRequest
 
 from . import options
-from .bench_report import mesh_settings
+from .bench_options import mesh_settings
 from .output import stderr, stdout, write_json
 from .up import parse_speculators, running_mesh, termination_as_interrupt
 

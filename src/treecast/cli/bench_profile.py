@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from .bench_report import check_options, mesh_settings
+from .bench_options import OF_A_MESH, check_options, mesh_settings
 from .output import stderr, stdout, write_json
 from .up import running_mesh, termination_as_interrupt
 
@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from treecast.bench.mesh_phases import MeshProfile
     from treecast.bench.phases import StepProfile
     from treecast.services.local import MeshSettings
-
-_NOT_HEEDED = ("law", "proposal", "growth", "rounds", "contenders", "out", "peer")
 
 MEANING = {
     "linears": "products with the layers' weights",
@@ -38,14 +36,18 @@ MEANING = {
 
 
 def write_profile(context: typer.Context) -> None:
-    """Time the engine's steps, then a whole mesh, and print both."""
+    """Time the engine's steps, then a whole mesh, and print both.
+
+    Raises:
+        InvalidRequest: an option that a profile does not heed.
+    """
     from treecast.bench.machine import describe_machine
     from treecast.bench.phases import profile_steps
     from treecast.checkpoints import ensure_folder
     from treecast.engine.loading import LoadOptions, resolve_dtype
     from treecast.engine.openmp import spin_briefly
 
-    check_options(context, "--profile", _NOT_HEEDED)
+    check_options(context, "--profile", OF_A_MESH)
     asked = context.params
     spin_briefly()
     settings = mesh_settings(asked)

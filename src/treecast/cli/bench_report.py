@@ -14,6 +14,7 @@ import typer
 from treecast.errors import InvalidRequest
 from treecast.telemetry.logs import configure_logs
 
+from .bench_options import check_options
 from .output import stderr, stdout, write_json
 from .up import parse_speculators, termination_as_interrupt
 
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from treecast.bench.study.folder import Folder
     from treecast.bench.study.measure import Show
     from treecast.bench.study.sections import Section
-    from treecast.services.local import MeshSettings
 
 SECTIONS = ("success", "width", "laws", "length", "time", "shape", "calibration")
 
@@ -41,20 +41,18 @@ MaxNodes = Annotated[
     int, typer.Option(min=1, max=256, help="Of --report: nodes of a tree as served.")
 ]
 
-_OF_THE_COMPARISON = ("law", "proposal", "rounds", "contenders", "planner", "device", "out")
-
 
 def write_report(context: typer.Context, out: Path) -> None:
     """Measure what the folder lacks of the sections asked for, and write the page.
 
     Raises:
-        InvalidRequest: an option that only the comparison knows, an unknown section, no draft
+        InvalidRequest: an option that a report does not heed, an unknown section, no draft
             model, a folder with figures of other settings, or no matplotlib.
     """
     from treecast.bench.study.plots import check_matplotlib
     from treecast.bench.study.render import render
 
-    check_options(context)
+    check_options(context, "--report", ("growth", "sections", "max_nodes"))
     asked = context.params
     sections = parse_sections(asked["sections"])
     settings = settings_of(asked)
@@ -67,29 +65,6 @@ def write_report(context: typer.Context, out: Path) -> None:
         write_json({"report": str(page)})
     else:
         stdout().print(f"wrote {page}", soft_wrap=True)
-
-
-def mesh_settings(asked: Mapping[str, Any]) -> MeshSettings:
-    """The mesh of a mode that starts one by the options that all of them have."""
-    from treecast.services.local import MeshSettings
-
-    names = ("model", "draft", "numerics", "device", "dtype", "weights", "planner")
-    return MeshSettings(
-        speculators=parse_speculators(asked["speculators"]),
-        torch_threads=asked["threads"],
-        **{name: asked[name] for name in names},
-    )
-
-
-def check_options(
-    context: typer.Context, mode: str = "--report", names: Sequence[str] = _OF_THE_COMPARISON
-) -> None:
-    """Refuse options that a mode would not heed: a report, say, measures all laws."""
-    for name in names:
-        source = context.get_parameter_source(name)
-        if source is not None and source.name == "COMMANDLINE":
-            flag = name.replace("_", "-")
-            raise InvalidRequest(f"--{flag} is of the comparison; {mode} does not heed it")
 
 
 def parse_sections(text: str) -> list[Section]:

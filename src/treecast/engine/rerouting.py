@@ -33,7 +33,7 @@ class _Route:
         return self._tree
 
     def take(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        """As a forward hook of the model: keep its pass."""
+        """As a forward pre-hook of the model: keep its pass, and take it from the arguments."""
         self._tree = kwargs.pop("tree", None)
         return args, kwargs
 

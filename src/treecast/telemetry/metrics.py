@@ -1,4 +1,4 @@
-"""Serving Prometheus metrics; each service defines its own in its `metrics.py`.
+"""Serving Prometheus metrics; each service defines its own, in `metrics`.
 
 Names are `treecast_<noun>_<unit>[_total]`, the help text says the convention, labels are bounded.
 """

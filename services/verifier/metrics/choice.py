@@ -1,4 +1,4 @@
-"""What a verifier measures of its choice of speculators; label values bounded."""
+"""What a verifier measures of its choice of speculators."""
 
 from __future__ import annotations
 
@@ -6,35 +6,16 @@ from prometheus_client import CollectorRegistry, Counter, Gauge
 
 from treecast.wire.frames import Hello
 
+from .labels import OTHER, BoundedLabels
+
 MAX_LABELS = 16
-OTHER = "other"
-
-
-class BoundedLabels:
-    """The first `MAX_LABELS` names as they are, any more as "other"."""
-
-    def __init__(self) -> None:
-        self._names: set[str] = set()
-
-    def bound(self, name: str) -> str:
-        """`name`, or "other" once there are too many."""
-        if name not in self._names and len(self._names) >= MAX_LABELS:
-            return OTHER
-        self._names.add(name)
-        return name
-
-    def release(self, name: str) -> bool:
-        """Make room; whether the name was held."""
-        held = name in self._names
-        self._names.discard(name)
-        return held
 
 
 class ChoiceMetrics:
-    """Prometheus metrics of the policies."""
+    """Prometheus metrics of the policies; labels bounded."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
-        self._kinds, self._voters = BoundedLabels(), BoundedLabels()
+        self._kinds, self._voters = BoundedLabels(MAX_LABELS), BoundedLabels(MAX_LABELS)
         self.choices = Counter(
             "treecast_verifier_speculator_choices_total",
             "Decisions for a speculator, by its proposers and model; staying counts.",
