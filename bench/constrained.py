@@ -31,10 +31,11 @@ SCHEMA: dict[str, Any] = {
     },
     "required": ["animal", "legs", "colors"],
     "additionalProperties": False,
+    "x-guidance": {"whitespace_flexible": False},  # a small model may indent without end
 }
 _SUBJECTS = ("a cat", "a spider", "a bird you like", "some animal", "a fish")
 _AT_ONCE = 8
-_MAX_TOKENS = 60
+_MAX_TOKENS = 96
 
 
 @dataclass(slots=True)
