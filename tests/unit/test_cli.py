@@ -195,6 +195,7 @@ def test_the_exit_code_tells_the_kind_when_a_request_is_refused(error, code):
         (["bench", "--arrivals", "even:3"], "--arrivals is 'even:3'; poisson:RATE, RATE above 0"),
         (["bench", "--arrivals", "poisson:0"], "--arrivals is 'poisson:0'; poisson:RATE"),
         (["bench", "--arrivals", "poisson:1", "--levels", "0"], "--levels is '0'; numbers from 1"),
+        (["bench", "--levels", "1"], "a comparison does not heed --levels"),
         (["bench", "--arrivals", "poisson:1", "--rounds", "2"], "does not heed --rounds"),
         (["bench", "--arrivals", "poisson:1", "--peer-model", "a=b"], "does not heed --peer-model"),
         (["bench", "--arrivals", "poisson:1", "--sections", "laws"], "does not heed --sections"),

@@ -12,7 +12,7 @@ import typer
 from treecast.errors import InvalidRequest
 
 from . import options
-from .bench_options import mesh_settings
+from .bench_options import OF_A_MESH, check_options, mesh_settings
 from .output import stderr, stdout, write_json
 from .up import parse_speculators, running_mesh, termination_as_interrupt
 
@@ -31,6 +31,10 @@ if TYPE_CHECKING:
 PLAIN = ("transformers", "treecast-plain")
 """Decoding without speculation: what the others should agree with."""
 
+_HEEDED = (
+    "contenders", "rounds", "law", "proposal", "growth", "peer", "peer_model", "out",
+)  # fmt: skip
+
 CONTENDERS = ("transformers", "transformers-assisted", "treecast-plain", "treecast")
 
 
@@ -38,13 +42,15 @@ def write_comparison(context: typer.Context) -> None:
     """Let the contenders answer, and print and save how fast they were.
 
     Raises:
-        InvalidRequest: an unknown contender, a peer that cannot be read, or no draft model.
+        InvalidRequest: an option that a comparison does not heed, an unknown contender, a peer
+            that cannot be read, or no draft model.
     """
     from treecast.bench.peer import PeerChoice
     from treecast.bench.prompts import DEFAULT_PROMPTS, read_prompts
     from treecast.engine.loading import resolve_dtype
     from treecast.sampling.params import SpeculationParams
 
+    check_options(context, "a comparison", (*OF_A_MESH, *_HEEDED))
     asked = context.params
     names = _check_names(asked["contenders"])
     choices = PeerChoice.parse(asked["peer"] or (), asked["peer_model"] or ())
