@@ -23,7 +23,7 @@ HEARTBEAT_S = 0.25
 SILENCE_S = 1.0
 """A peer that sends nothing for so long is dead, whatever TCP says."""
 
-FRAMES_PER_TURN = 8
+FRAMES_PER_TURN = 4
 """Frames of one message that are delivered in a row. Each wakes somebody, and a verifier's step may
 have one for each of hundreds of requests: what else the event loop has to do waits no longer.
 """
