@@ -21,6 +21,7 @@ import numpy as np
 from treecast.checkpoints import default_cache_dir
 from treecast.services.local import MeshSettings
 from treecast.services.local.logs import new_log_dir
+from treecast.wire.lifecycle import stop_signal
 
 from .audit import rss_mib, take_stock
 from .load import Load, Outcome, toy_works, undisturbed
@@ -54,15 +55,17 @@ def slopes_kib(samples: Sequence[Sample]) -> dict[str, float]:
 
 
 async def soak(mesh: ChaosMesh, load: Load, goal: int, limit_s: float) -> list[Sample]:
-    """Sample until so many requests have ended, or the time is up."""
+    """Sample until so many requests have ended, the time is up, or a signal asks for the end."""
     samples: list[Sample] = []
-    end_s = time.monotonic() + limit_s
+    stopped, end_s = stop_signal(), time.monotonic() + limit_s
     while (ended := sum(load.counts.values())) < goal and time.monotonic() < end_s:
         memory = {name: rss_mib(mesh.processes[name]) for name in mesh.services}
         samples.append(Sample(ended, memory))
         print(f"\r{ended:,} of {goal:,}", end="", file=sys.stderr, flush=True)
         load.records.clear()  # judged already; ours must not grow either
-        await asyncio.sleep(_SAMPLE_EVERY_S)
+        with suppress(TimeoutError):
+            await asyncio.wait_for(stopped.wait(), _SAMPLE_EVERY_S)
+            break
     print(file=sys.stderr)
     return samples
 
