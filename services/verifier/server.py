@@ -6,6 +6,7 @@ import asyncio
 import signal
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 import grpc
@@ -43,6 +44,9 @@ from .metrics import VerifierMetrics
 from .settings import VerifierSettings
 from .speculation import Speculation
 from .step import StepLoop
+
+LAST_FRAMES_S = 1.0
+"""For routers to take the last frames of what has been let finish."""
 
 log = structlog.get_logger()
 
@@ -124,6 +128,8 @@ class Verifier(verifier_pb2_grpc.VerifierServiceServicer):
         )
         finished.cancel()
         broken = self._stepping.done()
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._routers.sent(), LAST_FRAMES_S)
         await self.close()
         if broken:
             await self._stepping

@@ -184,3 +184,21 @@ def test_frames_share_a_slot_when_they_are_of_one_session() -> None:
     assert slot_key(commit(1, 2)) == slot_key(Detach(1)) == 1
     assert slot_key(Forget(key)) == key
     assert slot_key(Heartbeat()) == slot_key(Heartbeat(steps=3))
+
+
+async def test_sent_is_when_the_taker_has_come_back_and_nothing_waits() -> None:
+    outbox: Outbox[Cancel] = Outbox()
+    outbox.put(1, Cancel(1))
+    sent = asyncio.create_task(outbox.sent())
+    assert await outbox.take() == [Cancel(1)]
+    await asyncio.sleep(0)
+    assert not sent.done()
+    taking = asyncio.create_task(outbox.take())
+    await asyncio.wait_for(sent, 10)
+    outbox.put(1, Cancel(1))
+    late = asyncio.create_task(outbox.sent())
+    await asyncio.sleep(0)
+    assert not late.done()
+    outbox.close()
+    await asyncio.wait_for(late, 10)
+    await taking

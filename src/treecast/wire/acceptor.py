@@ -43,6 +43,10 @@ class Acceptor(Generic[Out, In]):
         """Open streams."""
         return [link for link in self._links.values() if link.alive]
 
+    async def sent(self) -> None:
+        """Wait until all that was queued on all streams has been written."""
+        await asyncio.gather(*(link.sent() for link in self.links))
+
     def close(self, reason: str) -> None:
         """Close all streams; their peers dial again."""
         for link in self.links:

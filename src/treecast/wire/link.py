@@ -108,6 +108,10 @@ class Link(Generic[Out, In]):
         """
         self._put(frame)
 
+    async def sent(self) -> None:
+        """Wait until all that was queued has been written; `close` drops what has not."""
+        await self._outbox.sent()
+
     def close(self, reason: str, error: TreecastError | None = None) -> None:
         """End the stream; the handler's `closed` runs before this returns. Safe to repeat."""
         if not self.alive:

@@ -44,6 +44,7 @@ class Outbox(Generic[F]):
         self._max_slots = max_slots
         self._slots: dict[Hashable, list[F]] = {}
         self._changed = asyncio.Event()
+        self._sent = asyncio.Event()
         self._closed = False
 
     def __len__(self) -> int:
@@ -63,6 +64,7 @@ class Outbox(Generic[F]):
                 f"{len(self._slots)} sessions wait to be sent; the limit is {self._max_slots}"
             )
         self._slots[key] = merge_waiting(self._slots.get(key, []), frame)
+        self._sent.clear()
         self._changed.set()
 
     async def take(self) -> list[F]:
@@ -72,15 +74,21 @@ class Outbox(Generic[F]):
         """
         while not self._slots and not self._closed:
             self._changed.clear()
+            self._sent.set()
             await self._changed.wait()
         slots, self._slots = self._slots, {}
         return [frame for waiting in slots.values() for frame in waiting]
 
+    async def sent(self) -> None:
+        """Wait until whoever takes has come back for more and there is none, or it is closed."""
+        await self._sent.wait()
+
     def close(self) -> None:
-        """Drop what waits and wake `take`. Safe to repeat."""
+        """Drop what waits and wake `take` and `sent`. Safe to repeat."""
         self._closed = True
         self._slots.clear()
         self._changed.set()
+        self._sent.set()
 
 
 def slot_key(frame: object) -> Hashable:
