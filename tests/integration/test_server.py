@@ -105,6 +105,22 @@ async def test_nothing_leaks_when_a_handler_fails(
         assert str(error) == "internal error"
 
 
+@pytest.mark.parametrize(
+    "method", [f"{NAME}/Abort", f"{NAME}/Generate", "grpc.health.v1.Health/Check"]
+)
+async def test_request_is_refused_by_name_when_it_cannot_be_parsed(
+    method: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with serving(Router()) as (_, address), open_channel(address) as channel:
+        call: Any = channel.unary_stream(f"/{method}")(b"\xff\xff\xff")
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await call.read()
+    error = from_rpc_error(refused.value)
+    assert type(error) is InvalidRequest
+    assert str(error) == "a message cannot be parsed"
+    assert not caplog.records
+
+
 async def test_handler_is_cancelled_when_the_client_goes() -> None:
     router = Router()
     async with serving(router) as (_, address), open_channel(address) as channel:

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mappin
 from typing import Any, TypeVar
 
 import grpc
+from google.protobuf.message import DecodeError
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
@@ -194,9 +195,10 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         for kind, make in _MAKERS.items():
             call = getattr(handler, kind)
             if call is not None:
-                return make(
-                    _guard(call, check), handler.request_deserializer, handler.response_serializer
-                )
+                deserialize = handler.request_deserializer
+                if not handler.request_streaming:
+                    deserialize = _late(deserialize)
+                return make(_guard(call, check), deserialize, handler.response_serializer)
         return handler
 
 
@@ -209,6 +211,21 @@ _MAKERS = {
 
 
 Check = Callable[[Context], None]
+
+
+def _late(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+    """Hands a request that cannot be parsed to the handler's guard, as the error that it makes.
+
+    gRPC would answer UNKNOWN by itself, and log a traceback for each.
+    """
+
+    def parse(body: bytes) -> Any:
+        try:
+            return deserialize(body)
+        except DecodeError as error:
+            return error
+
+    return parse
 
 
 def _caller_check(service: str, allowed: frozenset[str] | None) -> Check:
@@ -228,6 +245,12 @@ def _caller_check(service: str, allowed: frozenset[str] | None) -> Check:
     return check
 
 
+def _parsed(request: Any) -> Any:
+    if isinstance(request, DecodeError):
+        raise request
+    return request
+
+
 def _guard(call: Callable[..., Any], check: Check) -> Callable[..., Any]:
     guard = _guard_stream if inspect.isasyncgenfunction(call) else _guard_call
     return guard(call, check)
@@ -237,7 +260,7 @@ def _guard_call(call: Callable[..., Awaitable[Any]], check: Check) -> Callable[.
     async def guarded(request: Any, context: Context) -> Any:
         try:
             check(context)
-            return await call(request, context)
+            return await call(_parsed(request), context)
         except grpc.aio.AbortError:
             raise
         except Exception as error:
@@ -250,7 +273,7 @@ def _guard_stream(call: Callable[..., Any], check: Check) -> Callable[..., Async
     async def guarded(request: Any, context: Context) -> AsyncIterator[Any]:
         try:
             check(context)
-            async with contextlib.aclosing(call(request, context)) as responses:
+            async with contextlib.aclosing(call(_parsed(request), context)) as responses:
                 async for response in responses:
                     yield response
         except grpc.aio.AbortError:
