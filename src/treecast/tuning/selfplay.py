@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from treecast.checkpoints import check_model_dir
+from treecast.engine.linears import packed_layers, replace_linears
 from treecast.engine.loading import LoadOptions, load_model, resolve_dtype
 from treecast.errors import CorpusError
 from treecast.settings import DType
@@ -77,6 +78,7 @@ def generate_corpus(
     model = load_model(
         settings.target, LoadOptions(resolve_dtype(settings.dtype), "fast", "cpu", None)
     )
+    replace_linears(model, packed_layers(min_rows=1))
     frame = chat_frame(tokenizer)
     while num_done < settings.num_records:
         records = _play(model, frame, settings, num_done)
