@@ -296,7 +296,11 @@ async def test_a_waiting_request_is_late_and_a_paused_one_is_cut() -> None:
 # --- a real model -----------------------------------------------------------------------------
 
 TINY = {"schedule": "length", "max_running": 1, "trusted_speculators": ["all"]}
-CASES = [(0.0, Law.REPLAY), (1.0, Law.REPLAY), (1.0, Law.MSS)]
+CASES = [
+    pytest.param(0.0, Law.REPLAY, id="greedy", marks=pytest.mark.slow),
+    pytest.param(1.0, Law.REPLAY, id="sampled"),
+    pytest.param(1.0, Law.MSS, id="mss", marks=pytest.mark.slow),
+]
 
 
 def engine_of(folder: Path, pool_tokens: int) -> HFEngine:
@@ -329,7 +333,7 @@ async def preempted_text(engine: Engine, swap: float, temperature: float, law: L
     return long.tokens
 
 
-@pytest.mark.parametrize(("temperature", "law"), CASES, ids=["greedy", "sampled", "mss"])
+@pytest.mark.parametrize(("temperature", "law"), CASES)
 async def test_text_is_the_same_when_a_real_models_request_was_preempted(
     tiny: Path, temperature: float, law: Law
 ) -> None:
