@@ -1,1 +1,1 @@
-"""Measurements on a running mesh: the demo's table, and the comparison with transformers."""
+"""What is measured: tables, comparisons and loads, each a command of its own (`python -m ...`)."""

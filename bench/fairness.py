@@ -18,6 +18,8 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+
 from treecast import AsyncClient, SamplingParams
 from treecast.client import RetryPolicy
 from treecast.errors import Overloaded, TreecastError
@@ -44,9 +46,7 @@ class Tally:
     failed: int = 0
 
     def quantile_ms(self, share: float) -> float:
-        """Nearest rank, from below."""
-        ranked = sorted(self.latencies_s)
-        return 1000 * ranked[min(len(ranked) - 1, int(share * len(ranked)))]
+        return 1000 * float(np.quantile(self.latencies_s, share))
 
 
 async def send(client: AsyncClient, tally: Tally) -> None:

@@ -29,18 +29,18 @@ import json
 import random
 import tempfile
 import time
-import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from prometheus_client.parser import text_string_to_metric_families
 
 from treecast import AsyncClient, SamplingParams
 from treecast.client import RetryPolicy
 from treecast.services.local import LocalMesh, MeshSettings
+
+from .scrape import scrape
 
 VOCABULARY = 97
 STOP = 0
@@ -259,15 +259,11 @@ def figures(answers: Sequence[Answer], after_s: float) -> dict[str, float]:
 
 def doublings(mesh: LocalMesh) -> dict[str, tuple[int, float]]:
     """What the router measured of its guesses: by source, how many and how far off on average."""
-    url = f"http://{mesh.processes['router'].metrics_address}/metrics"
-    with urllib.request.urlopen(url) as answer:
-        text = answer.read().decode()
     sums: dict[str, dict[str, float]] = {"sum": {}, "count": {}}
-    for family in text_string_to_metric_families(text):
-        for one in family.samples:
-            for kind, found in sums.items():
-                if one.name == f"treecast_router_length_error_doublings_{kind}":
-                    found[one.labels["source"]] = one.value
+    for one in scrape(mesh.processes["router"]):
+        for kind, found in sums.items():
+            if one.name == f"treecast_router_length_error_doublings_{kind}":
+                found[one.labels["source"]] = one.value
     return {
         source: (int(count), sums["sum"][source] / count)
         for source, count in sums["count"].items()

@@ -7,14 +7,13 @@ take.
 from __future__ import annotations
 
 import time
-import urllib.request
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from prometheus_client.parser import text_string_to_metric_families
+from treecast.services.local import LocalMesh, ServiceProcess
 
-from treecast.services.local.mesh import LocalMesh
+from .scrape import scrape
 
 MESH_PHASES = ("collect", "plan", "forward", "walk", "commit")
 REMAINDER = "streams"
@@ -36,9 +35,10 @@ class MeshProfile:
 
 def profile_mesh(mesh: LocalMesh, answer: Callable[[], object]) -> MeshProfile:
     """Time what a mesh does while `answer` has it answer. Blocks."""
-    before, began = phase_sums(mesh), time.perf_counter()
+    verifier = mesh.processes["verifier-0"]
+    before, began = phase_sums(verifier), time.perf_counter()
     answer()
-    wall_s, after = time.perf_counter() - began, phase_sums(mesh)
+    wall_s, after = time.perf_counter() - began, phase_sums(verifier)
     steps = after["forward"].count - before["forward"].count
     phases = {
         name: 1000 * (after[name].seconds - before[name].seconds) / steps for name in MESH_PHASES
@@ -55,13 +55,10 @@ class PhaseSum:
     count: float = 0.0
 
 
-def phase_sums(mesh: LocalMesh) -> Mapping[str, PhaseSum]:
-    """What the first verifier's metrics say of each phase."""
-    url = f"http://{mesh.processes['verifier-0'].metrics_address}/metrics"
-    with urllib.request.urlopen(url, timeout=5) as reply:
-        families = text_string_to_metric_families(reply.read().decode())
+def phase_sums(verifier: ServiceProcess) -> Mapping[str, PhaseSum]:
+    """What a verifier's metrics say of each phase."""
     sums: defaultdict[str, PhaseSum] = defaultdict(PhaseSum)
-    for sample in (sample for family in families for sample in family.samples):
+    for sample in scrape(verifier):
         if sample.name == "treecast_verifier_step_phase_seconds_sum":
             sums[sample.labels["phase"]].seconds = sample.value
         elif sample.name == "treecast_verifier_step_phase_seconds_count":

@@ -79,7 +79,7 @@ async def _stream(client: AsyncClient, tokens: int) -> _Timeline:
 
 def _engine_s(mesh: LocalMesh) -> tuple[float, float]:
     """Seconds in the engine, and steps."""
-    sums = phase_sums(mesh)
+    sums = phase_sums(mesh.processes["verifier-0"])
     return sum(sums[phase].seconds for phase in _ENGINE_PHASES), sums["forward"].count
 
 

@@ -11,14 +11,11 @@ from __future__ import annotations
 import argparse
 import json
 import time
-import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-
-from prometheus_client.parser import text_string_to_metric_families
 
 from treecast.checkpoints import default_cache_dir
 from treecast.client import ChatMessage, Client, Prompt, Result, SamplingParams
@@ -35,6 +32,7 @@ from treecast.services.local.settings import speculator_flags
 from .compare import Spread
 from .machine import describe_machine
 from .prompts import DEFAULT_PROMPTS, read_prompts
+from .scrape import scrape
 
 POLICIES = ("tree", "spin", "vote")
 PLAIN = "plain"
@@ -221,13 +219,9 @@ def _wait_for_speculators(client: Client, count: int) -> None:
 
 
 def _scrape(mesh: LocalMesh) -> dict[str, float]:
-    url = f"http://{mesh.processes['verifier-0'].metrics_address}/metrics"
-    with urllib.request.urlopen(url, timeout=5) as reply:
-        families = list(text_string_to_metric_families(reply.read().decode()))
     return {
         " ".join([sample.name, *sample.labels.values()]): sample.value
-        for family in families
-        for sample in family.samples
+        for sample in scrape(mesh.processes["verifier-0"])
         if sample.name in _SHOWN
     }
 

@@ -8,7 +8,6 @@ import os
 import shutil
 import subprocess
 import tempfile
-from base64 import b64decode
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -107,9 +106,6 @@ class Page:
             self.send(
                 "Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code
             )
-
-    def screenshot(self, file: Path) -> None:
-        file.write_bytes(b64decode(self.send("Page.captureScreenshot", format="png")["data"]))
 
     def _read(self) -> dict[str, Any]:
         letters = bytearray()

@@ -6,11 +6,10 @@ import asyncio
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from urllib.request import urlopen
 
 import psutil
-from prometheus_client.parser import text_string_to_metric_families
 
+from treecast.bench.scrape import scrape
 from treecast.services.local import ServiceProcess
 
 from .mesh import SESSION_TTL_S, ChaosMesh
@@ -81,11 +80,8 @@ def rss_mib(process: ServiceProcess) -> float:
 
 def read_metrics(process: ServiceProcess) -> dict[str, float]:
     """Gauges and counters by name, and by name/state where there is that label."""
-    with urlopen(f"http://{process.metrics_address}/metrics", timeout=10) as reply:
-        text = reply.read().decode()
     values: dict[str, float] = {}
-    for family in text_string_to_metric_families(text):
-        for sample in family.samples:
-            state = sample.labels.get("state")
-            values[f"{sample.name}/{state}" if state else sample.name] = sample.value
+    for sample in scrape(process):
+        state = sample.labels.get("state")
+        values[f"{sample.name}/{state}" if state else sample.name] = sample.value
     return values

@@ -10,10 +10,15 @@ _QUEUED_CHUNKS = 256
 
 
 class Way:
-    """One direction. A cut holds bytes back as a network does, until it is healed."""
+    """One direction. A cut holds bytes back as a network does, until it is healed.
+
+    Attributes:
+        num_bytes: passed on so far.
+    """
 
     def __init__(self) -> None:
         self.delay_s = 0.0
+        self.num_bytes = 0
         self._whole = asyncio.Event()
         self._whole.set()
 
@@ -59,6 +64,7 @@ class Way:
             if not data:
                 return
             writer.write(data)
+            self.num_bytes += len(data)
             await writer.drain()
 
 

@@ -102,13 +102,9 @@ _STEPS = Row(
     (
         Panel(
             "Step time by phase",
-            "Means. Instead of collect, which waits for work, there is the wait for trees in it. "
-            "Forward should be most.",
+            "Means. Collect is the wait for trees. Forward should be most.",
             "s",
-            (
-                Query(mean(_PHASE, "phase", f'{POD},phase!="collect"'), "{{phase}}"),
-                Query(mean("treecast_verifier_draft_wait_seconds"), "wait for trees"),
-            ),
+            (Query(mean(_PHASE, "phase"), "{{phase}}"),),
             stack=True,
         ),
         Heatmap(

@@ -170,8 +170,10 @@ class StepLoop:
             EngineLost: the engine can do nothing any more.
         """
         while True:
+            await self._await_work()
             with self._timed("collect"):
-                await self._collect()
+                await asyncio.sleep(0)  # let frames that have arrived be handled
+                await self._wait_for_trees()
             with self._timed("plan"):
                 batch = self._plan()
             if not batch:
@@ -189,8 +191,8 @@ class StepLoop:
             with self._timed("commit"):
                 self._commit(batch, walks)
 
-    async def _collect(self) -> None:
-        """Wait for work, then for trees while they are worth it."""
+    async def _await_work(self) -> None:
+        """Rest while there is no request and nothing to forget."""
         self._wake.clear()
         while not len(self._roster) and not self._forgotten:
             self._rest.set()
@@ -201,8 +203,6 @@ class StepLoop:
             self._wake.clear()
             self.sessions.expire()
             self._times.began = time.monotonic()
-        await asyncio.sleep(0)  # let frames that have arrived be handled
-        await self._wait_for_trees()
 
     async def _wait_for_trees(self) -> None:
         """Trees of a running batch are waited for while they are worth it, but no newcomer is

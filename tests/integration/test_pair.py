@@ -454,13 +454,14 @@ async def test_dialer_goes_on_when_its_call_is_cancelled_under_it() -> None:
     """gRPC ends a call that it cancels itself with the exception that also ends a task."""
     cancelled = iter([True, False])
 
-    def check(peer: Hello) -> None:
+    def hello() -> Hello:
         if next(cancelled):
             raise asyncio.CancelledError
+        return VERIFIER
 
     async with speculator() as served:
         here = Recorder()
-        dialer = Dialer(served.address, SPECULATE, lambda: VERIFIER, Heartbeat, here, check=check)
+        dialer = Dialer(served.address, SPECULATE, hello, Heartbeat, here)
         dialer.start()
         await here.heard("opened")
         await dialer.close()

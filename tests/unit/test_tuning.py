@@ -68,7 +68,7 @@ def test_corpus_keeps_complete_records_when_cut_in_the_middle(tmp_path: Path) ->
     path.write_bytes(path.read_bytes()[:-20])
     corpus = read_corpus(path)
     assert corpus.records == (ONE, TWO)
-    assert corpus.num_dropped == 1
+    assert len(corpus.problems) == 1
     line = '{"prompt_ids": [1, 2, 3], "completion_ids": [4, 5]}\n'
     assert corpus.problems == (
         f"corpus {path}: line 3 dropped: not a complete JSON object ({len(line) - 20} bytes)",

@@ -49,10 +49,6 @@ class Corpus:
     records: tuple[Record, ...]
     problems: tuple[str, ...] = ()
 
-    @property
-    def num_dropped(self) -> int:
-        return len(self.problems)
-
 
 def read_corpus(path: Path) -> Corpus:
     """Read every complete record; a corpus cut in the middle keeps what came before the cut.

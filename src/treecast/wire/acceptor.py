@@ -29,13 +29,11 @@ class Acceptor(Generic[Out, In]):
         hello: Callable[[], Hello],
         heartbeat: Callable[[], Heartbeat],
         handler: PairHandler[Out, In],
-        check: Callable[[Hello], None] = accept_any,
     ) -> None:
         self._end = hop.serving
         self._hello = hello
         self._heartbeat = heartbeat
         self._handler = handler
-        self._check = check
         self._links: dict[str, Link[Out, In]] = {}
 
     @property
@@ -66,7 +64,7 @@ class Acceptor(Generic[Out, In]):
         messages = readable(request_iterator)
         ours = self._hello()
         try:
-            greeting = await receive_greeting(self._end, messages, ours, self._check)
+            greeting = await receive_greeting(self._end, messages, ours)
         except TreecastError as error:
             await abort(context, error)
         link = Link(self._end, context.peer(), ours, greeting, self._heartbeat, self._handler)

@@ -55,7 +55,6 @@ class Dialer(Generic[Out, In]):
         handler: PairHandler[Out, In],
         *,
         tls: Tls | None = None,
-        check: Callable[[Hello], None] = accept_any,
     ) -> None:
         self.address = address
         self._hop = hop
@@ -63,7 +62,6 @@ class Dialer(Generic[Out, In]):
         self._heartbeat = heartbeat
         self._handler = handler
         self._tls = tls
-        self._check = check
         self._link: Link[Out, In] | None = None
         self._problem: TreecastError | None = None
         self._keeping: asyncio.Task[None] | None = None
@@ -139,7 +137,7 @@ class Dialer(Generic[Out, In]):
         messages = readable(call)
         try:
             end = self._hop.dialing
-            answer = await receive_greeting(end, messages, ours, self._check)
+            answer = await receive_greeting(end, messages, ours)
             link = Link(end, self.address, ours, answer, self._heartbeat, self._handler)
             opened.set_result(link)
             self._link = link

@@ -29,26 +29,18 @@ class Greeting:
     heartbeat: Heartbeat = field(default_factory=Heartbeat)
 
 
-def accept_any(peer: Hello) -> None:
-    """The check of a service that asks no more of its peers than `check_peer` does."""
-
-
 async def receive_greeting(
-    end: End[Any, Any],
-    messages: AsyncIterator[Any],
-    ours: Hello,
-    check: Callable[[Hello], None],
+    end: End[Any, Any], messages: AsyncIterator[Any], ours: Hello
 ) -> Greeting:
     """Wait for the peer's first message and judge it.
 
     Raises:
         Unavailable: none came in time, or the peer's step hangs.
         InvalidFrame: it is not a hello, alone or with a heartbeat.
-        PeerMismatch: the two do not fit; or what `check` raises.
+        PeerMismatch: the two do not fit.
     """
     greeting = await _first_message(end, messages)
     check_peer(ours, greeting.hello, end.peer_role)
-    check(greeting.hello)
     check_alive(greeting.heartbeat)
     return greeting
 

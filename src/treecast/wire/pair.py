@@ -7,24 +7,8 @@
 from treecast.wire.acceptor import Acceptor
 from treecast.wire.dialer import Dialer
 from treecast.wire.frames import BadFrame
-from treecast.wire.greeting import accept_any, check_peer, is_hung
-from treecast.wire.hop import SERVE, SPECULATE, Hop
-from treecast.wire.link import HEARTBEAT_S, SILENCE_S, Link, PairHandler
-from treecast.wire.outbox import Outbox
+from treecast.wire.greeting import is_hung
+from treecast.wire.hop import SERVE, SPECULATE
+from treecast.wire.link import Link
 
-__all__ = [
-    "HEARTBEAT_S",
-    "SERVE",
-    "SILENCE_S",
-    "SPECULATE",
-    "Acceptor",
-    "BadFrame",
-    "Dialer",
-    "Hop",
-    "Link",
-    "Outbox",
-    "PairHandler",
-    "accept_any",
-    "check_peer",
-    "is_hung",
-]
+__all__ = ["SERVE", "SPECULATE", "Acceptor", "BadFrame", "Dialer", "Link", "is_hung"]
