@@ -10,7 +10,7 @@ import grpc
 
 from treecast.errors import DuplicateRequest, TreecastError
 from treecast.wire.frames import Heartbeat, Hello
-from treecast.wire.greeting import accept_any, receive_greeting
+from treecast.wire.greeting import receive_greeting
 from treecast.wire.hop import Hop
 from treecast.wire.incoming import readable
 from treecast.wire.link import Link, PairHandler

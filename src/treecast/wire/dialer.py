@@ -19,7 +19,7 @@ from treecast.errors import (
 )
 from treecast.wire.channel import open_channel
 from treecast.wire.frames import Heartbeat, Hello
-from treecast.wire.greeting import accept_any, receive_greeting
+from treecast.wire.greeting import receive_greeting
 from treecast.wire.hop import Hop
 from treecast.wire.incoming import readable
 from treecast.wire.link import Link, PairHandler
