@@ -116,7 +116,9 @@ class Standing:
         return cls(
             laps[0].way,
             sum(lap.tokens for lap in laps) / sum(lap.steps for lap in laps),
-            *map(spread, ("step_ms", "wait_ms", "draft_ms")),
+            spread("step_ms"),
+            spread("wait_ms"),
+            spread("draft_ms"),
             sum(hits) / len(hits) if hits else None,
             spread("wire_bytes"),
         )
