@@ -199,10 +199,18 @@ def check_tokens(ask: Ask, prompt: tuple[int, ...], model: Hello) -> None:
 
     Raises:
         InvalidRequest: an unknown token id.
-        PromptTooLong: the prompt alone is longer than the context.
+        PromptTooLong: the prompt alone is longer than the context, or the output that is taken up
+            again may not fit beside it.
     """
-    if len(prompt) > model.context_tokens:
-        raise PromptTooLong(f"prompt has {len(prompt)} tokens; the limit is {model.context_tokens}")
+    limit, max_tokens = model.context_tokens, ask.sampling.max_tokens
+    if len(prompt) > limit:
+        raise PromptTooLong(f"prompt has {len(prompt)} tokens; the limit is {limit}")
+    least = 1 if ask.truncate_prompt else len(prompt)
+    if ask.committed and least + max_tokens > limit:
+        raise PromptTooLong(
+            f"prompt has {len(prompt)} tokens and max_tokens is {max_tokens}; "
+            f"the limit is {limit} together"
+        )
     ask.sampling.check_vocabulary(model.vocab_size)
     for token in (*prompt, *ask.committed):
         if token >= model.vocab_size:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import tomllib
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Annotated
@@ -20,6 +22,8 @@ TENANT = "default"
 
 MAX_KEYS = 100_000
 MAX_FILE_BYTES = 32 * 1024 * 1024
+_MOST_BYTES_INLINE = 32 * 1024
+"""Of a file that is read anew on the event loop: a few hundred keys, each some 80 us."""
 MAX_HEADER_CHARACTERS = 512
 
 log = structlog.get_logger()
@@ -194,8 +198,16 @@ class KeyRing:
         if self._file is None or (stamp := _stamp(self._file)) == self._stamp:
             return
         self._stamp = stamp
+        read = partial(_read, self._file)
+        if stamp is None or stamp[1] <= _MOST_BYTES_INLINE:
+            self._take(read)
+            return
+        reading = asyncio.get_running_loop().run_in_executor(None, read)
+        reading.add_done_callback(lambda done: self._take(done.result))
+
+    def _take(self, result: Callable[[], dict[str, Key]]) -> None:
         try:
-            self._keys = self._given | _read(self._file)
+            self._keys = self._given | result()
             log.info("keys.reloaded", file=str(self._file), count=len(self._keys))
         except SettingsError as error:
             log.error("keys.unreadable", why=error.message, kept=len(self._keys))

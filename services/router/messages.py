@@ -70,8 +70,12 @@ class Ask:
     adapter_revision: str | None
 
     def largest_cost(self, prompt_tokens: int) -> int:
-        """Tokens that it may take: its prompt and all that it may still output."""
-        return prompt_tokens + self.num_samples * (self.sampling.max_tokens - len(self.committed))
+        """Tokens that it may take: its prompt and all output, that it has already included.
+
+        A resumed request's output is computed like a prompt where its KV is not at hand, and nobody
+        can tell whether it was ever generated.
+        """
+        return prompt_tokens + self.num_samples * self.sampling.max_tokens
 
 
 def parse_ask(message: pb.GenerateRequest) -> Ask:

@@ -72,9 +72,10 @@ class Relay:
         clock: Callable[[], float],
         arrived_s: float,
     ) -> None:
-        """`committed` output is the client's already: it is not written again, nor its text."""
+        """`committed` output is the client's already: it is not written again, nor its text, which
+        `text` has taken in.
+        """
         self.output = Output(committed)
-        text.push(committed)
         self._index = index
         self._text = text
         self._token_text = token_text

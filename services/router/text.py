@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import re
 from collections.abc import Awaitable, Callable, Sequence
@@ -17,6 +18,9 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from treecast.errors import InvalidRequest
 from treecast.text.detok import REPLACEMENT, DetokStream
 from treecast.text.tokenizer import TokenizerFiles, decoder_of
+
+_KNOWN_TOKENS = 16_384
+"""Whose texts are kept; to work one out takes two calls of the tokenizer."""
 
 ROLES = ("system", "user", "assistant")
 
@@ -49,6 +53,7 @@ class ModelText:
         self._decode = decoder_of(self._tokenizer) if self._tokenizer else _no_text
         self._template = _compile(files.chat_template)
         self._special_tokens = files.special_tokens
+        self.token = functools.lru_cache(_KNOWN_TOKENS)(self._token)
 
     def encode_text(self, text: str) -> tuple[int, ...]:
         """Tokens of a plain prompt, with the special tokens that the tokenizer puts around it.
@@ -84,7 +89,7 @@ class ModelText:
             raise InvalidRequest(f"model {self._model!r} has no tokenizer; stop strings need one")
         return DetokStream(self._decode, stop)
 
-    def token(self, token_id: int) -> TokenText:
+    def _token(self, token_id: int) -> TokenText:
         """One token by itself, with the space before it, as log-probabilities name it."""
         if self._tokenizer is None:
             return TokenText("", None)

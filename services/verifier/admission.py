@@ -44,9 +44,13 @@ log = structlog.get_logger()
 RouterLink = Link[ServingFrame, RouterFrame]
 
 
+_MOST_TOKENS_INLINE = 256
+"""Of output taken up again in which stops are looked for on the event loop; some 10 us each."""
+
+
 @dataclass(slots=True)
-class _Compiling:
-    """A request whose grammar is being compiled."""
+class _Preparing:
+    """A request that is not ready yet: its grammar is compiled, its earlier output read."""
 
     start: Start
     task: asyncio.Task[None]
@@ -73,18 +77,18 @@ class Admission:
         self._grammars = grammars
         self._handles = itertools.count(1)
         self._requests: dict[RouterLink, dict[int, Request]] = {}
-        self._compiling: dict[tuple[RouterLink, int], _Compiling] = {}
+        self._preparing: dict[tuple[RouterLink, int], _Preparing] = {}
 
     @property
     def num_requests(self) -> int:
-        """Those of the step loop, and those whose grammars are being compiled."""
-        return self._steps.num_requests + len(self._compiling)
+        """Those of the step loop, and those that are being prepared."""
+        return self._steps.num_requests + len(self._preparing)
 
     async def finished(self) -> None:
         """Wait until no request is left."""
         await self._steps.finished()
-        while self._compiling:
-            await asyncio.wait([each.task for each in self._compiling.values()])
+        while self._preparing:
+            await asyncio.wait([each.task for each in self._preparing.values()])
             await self._steps.finished()
 
     def opened(self, link: RouterLink) -> None:
@@ -92,8 +96,8 @@ class Admission:
 
     def closed(self, link: RouterLink) -> None:
         """The router is gone: it re-places its requests elsewhere, so they end here."""
-        for handle in [handle for at, handle in self._compiling if at is link]:
-            self._compiling[link, handle].task.cancel()
+        for handle in [handle for at, handle in self._preparing if at is link]:
+            self._preparing[link, handle].task.cancel()
         for request in self._requests.pop(link, {}).values():
             self._steps.cancel(request)
 
@@ -119,63 +123,59 @@ class Admission:
         for requests in self._requests.values():
             for request in requests.values():
                 request.retain &= not request.belongs_to(session)
-        for compiling in self._compiling.values():
-            compiling.retain &= not compiling.start.belongs_to(session)
+        for preparing in self._preparing.values():
+            preparing.retain &= not preparing.start.belongs_to(session)
         self._steps.forget(session)
 
     def _cancel(self, link: RouterLink, handle: int) -> None:
-        request, compiling = self._requests[link].get(handle), self._compiling.get((link, handle))
+        request, preparing = self._requests[link].get(handle), self._preparing.get((link, handle))
         if request is not None:
             self._steps.cancel(request)
-        elif compiling is not None and compiling.task.cancel():
+        elif preparing is not None and preparing.task.cancel():
             link.send(Completed(handle, FinishReason.CANCELLED))
 
     def _start(self, link: RouterLink, start: Start) -> None:
         at = (link, start.handle)
-        if start.handle in self._requests[link] or at in self._compiling:
+        if start.handle in self._requests[link] or at in self._preparing:
             raise InvalidRequest(f"handle {start.handle} is in use on this stream")
         arrived_at = time.monotonic()
-        if not start.sampling.constraint[0]:
-            self._submit(link, start, arrived_at, None)
+        if not start.sampling.constraint[0] and len(start.committed) <= _MOST_TOKENS_INLINE:
+            self._submit(link, start, arrived_at)
             return
         try:
-            self._steps.check_places(len(self._compiling))
+            self._steps.check_places(len(self._preparing))
         except TreecastError as error:
             _refuse(link, start, error)
             return
-        task = asyncio.create_task(self._submit_compiled(link, start, arrived_at))
-        self._compiling[at] = _Compiling(start, task)
-        task.add_done_callback(lambda _: self._compiling.pop(at, None))
+        task = asyncio.create_task(self._prepare(link, start, arrived_at))
+        self._preparing[at] = _Preparing(start, task)
+        task.add_done_callback(lambda _: self._preparing.pop(at, None))
 
-    async def _submit_compiled(self, link: RouterLink, start: Start, arrived_at: float) -> None:
+    def _submit(self, link: RouterLink, start: Start, arrived_at: float) -> None:
+        try:
+            request = self._request(link, start, arrived_at, None)
+            self._begin(request, _first_stop(request.stops, start.committed))
+        except TreecastError as error:
+            _refuse(link, start, error)
+
+    async def _prepare(self, link: RouterLink, start: Start, arrived_at: float) -> None:
         """Other requests go on meanwhile; its deadline does too."""
         try:
             grammar = await self._grammars.matcher(start.sampling)
-        except TreecastError as error:
-            _refuse(link, start, error)
-            return
-        compiled = self._compiling.pop((link, start.handle))
-        self._submit(link, start, arrived_at, grammar, compiled.retain)
-
-    def _submit(
-        self,
-        link: RouterLink,
-        start: Start,
-        arrived_at: float,
-        grammar: Matcher | None,
-        retain: bool = True,
-    ) -> None:
-        try:
             request = self._request(link, start, arrived_at, grammar)
-            request.retain = retain
-            stop = _first_stop(request.stops, start.committed)
-            if stop is not None:  # the stream was lost between its last token and its end
-                link.send(Completed(start.handle, stop.reason, request.usage(), stop.characters))
-                return
-            self._steps.submit(request)
+            stop = await asyncio.to_thread(_first_stop, request.stops, start.committed)
+            request.retain = self._preparing.pop((link, start.handle)).retain
+            self._begin(request, stop)
         except TreecastError as error:
             _refuse(link, start, error)
+
+    def _begin(self, request: Request, stop: Stop | None) -> None:
+        """Raises TreecastError: the step loop has no place for it."""
+        link, start = request.link, request.start
+        if stop is not None:  # the stream was lost between its last token and its end
+            link.send(Completed(start.handle, stop.reason, request.usage(), stop.characters))
             return
+        self._steps.submit(request)
         request.span = self._tracing.begin("treecast.serve", start.traceparent)
         mine = self._requests[link]
         mine[start.handle] = request

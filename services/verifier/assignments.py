@@ -98,7 +98,7 @@ class Assignments:
             self._leave(attachment)
         for speculator in self._speculators.values():
             speculator.refused.discard(request.handle)
-            speculator.put_off.discard(request.handle)
+            speculator.put_off.pop(request.handle, None)
         self.policy.released(request)
         for attachment in attached:
             self._offer_room(attachment.speculator)
@@ -137,7 +137,7 @@ class Assignments:
 
     def put_off(self, request: Request, speculator: Speculator) -> None:
         """Let a speculator not draft the request until it has room; perhaps another has."""
-        speculator.put_off.add(request.handle)
+        speculator.put_off[request.handle] = None
         self._part(request, speculator)
 
     def _part(self, request: Request, speculator: Speculator) -> None:
@@ -162,12 +162,13 @@ class Assignments:
     # --- who is attached to whom ------------------------------------------------------------
 
     def _offer_room(self, speculator: Speculator) -> None:
-        """It has room: let it be asked by whoever lacks one, and anew by the oldest put off.
+        """It has room: let it be asked by whoever lacks one, and anew by one that was put off.
 
-        By one of those at a time, since what it is short of may not be slots.
+        By one of those at a time, since what it is short of may not be slots; in turn, since what
+        one of them lacks another may not.
         """
         if speculator.put_off:
-            speculator.put_off.remove(min(speculator.put_off))
+            del speculator.put_off[next(iter(speculator.put_off))]
         for request in self._requests.values():
             self._attach_free(request)
 
@@ -197,7 +198,7 @@ class Assignments:
         law, link = request.start.speculation.law, speculator.link
         trusted = "all" in self._trusted or link.address in self._trusted
         serves = law is Law.REPLAY or (trusted and law in link.peer.laws)
-        turned_down = request.handle in speculator.refused | speculator.put_off
+        turned_down = request.handle in speculator.refused or request.handle in speculator.put_off
         return serves and not turned_down
 
     def sync(self, request: Request, attachment: Attachment) -> None:

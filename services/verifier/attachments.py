@@ -75,7 +75,7 @@ class Speculator:
 
     Attributes:
         refused: requests that it will not draft, whatever comes.
-        put_off: requests that it had no room for.
+        put_off: requests that it had no room for, in the order in which they were turned away.
         breaker: open while it only breaks the sessions that it is given.
     """
 
@@ -83,7 +83,7 @@ class Speculator:
     pace: Pace = field(default_factory=Pace)
     sessions: set[int] = field(default_factory=set)
     refused: set[int] = field(default_factory=set)
-    put_off: set[int] = field(default_factory=set)
+    put_off: dict[int, None] = field(default_factory=dict)
     breaker: Breaker = field(default_factory=lambda: Breaker(BREAKER_THRESHOLD, BREAKER_PAUSE_S))
 
     @property

@@ -21,6 +21,9 @@ class Proposal(Enum):
 DRAWN = (Proposal.WITHOUT_REPLACEMENT, Proposal.IID)
 """Proposals that are draws from the distribution reported."""
 
+MAX_DRAWS = 64
+"""Draws below one node at most."""
+
 
 @dataclass(frozen=True, slots=True)
 class Draws:

@@ -15,6 +15,7 @@ from treecast.errors import (
     InvalidRequest,
     Overloaded,
     PromptTooLong,
+    QuotaExceeded,
     Unavailable,
 )
 
@@ -152,6 +153,27 @@ async def test_another_router_takes_over_when_the_first_dies(caller):
     assert result.text == "Hello"
     assert (len(first.requests), len(second.requests)) == (1, 1)
     assert list(second.requests[0].resume.committed) == [10]
+
+
+@pytest.mark.parametrize(
+    "refusal", [Overloaded("queue is full", 0.01), QuotaExceeded("1 requests are running", 0.01)]
+)
+async def test_a_begun_stream_goes_on_when_its_router_is_full_for_a_moment(caller, refusal):
+    lost = fail(Unavailable("gone"), started(), delta("Hel", 10))
+    rest = play(started(), delta("lo", 11, 12), finished(3))
+    with ScriptedRouter(lost, fail(refusal), rest) as router:
+        _, result = await caller(router.address).run("Say hello")
+    assert (result.text, len(router.requests)) == ("Hello", 3)
+
+
+async def test_the_texts_end_is_told_once_when_the_router_is_lost_before_it_says_so(caller):
+    """What is held back until the end comes without a token; it comes again from the next one."""
+    lost = fail(Unavailable("gone"), started(), delta("Hel", 10), delta("lo", 11), delta("\n"))
+    rest = play(started(), delta("\n"), finished(2))
+    with ScriptedRouter(lost, rest) as router:
+        chunks, result = await caller(router.address).run("Say hello")
+    assert (result.text, result.token_ids) == ("Hello\n", (10, 11))
+    assert "".join(chunk.text for chunk in chunks) == "Hello\n"
 
 
 async def test_every_sample_goes_on_when_the_router_is_lost_with_several(caller):

@@ -251,6 +251,16 @@ async def test_text_is_the_same_when_a_speculator_misbehaves(make: Clairvoyant) 
     assert [o.tokens for o in outcomes] == [plain(PROMPT, GREEDY), plain([1, 2], SAMPLED, 5)]
 
 
+async def test_rounds_are_told_when_a_speculator_names_no_proposers() -> None:
+    """Its nodes have none, so they are malformed, and not for routers to stumble over."""
+    nameless = ScriptedSpeculator(Drafting(Clairvoyant()), proposers=())
+    async with speculator(nameless) as address, verifier_rig(speculators=[address]) as rig:
+        await rig.speculators(1)
+        outcome = await rig.router.run(PROMPT, GREEDY, report_rounds=True)
+    assert outcome.error is None
+    assert outcome.tokens == plain(PROMPT, GREEDY)
+
+
 async def test_draws_crowd_nobody_out_when_the_law_is_replay() -> None:
     honest = ScriptedSpeculator(Drafting(Clairvoyant()), "honest")
     hostile = ScriptedSpeculator(Drafting(grouped), "hostile")  # type: ignore[arg-type]
@@ -627,6 +637,20 @@ async def test_text_goes_on_unchanged_when_output_was_committed_elsewhere(
             PROMPT, sampling, noise_key=9, committed=tuple(expected[:10])
         )
     assert outcome.tokens == expected[10:]
+
+
+@pytest.mark.parametrize("count", [300, 400])
+async def test_text_goes_on_when_much_was_committed_elsewhere(count: int) -> None:
+    """Its stops are looked for on a thread; the others go on meanwhile."""
+    sampling = SamplingParams(temperature=0, max_tokens=400, ignore_eos=True)
+    expected = plain(PROMPT, sampling)
+    async with verifier_rig() as rig:
+        rig.router.offsets = {1: count}
+        long = rig.router.run(PROMPT, sampling, committed=tuple(expected[:count]))
+        outcome, other = await asyncio.gather(long, rig.router.run([1, 2], GREEDY))
+    assert outcome.tokens == expected[count:]
+    assert outcome.completed.finish is FinishReason.LENGTH
+    assert other.tokens == plain([1, 2], GREEDY)
 
 
 async def test_request_is_done_at_once_when_its_committed_output_was_complete() -> None:

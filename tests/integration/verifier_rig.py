@@ -149,6 +149,7 @@ class ScriptedSpeculator(speculator_pb2_grpc.SpeculatorServiceServicer):
         name: str = "scripted",
         capacity: int = 64,
         shares_cores: bool = False,
+        proposers: Sequence[str] | None = None,
     ) -> None:
         self.script = script
         self.heartbeat = Heartbeat()
@@ -159,7 +160,7 @@ class ScriptedSpeculator(speculator_pb2_grpc.SpeculatorServiceServicer):
             Role.SPECULATOR,
             VOCAB,
             capacity=capacity,
-            proposers=(name,),
+            proposers=(name,) if proposers is None else tuple(proposers),
             shares_cores=shares_cores,
         )
         self.acceptor: Acceptor[SpeculatorFrame, VerifierFrame] = Acceptor(

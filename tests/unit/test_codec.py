@@ -557,3 +557,15 @@ def test_any_bytes_give_frames_or_typed_errors_when_they_parse(data: bytes) -> N
 def test_heartbeat_counts_are_capped_when_beyond_uint32() -> None:
     sent = codec.encode_heartbeat(Heartbeat(step_age_ms=2**40))
     assert codec.decode_heartbeat(sent).step_age_ms == 2**32 - 1
+
+
+def test_biases_are_counted_before_they_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each costs microseconds, and a message has room for hundreds of thousands."""
+
+    def refuse(value: float) -> float:
+        raise AssertionError("a value was read")
+
+    monkeypatch.setattr("treecast.wire.codec.messages.shortest", refuse)
+    message = sampling_pb2.SamplingParams(logit_bias=dict.fromkeys(range(1025), 1.0))
+    with pytest.raises(InvalidRequest, match="number of logit_bias entries is 1025"):
+        codec.decode_sampling(message)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import tomllib
 from datetime import UTC, datetime, timedelta
@@ -106,6 +107,19 @@ def replace(file: Path, text: str | None) -> None:
     new = file.with_suffix(".new")
     new.write_text(text)
     os.replace(new, file)
+
+
+async def test_a_large_file_is_read_anew_beside_the_event_loop(tmp_path: Path) -> None:
+    file = tmp_path / "keys.toml"
+    file.write_text(entry_of("tc_one", "one", {}))
+    ring = KeyRing(file)
+    many = "".join(entry_of(f"tc_{number}", "many", {}) for number in range(400))
+    replace(file, many)
+    assert ring.caller("Bearer tc_one").tenant == "one"  # as before, until it has been read
+    async with asyncio.timeout(10):
+        while len(ring._keys) < 400:
+            await asyncio.sleep(0.01)
+    assert ring.caller("Bearer tc_399").tenant == "many"
 
 
 def test_start_is_refused_when_the_file_is_not_there(tmp_path: Path) -> None:

@@ -295,6 +295,25 @@ def test_session_is_refused_when_pool_is_full_and_taken_when_another_closes() ->
     assert engine.usage.free == engine.usage.total
 
 
+def test_session_is_refused_for_good_when_the_whole_pool_is_too_small_for_it() -> None:
+    drafter = SSMDrafter(ToyEngine(pool_tokens=1024), ExpansionVector((1,)))
+    with pytest.raises(
+        PromptTooLong, match=r"may take \d+ positions of KV; the draft's pool has 1024"
+    ):
+        drafter.open(1, request([1], SamplingParams(temperature=0, max_tokens=1024)))
+
+
+def test_no_kv_is_held_when_a_session_cannot_be_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise InvalidRequest("output does not fit the grammar")
+
+    engine = ToyEngine()
+    monkeypatch.setattr("treecast.drafting.ssm.Context", refuse)
+    with pytest.raises(InvalidRequest):
+        SSMDrafter(engine, ExpansionVector((1,))).open(1, request([1]))
+    assert engine.usage.free == engine.usage.total
+
+
 def test_text_is_refused_when_longer_than_the_drafts_context() -> None:
     drafter = SSMDrafter(ToyEngine(context_tokens=4), ExpansionVector((1,)))
     with pytest.raises(PromptTooLong, match="text has 5 tokens; the draft's limit is 4"):

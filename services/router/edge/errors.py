@@ -88,6 +88,8 @@ def error_body(error: Exception) -> dict[str, Any]:
 def error_response(error: Exception) -> JSONResponse:
     """The whole answer to a request that produced nothing; says when to come again."""
     headers = {}
+    if isinstance(error, Cancelled | DuplicateRequest):
+        headers = {"x-should-retry": "false"}  # OpenAI's client asks again after a 409 by itself
     if isinstance(error, RetryableError):
         headers = {
             "retry-after": str(max(1, round(error.retry_after_s))),

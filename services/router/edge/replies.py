@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -99,10 +100,15 @@ class WholeReply:
         self._choices.setdefault(index, Choice(index)).take(event)
 
     async def end(self) -> None:
+        # On a thread: thousands of tokens with their log-probabilities take part of a second.
+        response = await asyncio.to_thread(self._response)
+        await response(*self._asgi)
+
+    def _response(self) -> JSONResponse:
         text = self._envelope.text
         choices = [self._form.choice(self._choices[at], text) for at in sorted(self._choices)]
         body = self._envelope.wrap(self._form.whole, choices, usage=self._envelope.usage())
-        await JSONResponse(body)(*self._asgi)
+        return JSONResponse(body)
 
     async def fail(self, error: Exception) -> None:
         await error_response(error)(*self._asgi)

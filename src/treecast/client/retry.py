@@ -6,7 +6,13 @@ import random
 import time
 from dataclasses import dataclass
 
-from treecast.errors import DeadlineExceeded, DuplicateRequest, TreecastError, Unavailable
+from treecast.errors import (
+    DeadlineExceeded,
+    DuplicateRequest,
+    Overloaded,
+    TreecastError,
+    Unavailable,
+)
 
 from .transcript import Transcript
 
@@ -55,13 +61,16 @@ class Attempts:
         """Count a failure; tokens received since the last one start a new count.
 
         Returns:
-            Seconds to wait before the next attempt, at random from half the backoff to all of it.
+            Seconds to wait before the next attempt, at random from half the backoff to all of it;
+            beyond the time that a crowded router asked for.
         Raises:
             TreecastError: `error` itself, when another attempt cannot help or all are spent.
         """
         # A router that lives on may hold the broken stream's request for a moment longer.
         released = isinstance(error, DuplicateRequest) and self.total_failures > 0
-        if not (released or isinstance(error, Unavailable)):
+        # One that others crowd to has room or quota again soon: what had begun is not given up.
+        crowded = isinstance(error, Overloaded) and transcript.begun
+        if not (released or crowded or isinstance(error, Unavailable)):
             raise error
         if transcript.num_tokens > self._progress:
             self._failures = 0
@@ -72,4 +81,5 @@ class Attempts:
             raise error
         self.total_failures += 1
         backoff_s = policy.first_backoff_s * 2.0 ** (self._failures - 1)
-        return min(backoff_s, policy.max_backoff_s) * random.uniform(0.5, 1.0)
+        wait_s = min(backoff_s, policy.max_backoff_s) * random.uniform(0.5, 1.0)
+        return wait_s + error.retry_after_s if isinstance(error, Overloaded) else wait_s

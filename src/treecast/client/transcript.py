@@ -22,13 +22,19 @@ from .results import Chunk, Result, RoundReport, Sample
 
 @dataclass(slots=True)
 class _Received:
-    """One sample so far; `skip_*` count what a repeated stream will send again."""
+    """One sample so far; `skip_*` count what a repeated stream will send again.
+
+    Attributes:
+        tail_characters: at the end of the text, those that came without a token: what was held back
+            until the end was known, and will be told again by who is asked for the rest.
+    """
 
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     rounds: list[RoundReport] = field(default_factory=list)
     finished: router_pb2.Finished | None = None
+    tail_characters: int = 0
     skip_tokens: int = 0
     skip_characters: int = 0
 
@@ -74,7 +80,9 @@ class Transcript:
         request.tokens.ids[:] = self._started.prompt_ids
         request.sampling.seed = self._started.seed
         if len(self._samples) == 1:
-            request.resume.committed.extend(self._samples[0].token_ids)
+            [sample] = self._samples
+            sample.skip_characters = sample.tail_characters
+            request.resume.committed.extend(sample.token_ids)
             request.resume.model_revision = self._started.model_revision
             request.resume.numerics_fingerprint = self._started.numerics_fingerprint
             request.resume.adapter_revision = self._started.adapter_revision
@@ -135,6 +143,7 @@ class Transcript:
         sample.token_ids.extend(ids)
         sample.logprobs.extend(logprobs)
         sample.text += text
+        sample.tail_characters = 0 if ids else sample.tail_characters + len(text)
         return Chunk(text, ids, logprobs, index, rounds) if ids or text else None
 
 

@@ -13,6 +13,7 @@ from treecast.drafting.growth import (
     Selection,
     parse_growth,
 )
+from treecast.draws import MAX_DRAWS
 from treecast.errors import InvalidRequest
 from treecast.sampling.params import Law, SpeculationParams
 from treecast.tree import MAX_DEPTH, ROOT
@@ -97,11 +98,16 @@ def growth_for(speculation: SpeculationParams, growth: Growth) -> Growth:
     """A request's growth, asked for or its drafter's own, as its law can serve it.
 
     Raises:
-        InvalidRequest: asked for one that chooses nodes by what was drawn.
+        InvalidRequest: asked for one that chooses nodes by what was drawn, or that draws too often.
     """
     if speculation.law is Law.REPLAY:
         return growth
     if isinstance(growth, ExpansionVector):
+        if (widest := max(growth.widths)) > MAX_DRAWS:
+            raise InvalidRequest(
+                f"growth under law mss has a width of {widest}; at most {MAX_DRAWS} draws are made "
+                "below a node"
+            )
         return DrawnVector(growth)
     if speculation.growth:
         raise InvalidRequest(

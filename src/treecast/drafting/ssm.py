@@ -12,6 +12,7 @@ from treecast.drafting.evergreen import Evergreen
 from treecast.drafting.growth import Acceptance, Growth, Selection, parse_growth
 from treecast.engine.base import Engine, LogitRows, Segment
 from treecast.engine.curve import StepCurve
+from treecast.engine.kv_pool import PAGE_TOKENS
 from treecast.errors import InvalidRequest, Overloaded, PromptTooLong
 from treecast.sampling.transforms import Context
 from treecast.tree import MAX_DEPTH, MAX_NODES, TokenTree
@@ -67,7 +68,7 @@ class SSMDrafter:
 
         Raises:
             Overloaded: too many sessions, or not enough free pages.
-            PromptTooLong: the text does not fit the draft's context.
+            PromptTooLong: the text does not fit the draft's context, or never its KV pool.
             InvalidRequest: a token that the draft does not have, an unknown growth policy, or one
                 that the law cannot serve.
         """
@@ -86,14 +87,16 @@ class SSMDrafter:
         growth = growth_for(request.speculation, self._policy(asked) if asked else self._growth)
         longest = min(limit, request.prompt_len + request.sampling.max_tokens)
         longest = max(longest, len(request.tokens))
+        self._check_pool(longest + self._max_rows)
+        context = Context(
+            request.tokens[: request.prompt_len],
+            request.tokens[request.prompt_len :],
+            request.grammar and request.grammar.copy(),
+        )
         self._sessions[handle] = Evergreen(
             sequence=self._engine.allocate(longest + self._max_rows),
             tokens=list(request.tokens),
-            context=Context(
-                request.tokens[: request.prompt_len],
-                request.tokens[request.prompt_len :],
-                request.grammar and request.grammar.copy(),
-            ),
+            context=context,
             request=request,
             growth=growth,
             ahead=growth if isinstance(growth, DrawnVector) else self._ahead or growth,
@@ -155,6 +158,14 @@ class SSMDrafter:
         session = self._sessions.pop(handle, None)
         if session is not None:
             self._engine.free(session.sequence)
+
+    def _check_pool(self, num_tokens: int) -> None:
+        """What never fits is not to be tried again, as what does not fit now is."""
+        total = self._engine.usage.total * PAGE_TOKENS
+        if num_tokens > total:
+            raise PromptTooLong(
+                f"text may take {num_tokens} positions of KV; the draft's pool has {total}"
+            )
 
     def _policy(self, text: str) -> Growth:
         return parse_growth(text, self._acceptance)

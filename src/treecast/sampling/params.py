@@ -125,6 +125,7 @@ class SamplingParams:
         _check(not isinstance(self.stop, str), "stop", repr(self.stop), "a sequence of strings")
         object.__setattr__(self, "stop", tuple(self.stop))
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        check_counts(self.logit_bias, self.stop, self.stop_token_ids)
         self._check_finite()
         for name, (low, high) in _BOUNDS.items():
             _check(low <= getattr(self, name) <= high, name, getattr(self, name), f"{low}..{high}")
@@ -133,7 +134,7 @@ class SamplingParams:
         _check(self.seed is None or 0 <= self.seed < 2**64, "seed", self.seed, "0..2**64-1")
         _check(self.max_tokens >= 1, "max_tokens", self.max_tokens, "1 or more")
         _check(self.logprobs in (None, *range(21)), "logprobs", self.logprobs, "0..20")
-        self._check_lists()
+        self._check_stops()
         if not isinstance(self.json_schema, str):
             object.__setattr__(self, "json_schema", json.dumps(self.json_schema))
         self._check_constraint()
@@ -160,10 +161,7 @@ class SamplingParams:
         for token, bias in self.logit_bias.items():
             _check(abs(bias) <= _MAX_BIAS, f"logit_bias of token {token}", bias, "-1e9..1e9")
 
-    def _check_lists(self) -> None:
-        _check_count("logit_bias entries", self.logit_bias, _MAX_BIASES)
-        _check_count("stop strings", self.stop, _MAX_STOPS)
-        _check_count("stop_token_ids", self.stop_token_ids, _MAX_STOP_TOKENS)
+    def _check_stops(self) -> None:
         for text in self.stop:
             allowed = f"1..{_MAX_STOP_CHARACTERS} characters"
             short = 0 < len(text) <= _MAX_STOP_CHARACTERS
@@ -180,6 +178,15 @@ class SamplingParams:
 def _check(holds: bool, name: str, value: object, bound: str) -> None:
     if not holds:
         raise InvalidRequest(f"{name} is {value}; allowed: {bound}")
+
+
+def check_counts(
+    logit_bias: Collection[int], stop: Collection[str], stop_token_ids: Collection[int]
+) -> None:
+    """Raise InvalidRequest where a request has too many of them, whatever they are."""
+    _check_count("logit_bias entries", logit_bias, _MAX_BIASES)
+    _check_count("stop strings", stop, _MAX_STOPS)
+    _check_count("stop_token_ids", stop_token_ids, _MAX_STOP_TOKENS)
 
 
 def _check_count(name: str, items: Collection[object], limit: int) -> None:

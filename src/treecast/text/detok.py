@@ -24,7 +24,7 @@ class DetokStream:
 
     def __init__(self, decode: Decode, stop: Sequence[str] = ()) -> None:
         self._pieces = _Pieces(decode)
-        self._stop = tuple(stop)
+        self._stops = [_StopString(one) for one in stop]
         self._held = ""
 
     def push(self, tokens: Sequence[int]) -> str:
@@ -40,12 +40,14 @@ class DetokStream:
     @property
     def stop_characters(self) -> int | None:
         """Characters from the first stop string to the end of the text; None if there is none."""
-        starts = [at for one in self._stop if (at := self._held.find(one)) >= 0]
+        starts = [at for one in self._stops if (at := self._held.find(one.text)) >= 0]
         return len(self._held + self._pieces.rest()) - min(starts) if starts else None
 
     def _release(self, piece: str) -> str:
         text = self._held + piece
-        safe = _safe_length(text, self._stop)
+        begun = max((one.push(piece) for one in self._stops), default=0)
+        starts = [at for one in self._stops if (at := text.find(one.text)) >= 0]
+        safe = min([*starts, len(text) - begun])
         self._held = text[safe:]
         return text[:safe]
 
@@ -93,14 +95,28 @@ class _Pieces:
         self._given = len(self._decode(self._window))
 
 
-def _safe_length(text: str, stop: Sequence[str]) -> int:
-    """Characters before the first stop string, or before an end that may become one."""
-    starts = [at for one in stop if (at := text.find(one)) >= 0]
-    starts += [len(text) - size for one in stop if (size := _overlap(text, one))]
-    return min(starts, default=len(text))
+class _StopString:
+    """How much of a stop string ends the text so far; a character takes constant time on average.
 
+    Source: Knuth, Morris and Pratt, Fast pattern matching in strings, SIAM J. Comput. 6 (1977).
+    """
 
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest proper prefix of `stop` that ends `text`."""
-    sizes = range(min(len(text), len(stop) - 1), 0, -1)
-    return next((size for size in sizes if text.endswith(stop[:size])), 0)
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self._begun = 0
+        self._shorter = [0, 0]  # by length of a beginning: of the next shorter one that ends it
+        for character in text[1:]:
+            self._shorter.append(self._longer(self._shorter[-1], character))
+
+    def push(self, piece: str) -> int:
+        """Add text; returns the length of the longest proper beginning that ends it now."""
+        for character in piece:
+            self._begun = self._longer(self._begun, character)
+            if self._begun == len(self.text):
+                self._begun = self._shorter[self._begun]
+        return self._begun
+
+    def _longer(self, begun: int, character: str) -> int:
+        while begun and self.text[begun] != character:
+            begun = self._shorter[begun]
+        return begun + (self.text[begun] == character)

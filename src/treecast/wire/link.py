@@ -12,7 +12,7 @@ import structlog
 from treecast.errors import InvalidFrame, TreecastError, Unavailable
 from treecast.wire.codec import Limits
 from treecast.wire.codec.bounds import MAX_PROPOSERS
-from treecast.wire.frames import BadFrame, Heartbeat, Hello
+from treecast.wire.frames import BadFrame, Heartbeat, Hello, Role
 from treecast.wire.greeting import Greeting, check_alive
 from treecast.wire.hop import End
 from treecast.wire.outbox import Outbox, slot_key
@@ -89,7 +89,9 @@ class Link(Generic[Out, In]):
         self._handler = handler
         self._limits = Limits(
             vocab_size=ours.vocab_size or self.peer.vocab_size,
-            num_proposers=len(self.peer.proposers) or MAX_PROPOSERS,
+            num_proposers=(
+                len(self.peer.proposers) if end.peer_role is Role.SPECULATOR else MAX_PROPOSERS
+            ),
         )
         self._outbox: Outbox[Out | Heartbeat] = Outbox()
         self._over = asyncio.Event()

@@ -91,6 +91,11 @@ TOO_LONG = "x" * 512  # and the token that begins every text
             "dp:NODES:FIXED_MS,ROW_MS,PASS_MS, or widths by level such as <1,1,3>",
         ),
         (
+            {"law": LAW_MSS, "growth": "<3,65>"},
+            InvalidRequest,
+            "growth under law mss has a width of 65; at most 64 draws are made below a node",
+        ),
+        (
             {"law": LAW_MSS, "growth": "best-first"},
             InvalidRequest,
             "growth under law mss is 'best-first'; allowed: widths by level such as <3,2,1,1>",
@@ -120,6 +125,11 @@ TOO_LONG = "x" * 512  # and the token that begins every text
             {"resume": {"committed": [97] * 6}},
             InvalidRequest,
             "resume has 6 committed tokens; max_tokens is 5",
+        ),
+        (
+            {"resume": {"committed": [97]}, "sampling": {"temperature": 0, "max_tokens": 512}},
+            PromptTooLong,
+            "prompt has 6 tokens and max_tokens is 512; the limit is 512 together",
         ),
     ],
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from treecast.draws import DRAWN, DrawGroup, Draws, Proposal
+from treecast.draws import DRAWN, MAX_DRAWS, DrawGroup, Draws, Proposal
 from treecast.errors import InvalidTree
 from treecast.tree import ROOT, TokenTree
 from treecast.v1 import sampling_pb2, tree_pb2
@@ -14,7 +14,6 @@ from treecast.wire.codec.bounds import Limits, check_at_most
 MAX_GROUPS = 512
 MAX_ENTRIES = 256
 """Tokens of positive probability in one distribution."""
-MAX_DRAWS = 64
 SUM_TOLERANCE = 1e-4
 _KINDS = {sampling_pb2.Proposal.ValueType(kind.value): kind for kind in DRAWN}
 

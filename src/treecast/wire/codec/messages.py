@@ -9,7 +9,13 @@ import numpy as np
 from treecast.adapter import MAX_ADAPTERS, NAME_FORM, Adapter, is_adapter_name
 from treecast.errors import InvalidFrame, InvalidRequest
 from treecast.sampling.logprobs import TokenLogprobs
-from treecast.sampling.params import Law, Proposal, SamplingParams, SpeculationParams
+from treecast.sampling.params import (
+    Law,
+    Proposal,
+    SamplingParams,
+    SpeculationParams,
+    check_counts,
+)
 from treecast.tree import MAX_DEPTH, MAX_NODES
 from treecast.v1 import pair_pb2, sampling_pb2, verifier_pb2
 from treecast.wire.codec.bounds import (
@@ -69,6 +75,7 @@ def decode_sampling(message: sampling_pb2.SamplingParams) -> SamplingParams:
     Raises:
         InvalidRequest: a value out of its bounds, by name.
     """
+    check_counts(message.logit_bias, message.stop, message.stop_token_ids)
     given: dict[str, float | int] = {}
     for name in _REALS:
         if message.HasField(name):  # type: ignore[arg-type]
