@@ -60,13 +60,16 @@ class Reading:
         passes: of the LLM, whatever the number of sessions in each.
         wait_s: that passes waited for trees.
         draft_s: that the draft model computed what it was asked for.
-        hits, misses: commits that the speculator had and had not foreseen.
+        trees, nodes: that the speculator sent.
+        hits, misses: commits that it had and had not foreseen.
     """
 
     at_s: float
     passes: float
     wait_s: float
     draft_s: float
+    trees: float
+    nodes: float
     hits: float
     misses: float
     to_speculator: int
@@ -80,6 +83,7 @@ class Lap:
     Attributes:
         steps: summed over requests; those in one pass of the LLM count each.
         step_ms, wait_ms, draft_ms: of a pass of the LLM.
+        nodes: of a tree that was sent.
         hit_rate: share of commits that were foreseen; None where nothing runs ahead.
         wire_bytes: both ways, for a step of one session.
     """
@@ -90,6 +94,7 @@ class Lap:
     step_ms: float
     wait_ms: float
     draft_ms: float
+    nodes: float
     hit_rate: float | None
     wire_bytes: float
     token_ids: tuple[tuple[int, ...], ...]
@@ -104,6 +109,7 @@ class Standing:
     step_ms: Spread
     wait_ms: Spread
     draft_ms: Spread
+    nodes: Spread
     hit_rate: float | None
     wire_bytes: Spread
 
@@ -119,6 +125,7 @@ class Standing:
             spread("step_ms"),
             spread("wait_ms"),
             spread("draft_ms"),
+            spread("nodes"),
             sum(hits) / len(hits) if hits else None,
             spread("wire_bytes"),
         )
@@ -130,6 +137,7 @@ class Standing:
             f"{self.wait_ms.median:.1f} ({self.wait_ms.lower:.1f}-{self.wait_ms.upper:.1f}) of it "
             f"waiting for trees, which took {self.draft_ms.median:.1f}; "
             f"{self.tokens_per_step:.2f} tokens per step{foreseen}; "
+            f"trees of {self.nodes.median:.0f} nodes; "
             f"{self.wire_bytes.median:.0f} bytes on the wire per session and step"
         )
 
@@ -198,6 +206,7 @@ async def _lap(way: str, mesh: ChaosMesh, works: Sequence[Work], terms: Terms) -
         1000 * (after.at_s - before.at_s) / passes,
         1000 * (after.wait_s - before.wait_s) / passes,
         1000 * (after.draft_s - before.draft_s) / passes,
+        (after.nodes - before.nodes) / max(1.0, after.trees - before.trees),
         hits / (hits + misses) if hits + misses else None,
         (sent + came) / steps,
         tuple(result.token_ids for result in results),
@@ -227,6 +236,8 @@ def _read(mesh: ChaosMesh) -> Reading:
         phases["forward"].count,
         phases["collect"].seconds,
         totals["treecast_speculator_draft_seconds_sum"],
+        totals["treecast_speculator_trees_total"],
+        totals["treecast_speculator_nodes_total"],
         totals["treecast_speculator_run_ahead_total hit"],
         totals["treecast_speculator_run_ahead_total miss"],
         link.there.num_bytes,
@@ -264,6 +275,7 @@ def main() -> None:
         engine=options.engine,
         planner=options.planner,
         torch_threads=1,
+        verifier_flags={"max_nodes": options.nodes},
         speculator_flags={"toy_step_s": options.draft_ms / 1000},
     )
     settings = [overlap_settings(mesh, log_dir, options.step_ms / 1000, way) for way in WAYS]

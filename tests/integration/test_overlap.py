@@ -17,7 +17,11 @@ async def test_text_is_the_same_and_commits_are_foreseen_when_a_draft_runs_ahead
 ) -> None:
     monkeypatch.delenv("TREECAST_REDIS_URL", raising=False)
     mesh = MeshSettings(
-        engine="toy", planner="full", torch_threads=1, speculator_flags={"toy_step_s": 0.002}
+        engine="toy",
+        planner="full",
+        torch_threads=1,
+        verifier_flags={"max_nodes": 64},
+        speculator_flags={"toy_step_s": 0.002},
     )
     settings = [overlap_settings(mesh, tmp_path, 0.02, way) for way in WAYS]
     found = await compare(settings, toy_works(4, 40), Terms(num_nodes=64, rounds=1))
@@ -28,4 +32,5 @@ async def test_text_is_the_same_and_commits_are_foreseen_when_a_draft_runs_ahead
     assert ahead.hit_rate > 0.5
     for standing in found.standings:
         assert standing.tokens_per_step > 2
+        assert standing.nodes.median > 50
         assert 0 < standing.wire_bytes.median < 600
