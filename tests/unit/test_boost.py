@@ -137,9 +137,17 @@ def test_union_is_at_least_as_good_as_each_draft_and_beside_a_single_one(
     assert not list(settings.out.glob("*/training/finished.json"))
 
 
-def test_finished_draft_is_kept_when_the_second_was_interrupted(settings: TuneSettings) -> None:
-    both = replace(settings, drafts=2)
+def test_finished_draft_is_kept_when_the_second_was_interrupted(
+    settings: TuneSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    learn = Teacher._learn
+    monkeypatch.setattr(
+        Teacher, "_learn", lambda teacher, indices: (asked.extend(indices), learn(teacher, indices))
+    )
+    both = replace(settings, drafts=2, teacher_share=0.5)
     whole = tune(replace(both, out=settings.out.with_name("whole")))
+    asked.clear()
 
     class Interrupted(Exception):
         pass
@@ -151,7 +159,11 @@ def test_finished_draft_is_kept_when_the_second_was_interrupted(settings: TuneSe
     with pytest.raises(Interrupted):
         tune(both, stop)
     seen: list[TuneProgress] = []
+    before = set(asked)
+    asked.clear()
     resumed = tune(both, seen.append)
+    assert before
+    assert not before & set(asked)  # what the target said while the first was trained is kept
     assert {(state.draft, state.num_steps) for state in seen[:1]} == {("draft-2", 6)}
     assert "draft-1" not in {state.draft for state in seen}
     assert resumed.union_success == whole.union_success

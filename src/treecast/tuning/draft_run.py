@@ -164,6 +164,7 @@ class DraftRun:
         if finished.is_file():
             fields = json.loads(finished.read_text())
             self._check_identity(finished, fields.pop("identity"))
+            self._restore_labels()
             self.draft.load_state_dict(read_trained(self._trained_file).tensors, strict=False)
             return _read_report(fields)
         if self._checkpoint_file.is_file():
@@ -172,9 +173,13 @@ class DraftRun:
             self.num_steps, self.epoch, self.place, self.elapsed_s, self.loss = state["place"]
             self.optimizer.load_state_dict(state["optimizer"])
             self._num_shards = state["num_shards"]
-            for number in range(self._num_shards):
-                self.material.teacher.restore(torch.load(self._shard(number), weights_only=True))
+            self._restore_labels()
         return None
+
+    def _restore_labels(self) -> None:
+        """What the target said while this draft was trained serves those after it too."""
+        for shard in sorted(self._training.glob("labels-*.pt")):
+            self.material.teacher.restore(torch.load(shard, weights_only=True))
 
     @property
     def _training(self) -> Path:
