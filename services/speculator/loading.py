@@ -56,10 +56,9 @@ def load_grammars(settings: SpeculatorSettings, engines: Sequence[Engine]) -> Gr
 
 
 def _folder(settings: SpeculatorSettings, model: str) -> Path:
-    from treecast.checkpoints import ensure_default_draft
+    from treecast.checkpoints import draft_folder
 
-    model = model or settings.model
-    return ensure_default_draft() if model == "default" else Path(model)
+    return draft_folder(model or settings.model)
 
 
 def check_tokenizers(names: Sequence[str], models: Sequence[ModelInfo]) -> None:

@@ -60,7 +60,9 @@ class SpeculatorSettings(ServiceSettings):
         "what came lately) and suffix (lookup by counts); any number of them are merged",
     )
     engine: Literal["hf", "toy"] = Field("hf", description="hf: a real model; toy: for tests")
-    model: str = Field("default", description="draft model's folder; 'default' is the one shipped")
+    model: str = Field(
+        "default", description="draft model's folder; 'default' and 'default-2' ship"
+    )
     drafts_root: Path | None = Field(
         None,
         description="offer `treecast reload` to whoever reaches this port (with certificates: to "

@@ -7,6 +7,7 @@ quick to start.
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,7 @@ __all__ = [
     "check_model_dir",
     "copy_tokenizer",
     "default_cache_dir",
+    "draft_folder",
     "ensure_converted",
     "ensure_default_draft",
     "ensure_default_drafts",
@@ -147,6 +149,23 @@ def ensure_default_drafts(
     """
     root = cache_dir or default_cache_dir()
     return tuple(_ensure_draft(weights, root, progress) for weights in shipped_draft_weights())
+
+
+def draft_folder(model: str) -> Path:
+    """A draft model's folder as a setting names it: itself, or a shipped one.
+
+    `default` is the first of those, `default-2` the second.
+
+    Raises:
+        ModelError: no draft of such a number ships.
+    """
+    named = re.fullmatch(r"default(?:-([1-9][0-9]?))?", model)
+    if named is None:
+        return Path(model)
+    weights, number = shipped_draft_weights(), int(named[1] or 1)
+    if number > len(weights):
+        raise ModelError(f"draft {model} does not ship; there are {len(weights)}")
+    return _ensure_draft(weights[number - 1], default_cache_dir(), None)
 
 
 def shipped_draft_weights() -> tuple[Path, ...]:

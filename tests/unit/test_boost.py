@@ -24,6 +24,7 @@ from treecast.tuning.batches import make_batch
 from treecast.tuning.boost import tune
 from treecast.tuning.corpus import Record, TopTokens, read_corpus, write_corpus
 from treecast.tuning.draft import cut_draft, load_start, save_trained
+from treecast.tuning.draft_run import DraftRun
 from treecast.tuning.heldout import success, union_sizes, union_success
 from treecast.tuning.labels import Teacher
 from treecast.tuning.settings import TuneProgress, TuneReport, TuneSettings
@@ -161,6 +162,8 @@ def test_finished_draft_is_kept_when_the_second_was_interrupted(
     seen: list[TuneProgress] = []
     before = set(asked)
     asked.clear()
+    # Near-ties may come out otherwise in another process: nobody may count anew what is dropped.
+    monkeypatch.delattr(DraftRun, "_count_covered")
     resumed = tune(both, seen.append)
     assert before
     assert not before & set(asked)  # what the target said while the first was trained is kept

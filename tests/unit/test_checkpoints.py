@@ -19,6 +19,7 @@ from treecast.checkpoints import (
     assemble_draft,
     check_model_dir,
     default_cache_dir,
+    draft_folder,
     ensure_default_draft,
     ensure_default_drafts,
     ensure_default_target,
@@ -333,8 +334,15 @@ def test_shipped_weights_are_small_and_say_what_they_are() -> None:
     assert files[0].name == f"{DEFAULT_DRAFT}.safetensors"
     assert sum(file.stat().st_size for file in files) <= 24_000_000
     first = read_trained(files[0])
-    assert first.layers == (0, 29)
+    assert first.layers == (0, 10, 20, 29)
+    assert first.head_token_ids is not None
     assert json.loads(first.metadata["heldout_success"])[0] > 0.35
+
+
+def test_draft_is_refused_when_no_shipped_one_has_its_number() -> None:
+    assert draft_folder("./mine-2") == Path("./mine-2")
+    with pytest.raises(ModelError, match=r"^draft default-9 does not ship; there are 2$"):
+        draft_folder("default-9")
 
 
 @pytest.mark.model
@@ -367,7 +375,7 @@ def test_default_models_are_made_once_and_fit_each_other(tmp_path: Path) -> None
     text = tokenizer.decode(answer[0, prompt["input_ids"].shape[1] :])
     assert text.startswith("The capital of France is Paris")
     draft: Any = AutoModelForCausalLM.from_pretrained(draft_path)
-    assert draft.config.num_hidden_layers == 2
+    assert draft.config.num_hidden_layers == 4
     assert draft.dtype == target.dtype == torch.bfloat16
     logits = draft(answer).logits[0, prompt["input_ids"].shape[1] - 1 : -1]
     assert (logits.argmax(-1) == answer[0, prompt["input_ids"].shape[1] :]).sum() >= 3

@@ -14,7 +14,7 @@ from .outcome import Commands
 from .output import stderr, stdout, write_json
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    pass
 
 
 def register(app: typer.Typer) -> None:
@@ -61,14 +61,12 @@ def models(
     if families:
         _check_families(as_json)
         return
-    from treecast.checkpoints import ensure_default_draft, ensure_default_target
+    from treecast.checkpoints import ensure_default_drafts, ensure_default_target
 
-    ensure: dict[str, Callable[..., Path]] = {
-        "model": ensure_default_target,
-        "draft": ensure_default_draft,
-    }
     with stderr().status("looking") as shown:
-        folders = {kind: str(make(progress=shown.update)) for kind, make in ensure.items()}
+        folders = {"model": str(ensure_default_target(progress=shown.update))}
+        for number, folder in enumerate(ensure_default_drafts(progress=shown.update), start=1):
+            folders["draft" if number == 1 else f"draft-{number}"] = str(folder)
     if as_json:
         write_json(folders)
         return

@@ -33,6 +33,7 @@ _PROGRESS_HELDOUT = 24
 _WHOLE_HEAD_EVERY = 8
 _LOSS_SMOOTHING = 0.98
 _FINISHED = "finished"
+_COVERED = "covered.pt"
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,7 @@ class DraftRun:
     def finish(self) -> DraftReport:
         """Measure the draft as stored on all held-out records, and write its folder."""
         self._save_trained({})
+        self._covered_file.unlink(missing_ok=True)
         self.draft.load_state_dict(read_trained(self._trained_file).tensors, strict=False)
         shares = self._heldout(len(self.material.split.heldout))
         notes = {"heldout_success": json.dumps([round(share, 4) for share in shares])}
@@ -115,13 +117,23 @@ class DraftRun:
 
     def forget(self) -> None:
         """Remove what only a resumed run needs; the trained weights stay."""
-        for pattern in (f"{_FINISHED}.json", "labels-*.pt"):
+        for pattern in (f"{_FINISHED}.json", "labels-*.pt", _COVERED):
             for file in self._training.glob(pattern):
                 file.unlink()
 
-    @torch.no_grad()
     def covered(self) -> dict[int, Tensor]:
-        """By training record: which positions are dropped, or predicted by this draft."""
+        """By training record: which positions are dropped, or predicted by this draft.
+
+        Kept in a file: near-ties may come out otherwise in another process, and what the next draft
+        learns must not change while it is trained.
+        """
+        if not self._covered_file.is_file():
+            write_whole(self._covered_file, _serialised(self._count_covered()))
+        covered: dict[int, Tensor] = torch.load(self._covered_file, weights_only=True)
+        return covered
+
+    @torch.no_grad()
+    def _count_covered(self) -> dict[int, Tensor]:
         covered: dict[int, Tensor] = {}
         head, token_ids = self.draft.get_output_embeddings().weight, self.head_token_ids
         if token_ids is not None:
@@ -188,6 +200,10 @@ class DraftRun:
     @property
     def _checkpoint_file(self) -> Path:
         return self._training / "checkpoint.pt"
+
+    @property
+    def _covered_file(self) -> Path:
+        return self._training / _COVERED
 
     @property
     def _trained_file(self) -> Path:
