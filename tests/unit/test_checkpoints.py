@@ -349,18 +349,20 @@ def test_draft_is_refused_when_no_shipped_one_has_its_number() -> None:
 @pytest.mark.slow
 def test_default_models_are_made_once_and_fit_each_other(tmp_path: Path) -> None:
     messages: list[str] = []
-    draft_path = ensure_default_draft(tmp_path, messages.append)
+    draft_path, second_path = ensure_default_drafts(tmp_path, messages.append)
     target_path = ensure_default_target(tmp_path, messages.append)
-    assert messages[-1] == f"{DEFAULT_DRAFT} is ready in {draft_path}"
+    assert messages[-1] == f"{DEFAULT_DRAFT}-2 is ready in {second_path}"
     num_messages = len(messages)
     assert ensure_default_draft(tmp_path, messages.append) == draft_path
     assert ensure_default_drafts(tmp_path, messages.append)[0] == draft_path
     assert len(messages) == num_messages
     made = {path.name for path in tmp_path.iterdir()}
-    assert made - {"gguf"} == {draft_path.name, target_path.name}  # "gguf" only if it was fetched
+    models = {draft_path.name, second_path.name, target_path.name}
+    assert made - {"gguf"} == models  # "gguf" only if it was fetched
 
     check_model_dir(target_path)
     check_model_dir(draft_path)
+    check_model_dir(second_path)
     assert tokenizer_hash(draft_path) == tokenizer_hash(target_path)
     tokenizer: Any = AutoTokenizer.from_pretrained(target_path)
     prompt = tokenizer.apply_chat_template(
