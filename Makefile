@@ -34,7 +34,7 @@ chaos: setup  ## Every fault under load, each stream compared; CHAOS=--quick for
 	$(PY) -m treecast.bench.chaos $(CHAOS)
 	$(PY) -m treecast.bench.chaos --tls --only rotated $(CHAOS)
 
-test: setup  ## All but the slow tests, at most 10 minutes on 2 cores
+test: setup  ## All but the slow tests, about 10 minutes on 2 cores
 	$(PY) -m pytest -m 'not slow and not gpu' -n 2 --dist loadfile --no-loadscope-reorder
 
 check: setup lint  ## Everything that needs no accelerator

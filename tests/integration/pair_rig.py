@@ -28,7 +28,9 @@ from treecast.wire.status import from_rpc_error
 TIMEOUT_S = 10.0
 GREEDY = SamplingParams(temperature=0)
 VERIFIER = Hello("verifier-1", Role.VERIFIER, vocab_size=100, tokenizer_hash="abc")
-SPECULATOR = Hello("speculator-1", Role.SPECULATOR, vocab_size=100, tokenizer_hash="abc")
+SPECULATOR = Hello(
+    "speculator-1", Role.SPECULATOR, vocab_size=100, tokenizer_hash="abc", proposers=("ssm",)
+)
 
 
 def attach(handle: int, *tokens: int) -> Attach:

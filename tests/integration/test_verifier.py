@@ -353,8 +353,9 @@ async def test_a_speculator_on_our_cores_sits_out_commits_when_it_is_of_no_use(
     make: Clairvoyant, useful: bool
 ) -> None:
     drafter = ScriptedSpeculator(Drafting(make), shares_cores=True)
-    engine = ToyEngine(vocab_size=VOCAB, step_s=0.004)
-    sampling = SamplingParams(temperature=0, max_tokens=400)
+    # A step is long beside what a busy machine adds to a draft.
+    engine = ToyEngine(vocab_size=VOCAB, step_s=0.02)
+    sampling = SamplingParams(temperature=0, max_tokens=240)
     async with speculator(drafter) as address, verifier_rig(engine, speculators=[address]) as rig:
         await rig.speculators(1)
         outcome = await rig.router.run(PROMPT, sampling)
