@@ -16,8 +16,9 @@ from treecast.adapter import Adapter
 from treecast.bench.chaos import corpus
 from treecast.bench.chaos.faults import Amounts
 from treecast.bench.chaos.fuzz import Fuzzer
-from treecast.errors import Overloaded, SettingsError, StaleLease
+from treecast.errors import Cancelled, Overloaded, SettingsError, StaleLease, TreecastError
 from treecast.sampling.logprobs import TokenLogprobs
+from treecast.services.router.edge.errors import error_response
 from treecast.services.router.edge.listener import HttpListener
 from treecast.services.router.server import Call
 from treecast.v1 import router_pb2 as pb
@@ -467,3 +468,13 @@ async def test_fuzzed_bodies_are_refused_by_name_and_harm_nobody() -> None:
     assert {"HTTP 200", "HTTP 400"} <= fuzzer.answers.keys()
     assert "HTTP 500" not in fuzzer.answers, fuzzer.answers
     assert not [entry for entry in logs if entry["log_level"] == "error"]
+
+
+@pytest.mark.parametrize(
+    ("error", "said"), [(Cancelled("it was aborted"), "false"), (Overloaded("queue is full"), None)]
+)
+def test_clients_are_told_not_to_ask_again_for_what_was_aborted(
+    error: TreecastError, said: str | None
+) -> None:
+    """OpenAI's asks again after a 409 by itself."""
+    assert error_response(error).headers.get("x-should-retry") == said

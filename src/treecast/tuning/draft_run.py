@@ -110,7 +110,8 @@ class DraftRun:
         self._save_trained(notes)
         assemble_draft(self._trained_file, self.settings.target, self.plan.out)
         report = self._report(shares)
-        fields = json.dumps({"identity": self._identity(), **asdict(report)}, default=str)
+        kept = {"identity": self._identity(), "num_shards": self._num_shards}
+        fields = json.dumps(kept | asdict(report), default=str)
         write_whole(self._training / f"{_FINISHED}.json", fields.encode())
         self._checkpoint_file.unlink(missing_ok=True)
         return report
@@ -176,6 +177,7 @@ class DraftRun:
         if finished.is_file():
             fields = json.loads(finished.read_text())
             self._check_identity(finished, fields.pop("identity"))
+            self._num_shards = fields.pop("num_shards")
             self._restore_labels()
             self.draft.load_state_dict(read_trained(self._trained_file).tensors, strict=False)
             return _read_report(fields)
@@ -190,8 +192,8 @@ class DraftRun:
 
     def _restore_labels(self) -> None:
         """What the target said while this draft was trained serves those after it too."""
-        for shard in sorted(self._training.glob("labels-*.pt")):
-            self.material.teacher.restore(torch.load(shard, weights_only=True))
+        for number in range(self._num_shards):
+            self.material.teacher.restore(torch.load(self._shard(number), weights_only=True))
 
     @property
     def _training(self) -> Path:
