@@ -65,8 +65,8 @@ def models(
 
     with stderr().status("looking") as shown:
         folders = {"model": str(ensure_default_target(progress=shown.update))}
-        for number, folder in enumerate(ensure_default_drafts(progress=shown.update), start=1):
-            folders["draft" if number == 1 else f"draft-{number}"] = str(folder)
+        for number, draft in enumerate(ensure_default_drafts(progress=shown.update), start=1):
+            folders["draft" if number == 1 else f"draft-{number}"] = str(draft)
     if as_json:
         write_json(folders)
         return
