@@ -48,7 +48,7 @@ class Draws:
 
     def first(self, count: int) -> Draws:
         """The first draws; the only part of a group that may stand for it."""
-        return replace(self, drawn=self.drawn[:count])
+        return self if count >= len(self.drawn) else replace(self, drawn=self.drawn[:count])
 
 
 def distribution(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from operator import itemgetter
 
 from treecast.draws import DrawGroup, Draws, distribution
 from treecast.errors import InvalidTree
@@ -228,11 +229,15 @@ class TokenTree:
         it is kept never depends on what it was. Thus a repeat goes where a new token would have
         gone, though it would need no room.
         """
+        depths = [self._group_depth(group) for group in self.groups]
+        num_draws = sum(len(group.draws.drawn) for group in self.groups)
+        if num_draws <= max_nodes and depths[-1] <= max_depth and depths == sorted(depths):
+            return self  # whatever was drawn, there was room
         cut = TokenTree()
         renamed = {ROOT: ROOT}
-        for group in sorted(self.groups, key=self._group_depth):
+        for depth, group in sorted(zip(depths, self.groups, strict=True), key=itemgetter(0)):
             parent = renamed.get(group.parent)
-            if parent is None or self._group_depth(group) > max_depth:
+            if parent is None or depth > max_depth:
                 continue
             count = cut.room_for(parent, group.draws, max_nodes)
             if count == 0:

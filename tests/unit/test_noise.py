@@ -22,6 +22,7 @@ from treecast.sampling.noise import (
     gumbel_of,
     noise_key,
     philox4x32,
+    philox_of,
 )
 
 VECTORS = json.loads((Path(__file__).parent / "noise_vectors.json").read_text())["vectors"]
@@ -69,6 +70,8 @@ def test_philox_gives_the_known_answers_when_given_random123s_vectors(
     low, high = words(key)
     a, b, c, d = (np.array([word]) for word in words(counter))
     assert [int(word[0]) for word in philox4x32((a, b, c, d), high << 32 | low)] == words(expected)
+    first, second, third, fourth = words(counter)
+    assert list(philox_of((first, second, third, fourth), high << 32 | low)) == words(expected)
 
 
 def slow_philox(counter: list[int], key: int) -> int:

@@ -7,16 +7,14 @@ was drawn.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import IntEnum
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from treecast.sampling.noise import philox4x32
-
-_BLOCK = 32
+from treecast.sampling.noise import philox_of
 
 
 class Domain(IntEnum):
@@ -40,7 +38,7 @@ class Decisions(Protocol):
 class Uniforms:
     """Decisions that are a pure function of key, place and their number.
 
-        counter = (position, branch, domain, block), key as of `noise_key`
+        counter = (position, branch, domain, number), key as of `noise_key`
         u = (first word * 2**21 + second word >> 11) / 2**53
 
     Attributes:
@@ -52,30 +50,21 @@ class Uniforms:
     position: int
     domain: Domain = Domain.VERIFY
     branch: int = 0
-    _num_blocks: int = 0
-    _ready: list[float] = field(default_factory=list)
+    _num_taken: int = 0
 
     def accepts(self, probability: float) -> bool:
         return self._next() < probability
 
     def choose(self, weights: NDArray[np.float64]) -> int:
-        cumulative = np.cumsum(weights)
-        target = self._next() * cumulative[-1]
-        # Rounded up to the total, the target would lie behind the last weight that is not 0.
-        last = int(np.searchsorted(cumulative, cumulative[-1], side="left"))
-        return min(int(np.searchsorted(cumulative, target, side="right")), last)
+        cumulative = weights.cumsum()
+        total = cumulative[-1]
+        chosen = int(cumulative.searchsorted(self._next() * total, side="right"))
+        if chosen == len(cumulative):  # rounded up to the total, behind the last that is not 0
+            chosen = int(cumulative.searchsorted(total, side="left"))
+        return chosen
 
     def _next(self) -> float:
-        if not self._ready:
-            self._ready = self._block()[::-1]
-        return self._ready.pop()
-
-    def _block(self) -> list[float]:
-        words = [self.position, self.branch, int(self.domain)]
-        serial = np.arange(_BLOCK) + _BLOCK * self._num_blocks
-        self._num_blocks += 1
-        zero = np.zeros(_BLOCK, np.int64)
-        counter = (zero + words[0], zero + words[1], zero + words[2], serial)
-        high, low, _, _ = philox4x32(counter, self.key)
-        bits: list[int] = ((high << 21) + (low >> 11)).tolist()
-        return [word * 2.0**-53 for word in bits]
+        counter = (self.position, self.branch, int(self.domain), self._num_taken)
+        self._num_taken += 1
+        high, low, _, _ = philox_of(counter, self.key)
+        return float((high << 21) + (low >> 11)) * 2.0**-53
