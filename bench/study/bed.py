@@ -16,7 +16,7 @@ from treecast.engine.base import Engine
 from treecast.services.speculator.loading import load_engines, make_drafter
 from treecast.services.speculator.metrics import SpeculatorMetrics
 from treecast.services.speculator.settings import DrafterSpec, SpeculatorSettings
-from treecast.settings import DType
+from treecast.settings import DType, Numerics
 
 from .answers import Answer, AnswerFile, Decoding, Question, record_answer
 
@@ -40,7 +40,7 @@ class StudySettings:
     max_nodes: int = 24
     max_tokens: int = 96
     dtype: DType = "auto"
-    numerics: str = "exact"
+    numerics: Numerics = "exact"
     threads: int = 2
     num_prompts: int = 0
     prompts_hash: str = ""
@@ -162,6 +162,6 @@ def _load_target(settings: StudySettings) -> Engine:
     return HFEngine.load(
         target_folder(settings.model),
         dtype=settings.dtype,
-        numerics=settings.numerics,  # type: ignore[arg-type]  # the command line has checked it
+        numerics=settings.numerics,
         threads=settings.threads,
     )

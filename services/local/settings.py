@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from treecast.settings import DType, Weights
+from treecast.settings import DType, Numerics, Weights
 
 Flags = Mapping[str, object]
 """Settings of a service by their field names; None leaves one at its default."""
@@ -40,7 +40,7 @@ class MeshSettings:
     engine: Literal["hf", "toy"] = "hf"
     dtype: DType = "auto"
     weights: Weights = "auto"
-    numerics: Literal["exact", "fast", "oracle"] = "exact"
+    numerics: Numerics = "exact"
     device: str = "cpu"
     num_verifiers: int = 1
     speculators: tuple[str, ...] = ("ssm", "ngram")

@@ -13,7 +13,7 @@ from pydantic_settings import NoDecode, SettingsConfigDict
 from treecast.drafting.growth import FORM, parse_growth
 from treecast.drafting.merge import MAX_DRAFTERS
 from treecast.errors import InvalidRequest
-from treecast.settings import DType, ServiceSettings, Weights, split_commas
+from treecast.settings import ModelSettings, Numerics, split_commas
 
 KINDS = ("ssm", "ngram", "suffix")
 
@@ -49,7 +49,7 @@ Drafters = Annotated[
 ]
 
 
-class SpeculatorSettings(ServiceSettings):
+class SpeculatorSettings(ModelSettings):
     """Guess token trees for verifiers."""
 
     model_config = SettingsConfigDict(cli_shortcuts={"drafters": "drafter"})
@@ -59,7 +59,6 @@ class SpeculatorSettings(ServiceSettings):
         description="ssm (a draft model; ssm=FOLDER for another than --model), ngram (lookup of "
         "what came lately) and suffix (lookup by counts); any number of them are merged",
     )
-    engine: Literal["hf", "toy"] = Field("hf", description="hf: a real model; toy: for tests")
     model: str = Field(
         "default", description="draft model's folder; 'default' and 'default-2' ship"
     )
@@ -69,21 +68,7 @@ class SpeculatorSettings(ServiceSettings):
         "clients), for drafts below this folder; unset: SIGHUP alone has the drafts' own folders "
         "read again. While one is loaded there are two in memory, each with its KV pool",
     )
-    dtype: DType = Field(
-        "auto",
-        description="weights and activations; auto: bfloat16 where the processor multiplies it, "
-        "else float32",
-    )
-    weights: Weights = Field(
-        "auto",
-        description="of linear layers on CPU, whatever the dtype; bfloat16, int8 and int4 take a "
-        "half, a quarter and a sixth of float32's memory, which steps of few rows wait for; auto: "
-        "16 bits where they lose nothing",
-    )
-    device: str = Field(
-        "cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="cpu, cuda, or one of several: cuda:1"
-    )
-    numerics: Literal["exact", "fast", "oracle"] = Field(
+    numerics: Numerics = Field(
         "fast", description="of the draft's passes; trees need no exact bits"
     )
     torch_threads: int = Field(2, ge=1, description="threads of the draft's passes")
@@ -112,7 +97,6 @@ class SpeculatorSettings(ServiceSettings):
         64, ge=0, le=256, description="nodes that run-ahead grows a session's tree to"
     )
     drain_s: float = Field(5.0, ge=0, description="time for sessions to end when stopping")
-    toy_step_s: float = Field(0.0, ge=0, description="toy engine: seconds that one pass takes")
 
     @field_validator("growth")
     @classmethod

@@ -11,7 +11,7 @@ from pydantic_settings import NoDecode
 from treecast.adapter import MAX_ADAPTERS, NAME_FORM, is_adapter_name
 from treecast.engine.sharding.shape import GroupShape
 from treecast.sampling.params import Law
-from treecast.settings import DType, KVDType, ServiceSettings, Weights, split_commas
+from treecast.settings import KVDType, ModelSettings, Numerics, split_commas
 from treecast.wire.registry import Addresses
 
 
@@ -34,10 +34,9 @@ AdapterFolders = Annotated[
 ]
 
 
-class VerifierSettings(ServiceSettings):
+class VerifierSettings(ModelSettings):
     """Hold the LLM and verify token trees against it."""
 
-    engine: Literal["hf", "toy"] = Field("hf", description="hf: a real model; toy: for tests")
     model: str = Field(
         "default",
         description="model folder, or a GGUF file, which is converted into the cache once; "
@@ -49,21 +48,7 @@ class VerifierSettings(ServiceSettings):
         "less; a request names one, and rows of all of them are computed in one step. They stay in "
         "memory: rank x (inputs + outputs) of each layer that they change",
     )
-    dtype: DType = Field(
-        "auto",
-        description="weights and activations; auto: bfloat16 where the processor multiplies it, "
-        "else float32",
-    )
-    weights: Weights = Field(
-        "auto",
-        description="of linear layers on CPU, whatever the dtype; bfloat16, int8 and int4 take a "
-        "half, a quarter and a sixth of float32's memory, which steps of few rows wait for; auto: "
-        "16 bits where they lose nothing",
-    )
-    device: str = Field(
-        "cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="cpu, cuda, or one of several: cuda:1"
-    )
-    numerics: Literal["exact", "fast", "oracle"] = Field(
+    numerics: Numerics = Field(
         "exact", description="exact: bits do not depend on tree or batch; fast: free to reorder"
     )
     torch_threads: int = Field(
@@ -165,7 +150,6 @@ class VerifierSettings(ServiceSettings):
     )
     session_ttl_s: float = Field(600, gt=0, description="idle sessions keep their KV this long")
     drain_s: float = Field(30, ge=0, description="time to finish running requests when stopping")
-    toy_step_s: float = Field(0.0, ge=0, description="toy engine: seconds that one step takes")
 
     @property
     def adapter_folders(self) -> dict[str, Path]:

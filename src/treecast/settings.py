@@ -32,6 +32,10 @@ KVDType = Literal["auto", "bfloat16", "float16", "float32", "int8", "fp8"]
 """Of the KV pool; auto: what attention computes in; int8 and fp8 are lossy."""
 
 
+Numerics = Literal["exact", "fast", "oracle"]
+"""Exact: bits do not depend on tree or batch; fast: free to reorder; oracle: one row at a time."""
+
+
 def split_commas(given: str | Iterable[str]) -> tuple[str, ...]:
     """A field's items: comma-separated, and a flag may be repeated."""
     items = [given] if isinstance(given, str) else given
@@ -98,6 +102,27 @@ class ServiceSettings(BaseSettings):
             raise SettingsError(_first_fault(error)) from error
         except ParserError as error:
             raise SettingsError(str(error)) from error
+
+
+class ModelSettings(ServiceSettings):
+    """What every service that holds a model has."""
+
+    engine: Literal["hf", "toy"] = Field("hf", description="hf: a real model; toy: for tests")
+    dtype: DType = Field(
+        "auto",
+        description="weights and activations; auto: bfloat16 where the processor multiplies it, "
+        "else float32",
+    )
+    weights: Weights = Field(
+        "auto",
+        description="of linear layers on CPU, whatever the dtype; bfloat16, int8 and int4 take a "
+        "half, a quarter and a sixth of float32's memory, which steps of few rows wait for; auto: "
+        "16 bits where they lose nothing",
+    )
+    device: str = Field(
+        "cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="cpu, cuda, or one of several: cuda:1"
+    )
+    toy_step_s: float = Field(0.0, ge=0, description="toy engine: seconds that a pass takes")
 
 
 def as_environment(settings: ServiceSettings) -> dict[str, str]:

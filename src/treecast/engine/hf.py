@@ -20,7 +20,6 @@ from treecast.engine.kv_pool import PAGE_TOKENS, KVPool, PagedSequence, num_page
 from treecast.engine.loading import (
     Kernels,
     LoadOptions,
-    Numerics,
     SwapDType,
     describe,
     load_model,
@@ -33,7 +32,7 @@ from treecast.engine.pooled import PooledEngine, paged
 from treecast.engine.residency import ALL_RESIDENT, Offloaded
 from treecast.engine.steps import PassOutput
 from treecast.errors import InvalidRequest
-from treecast.settings import DType, KVDType, Weights
+from treecast.settings import DType, KVDType, Numerics, Weights
 
 DEFAULT_POOL_TOKENS = 16384
 NO_ADAPTERS: Mapping[str, Path | str] = MappingProxyType({})

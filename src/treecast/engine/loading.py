@@ -32,12 +32,10 @@ from treecast.engine.progress import reading_told
 from treecast.engine.sharding.shape import ALONE, GroupShape
 from treecast.engine.unread import unread_model
 from treecast.errors import ModelError
-from treecast.settings import DType, KVDType, Weights
-
-Numerics = Literal["exact", "fast", "oracle"]
+from treecast.settings import DType, KVDType, Numerics, Weights
 
 DTYPES: dict[str, torch.dtype] = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-NUMERICS = ("exact", "fast", "oracle")
+NUMERICS = get_args(Numerics)
 WEIGHTS = get_args(Weights)
 Kernels = Literal["auto", "torch", "triton"]
 SwapDType = Literal["same", "int8"]
