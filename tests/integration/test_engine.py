@@ -305,7 +305,7 @@ def test_bits_do_not_depend_on_chunks_trees_or_neighbours(
 
 @pytest.mark.parametrize("weights", ["auto", "float32", "bfloat16", "int8", "int4"])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3"])
-def test_bits_do_not_depend_on_what_is_beside_them_when_weights_are_narrow(
+def test_bits_do_not_depend_on_what_is_beside_them_when_weights_are_quantized(
     weights: Any, family: str, folders: dict[str, Path]
 ) -> None:
     engine = HFEngine.load(folders[family], weights=weights, numerics="exact", threads=2)

@@ -157,12 +157,12 @@ def test_kernels_on_a_device_refuse_other_types_by_name(folder: Path) -> None:
 def test_int8_has_a_scale_for_each_row_and_survives_zeros() -> None:
     rows = torch.tensor([[0.0, 0.0], [1.0, -127.0], [1e-3, 2e-3]])
     form = KV_FORMATS["int8"]
-    codes, scale = form.narrow(rows)
+    codes, scale = form.quantize(rows)
     assert codes.tolist() == [[0, 0], [1, -127], [64, 127]]
     assert form.widen(codes, scale, torch.float32)[:2].tolist() == [[0, 0], [1, -127]]
 
 
 def test_fp8_keeps_what_is_beyond_its_range_finite() -> None:
     form = KV_FORMATS["fp8"]
-    codes, scale = form.narrow(torch.tensor([[1e4, -1e4, 0.5]]))
+    codes, scale = form.quantize(torch.tensor([[1e4, -1e4, 0.5]]))
     assert form.widen(codes, scale, torch.float32).tolist() == [[448.0, -448.0, 0.5]]

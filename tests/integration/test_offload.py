@@ -20,8 +20,8 @@ from treecast.engine.base import Segment
 from treecast.engine.hf import HFEngine
 from treecast.engine.loading import LoadOptions
 from treecast.engine.memory import empty_of, least_share
-from treecast.engine.narrow import has_fbgemm
 from treecast.engine.offload import LayerStream, Offload
+from treecast.engine.quantized import has_fbgemm
 from treecast.errors import EngineLost, ModelError
 
 LAYERS = 5
@@ -183,7 +183,7 @@ def test_bits_and_fingerprint_are_those_of_float32_where_auto_would_keep_16_bits
 def test_the_fingerprint_is_that_of_the_resident_model_where_auto_is_float32(
     save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loading, "auto_narrows", lambda: False)
+    monkeypatch.setattr(loading, "auto_quantizes", lambda: False)
     folder = save("llama")
     with offloaded(folder, tmp_path) as engine:
         assert engine.info.fingerprint == load(folder).info.fingerprint

@@ -22,7 +22,7 @@ from treecast.engine.hf import HFEngine
 from treecast.engine.loading import LoadOptions
 from treecast.engine.lora_folder import read_adapter
 from treecast.engine.memory import estimate
-from treecast.engine.narrow import has_fbgemm
+from treecast.engine.quantized import has_fbgemm
 from treecast.errors import ModelError, NotServed
 from treecast.sampling.params import SamplingParams
 
@@ -131,10 +131,10 @@ def test_bits_do_not_depend_on_neighbours(folders: Path) -> None:
 
 
 @pytest.mark.skipif(not has_fbgemm(), reason="int8 weights need FBGEMM's kernels")
-def test_adapter_is_not_narrowed_with_the_models_weights(
+def test_adapter_is_not_quantized_with_the_models_weights(
     folders: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Beside narrow weights it moves logits more nearly as it does beside whole ones."""
+    """Beside quantized weights it moves logits more nearly as it does beside whole ones."""
     whole, narrow = load(folders), load(folders, weights="int8")
     (alone,) = rows_of(narrow, [("few", TEXT[:9])])
     assert np.array_equal(alone, rows_of(narrow, [("all", TEXT[:30]), ("few", TEXT[:9])])[1])

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from treecast.bench.families.configs import make_config
-from treecast.engine import memory, narrow, progress
+from treecast.engine import memory, progress, quantized
 from treecast.engine.free_memory import free_host_bytes
 from treecast.engine.hf import HFEngine
 from treecast.engine.loading import LoadOptions
@@ -47,10 +47,12 @@ def test_weights_are_counted_as_they_are_computed_with(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(("outputs", "inputs"), [(40, 70), (64, 64)])
-def test_narrow_weights_are_counted_as_they_are_kept(outputs: int, inputs: int) -> None:
-    kept = narrow.Int4Linear(torch.nn.Linear(inputs, outputs))
-    assert narrow.kept_bytes("int4", outputs, inputs) == kept._packed.nbytes + kept._scales.nbytes
-    assert narrow.kept_bytes("int8", outputs, inputs) == outputs * inputs + 4 * outputs
+def test_quantized_weights_are_counted_as_they_are_kept(outputs: int, inputs: int) -> None:
+    kept = quantized.Int4Linear(torch.nn.Linear(inputs, outputs))
+    assert (
+        quantized.kept_bytes("int4", outputs, inputs) == kept._packed.nbytes + kept._scales.nbytes
+    )
+    assert quantized.kept_bytes("int8", outputs, inputs) == outputs * inputs + 4 * outputs
 
 
 def test_fewer_bits_need_less_memory(folder: Path) -> None:

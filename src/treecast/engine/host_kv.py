@@ -47,7 +47,7 @@ class HostKV:
         for plane, at, piece in self._pieces(places, buffer):
             rows = plane.index_select(1, at)
             if self._lossy:
-                rounded, scale = KVFormat(torch.int8).narrow(rows)
+                rounded, scale = KVFormat(torch.int8).quantize(rows)
                 scales, values = _split(piece, rows.shape)
                 assert scale is not None, "int8 has scales"
                 scales.copy_(scale, non_blocking=True)

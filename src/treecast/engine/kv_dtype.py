@@ -37,7 +37,7 @@ class KVFormat:
         """Of a vector of `dim` numbers."""
         return dim * self.dtype.itemsize + 4 * self.scaled
 
-    def narrow(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    def quantize(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """[..., dim] float to codes of the same shape and scales [..., 1], elementwise."""
         if self.dtype == torch.int8:
             scale = x.abs().amax(-1, keepdim=True).float() / _LARGEST_INT8

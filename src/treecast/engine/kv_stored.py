@@ -73,8 +73,8 @@ class StoredKV:
         for numbers, codes, scale in zip(
             (key, value), self._codes.layer(layer), scales, strict=True
         ):
-            narrow, own = self.format.narrow(numbers)
-            codes[:, places] = narrow
+            quantized, own = self.format.quantize(numbers)
+            codes[:, places] = quantized
             if scale is not None and own is not None:
                 scale[:, places] = own
 

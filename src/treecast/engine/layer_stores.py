@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from treecast.engine.narrow import is_bfloat16
+from treecast.engine.quantized import is_bfloat16
 from treecast.engine.tensor_files import read_whole
 from treecast.errors import ModelError
 

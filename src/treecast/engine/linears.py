@@ -20,14 +20,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from treecast.engine.narrow import (
+from treecast.engine.quantized import (
     STABLE_ROWS,
     HalfLinear,
     Int4Linear,
     Int8Linear,
     has_fbgemm,
     is_bfloat16,
-    narrow_embedding,
+    quantized_embedding,
 )
 from treecast.errors import ModelError
 from treecast.settings import Weights
@@ -133,13 +133,13 @@ def packed_layers(min_rows: int) -> RowLayers:
     return RowLayers(lambda linear: PackedLinear(linear, min_rows), _rms_norm, can_pack)
 
 
-def auto_narrows() -> bool:
+def auto_quantizes() -> bool:
     """Whether weights `auto` keep 16 bits where those hold all of a layer on this processor."""
     return has_fbgemm() and not multiplies_bfloat16()
 
 
 def cpu_layers(weights: Weights, dtype: torch.dtype, exact: bool) -> RowLayers:
-    """For CPU, with weights of some number of bits (see `engine.narrow`).
+    """For CPU, with weights of some number of bits (see `engine.quantized`).
 
     `auto` packs weights of type `dtype` where the processor multiplies bfloat16; where it does not,
     it keeps 16 bits of layers whose weights bfloat16 holds exactly, and float32 of the others. With
@@ -156,7 +156,7 @@ def cpu_layers(weights: Weights, dtype: torch.dtype, exact: bool) -> RowLayers:
     if weights in ("bfloat16", "int8") and not has_fbgemm():
         raise ModelError(f"weights {weights} need FBGEMM's kernels, which this torch does not have")
     packed = packed_layers(2 if exact else 1)
-    if weights == "auto" and not auto_narrows():
+    if weights == "auto" and not auto_quantizes():
         return packed
     if weights == "bfloat16" and multiplies_bfloat16() and dtype == torch.bfloat16:
         return packed
@@ -164,13 +164,13 @@ def cpu_layers(weights: Weights, dtype: torch.dtype, exact: bool) -> RowLayers:
         return replace(packed, linear=partial(_float32_linear, min_rows=2 if exact else 1))
     return replace(
         packed,
-        linear=_narrow_linear(weights, exact),
-        embedding=narrow_embedding,
-        head=_narrow_linear("bfloat16", exact) if weights == "int4" else None,
+        linear=_quantized_linear(weights, exact),
+        embedding=quantized_embedding,
+        head=_quantized_linear("bfloat16", exact) if weights == "int4" else None,
     )
 
 
-def _narrow_linear(weights: Weights, exact: bool) -> Callable[[nn.Linear], nn.Module]:
+def _quantized_linear(weights: Weights, exact: bool) -> Callable[[nn.Linear], nn.Module]:
     half = partial(HalfLinear, row_step=STABLE_ROWS if exact else 1)
     wide = partial(_float32_linear, min_rows=2 if exact else 1)
     match weights:

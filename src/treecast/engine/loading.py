@@ -21,7 +21,7 @@ from treecast.engine.cut_head import cut_head
 from treecast.engine.kv_dtype import KV_FORMATS, KVFormat
 from treecast.engine.linears import (
     RowLayers,
-    auto_narrows,
+    auto_quantizes,
     cpu_layers,
     fixed_layers,
     plain_layers,
@@ -123,7 +123,7 @@ class LoadOptions:
 
     @property
     def lossless(self) -> LoadOptions:
-        """The same, with weights that lose nothing: an adapter's are few, and are not narrowed."""
+        """The same, with weights that lose nothing: an adapter's are few, and are not quantized."""
         return replace(self, weights="auto")
 
     @property
@@ -133,8 +133,8 @@ class LoadOptions:
         FBGEMM's packed weights are no tensors whose contents could be exchanged; so `auto` keeps
         none in 16 bits where layers take turns.
         """
-        narrowed = self.weights == "auto" and self.on_cpu and auto_narrows()
-        return "float32" if narrowed and self.offload.mode != "none" else self.weights
+        halved = self.weights == "auto" and self.on_cpu and auto_quantizes()
+        return "float32" if halved and self.offload.mode != "none" else self.weights
 
     def row_layers(self) -> RowLayers:
         """What linear layers and norms are computed with."""

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from treecast.engine.free_memory import free_bytes
 from treecast.engine.linears import can_pack, is_linear, product_dtype
 from treecast.engine.loading import DTYPES, LoadOptions, read_servable_config
-from treecast.engine.narrow import kept_bytes
 from treecast.engine.offload import NUM_BUFFERS
+from treecast.engine.quantized import kept_bytes
 from treecast.engine.unread import decoder_layers, empty_model, matching
 from treecast.errors import ModelError
 from treecast.kernels.exact import NORM_COLUMNS
@@ -136,7 +136,7 @@ def estimate(
 
 
 def _number_bytes(options: LoadOptions) -> int:
-    """Of a number of an adapter's: those are not narrowed with the model's weights."""
+    """Of a number of an adapter's: those are not quantized with the model's weights."""
     own = DTYPES[options.dtype]
     return (product_dtype(own) if options.on_cpu else own).itemsize
 

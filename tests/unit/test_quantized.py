@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from treecast.engine import linears
 from treecast.engine.linears import PackedLinear, cpu_layers, packed_layers, replace_linears
 from treecast.engine.loading import LoadOptions, fingerprint
-from treecast.engine.narrow import (
+from treecast.engine.quantized import (
     STABLE_ROWS,
     HalfLinear,
     Int4Linear,
     Int4Weights,
     Int8Linear,
     is_bfloat16,
-    narrow_embedding,
+    quantized_embedding,
 )
 from treecast.errors import ModelError
 from treecast.settings import Weights
@@ -224,10 +224,10 @@ def test_kernels_that_torch_lacks_are_named(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_an_embedding_is_halved_only_where_that_loses_nothing() -> None:
     table = nn.Embedding(32, 8).requires_grad_(False)
-    assert narrow_embedding(table) is table
+    assert quantized_embedding(table) is table
     table.weight.copy_(table.weight.bfloat16())
     tokens = torch.arange(32)
-    narrow = narrow_embedding(table)
+    narrow = quantized_embedding(table)
     assert narrow is not table
     assert torch.equal(narrow(tokens), table(tokens))
 

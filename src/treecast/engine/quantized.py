@@ -222,14 +222,14 @@ def kept_bytes(kind: Weights, out_features: int, in_features: int) -> int:
             return out_features * in_features * 2
 
 
-def narrow_embedding(embedding: nn.Module) -> nn.Module:
+def quantized_embedding(embedding: nn.Module) -> nn.Module:
     """The table in bfloat16, if that holds all of it exactly; else the module as it is."""
     if type(embedding) is not nn.Embedding or not is_bfloat16(embedding.weight):
         return embedding
-    return _NarrowEmbedding(embedding)
+    return _QuantizedEmbedding(embedding)
 
 
-class _NarrowEmbedding(nn.Module):
+class _QuantizedEmbedding(nn.Module):
     def __init__(self, embedding: nn.Embedding) -> None:
         super().__init__()
         self._dtype = embedding.weight.dtype
