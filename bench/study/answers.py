@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from treecast.decoding.local import generate
-from treecast.drafting.ngram import NgramDrafter
-from treecast.engine.base import Engine
+import numpy as np
+from numpy.typing import NDArray
+
+from treecast.decoding.local import check_prompt, prefill
+from treecast.engine.base import Engine, KVSequence, Segment
+from treecast.engine.kv_pool import PAGE_TOKENS, num_pages
 from treecast.sampling.noise import derived_key
 from treecast.sampling.params import SamplingParams
+from treecast.sampling.pick import Picker
+from treecast.sampling.stops import StopRules
+from treecast.sampling.transforms import Context
 from treecast.tuning.corpus import Record, append_records, read_corpus
 
 PREFILL_TOKENS = 256
+BATCH = 16
+"""Questions answered at once, and answers drafted for at once."""
 _KEY = 0x5EED
 
 
@@ -65,23 +74,74 @@ def key_of(question: Question) -> int:
     return derived_key(_KEY, question.id)
 
 
-def record_answer(
-    target: Engine, question: Question, decoding: Decoding, max_tokens: int
-) -> Answer:
-    """Let the target answer. Blocks. Lookup makes it quicker and changes nothing."""
-    said = generate(
-        target,
-        question.token_ids,
-        decoding.sampling(max_tokens),
-        key_of(question),
-        NgramDrafter(),
-        chunk_tokens=PREFILL_TOKENS,
-    )
-    return Answer(question, decoding, tuple(said.tokens))
+def record_answers(
+    target: Engine, questions: Sequence[Question], decoding: Decoding, max_tokens: int
+) -> list[Answer]:
+    """Let the target answer, to all at once: a pass of many texts costs little more than of one.
+
+    Blocks. Under `exact` numerics nobody's answer depends on the others.
+
+    Raises:
+        Overloaded: too few free pages; see `in_batches`.
+    """
+    with ExitStack() as sequences:
+        answers = []
+        for question in questions:
+            sampling = decoding.sampling(max_tokens)
+            check_prompt(question.token_ids, sampling, target.info)
+            sequence = target.allocate(len(question.token_ids) + max_tokens)
+            sequences.callback(target.free, sequence)
+            prefill(target, sequence, question.token_ids[:-1], PREFILL_TOKENS)
+            picker = Picker(sampling, key_of(question), Context(question.token_ids))
+            stops = StopRules(target.info.eos_token_ids, sampling, None)
+            answers.append(_Answering(sequence, picker, stops, [question.token_ids[-1]]))
+        while going := [each for each in answers if not each.ended]:
+            roots = [Segment.chain(each.sequence, each.tokens[-1:], wanted=[0]) for each in going]
+            for each, rows in zip(going, target.forward(roots), strict=True):
+                target.commit(each.sequence, [0])
+                each.take(rows[0])
+    return [
+        Answer(question, decoding, tuple(each.tokens[1:]))
+        for question, each in zip(questions, answers, strict=True)
+    ]
+
+
+@dataclass(slots=True)
+class _Answering:
+    """One of the texts that are decoded together: the prompt's last token and what follows."""
+
+    sequence: KVSequence
+    picker: Picker
+    stops: StopRules
+    tokens: list[int]
+    ended: bool = False
+
+    def take(self, logits: NDArray[np.float32]) -> None:
+        token = self.picker.pick(logits)
+        self.picker.accept(token)
+        self.tokens.append(token)
+        self.ended = self.stops.check(token) is not None
+
+
+def in_batches(
+    questions: Sequence[Question], max_tokens: int, pool_tokens: int
+) -> Iterator[list[Question]]:
+    """Neighbours, at most `BATCH` whose prompts and answers fit the pool together."""
+    batch: list[Question] = []
+    taken = 0
+    for question in questions:
+        size = num_pages(len(question.token_ids) + max_tokens) * PAGE_TOKENS
+        if batch and (len(batch) == BATCH or taken + size > pool_tokens):
+            yield batch
+            batch, taken = [], 0
+        batch.append(question)
+        taken += size
+    if batch:
+        yield batch
 
 
 class AnswerFile:
-    """Answers of one decoding in a folder, kept as they come: a corpus that others can read too."""
+    """Answers of one decoding in a folder, kept by the batch: a corpus that others can read too."""
 
     def __init__(self, folder: Path, decoding: Decoding) -> None:
         self._file = folder / f"answers-{decoding.name}.jsonl.gz"
@@ -93,11 +153,12 @@ class AnswerFile:
         """Those that have no answer yet."""
         return [each for each in questions if each.token_ids not in self._tokens]
 
-    def add(self, answer: Answer) -> None:
-        """Keep an answer, in the file too."""
-        prompt, tokens = answer.question.token_ids, answer.tokens
-        append_records(self._file, [Record(prompt, tokens, self._decoding.temperature)])
-        self._tokens[prompt] = tokens
+    def add(self, answers: Sequence[Answer]) -> None:
+        """Keep answers, in the file too."""
+        said = {answer.question.token_ids: answer.tokens for answer in answers}
+        temperature = self._decoding.temperature
+        append_records(self._file, [Record(*one, temperature) for one in said.items()])
+        self._tokens |= said
 
     def read(self, questions: Sequence[Question]) -> list[Answer]:
         """The answers to these questions, all of which have one."""

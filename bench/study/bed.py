@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,12 +13,13 @@ from treecast.bench.prompts import BenchPrompt, read_prompts
 from treecast.checkpoints import ensure_default_target
 from treecast.drafting.merge import MergedDrafter
 from treecast.engine.base import Engine
+from treecast.engine.kv_pool import PAGE_TOKENS
 from treecast.services.speculator.loading import load_engines, make_drafter
 from treecast.services.speculator.metrics import SpeculatorMetrics
 from treecast.services.speculator.settings import DrafterSpec, SpeculatorSettings
 from treecast.settings import DType, Numerics
 
-from .answers import Answer, AnswerFile, Decoding, Question, record_answer
+from .answers import Answer, AnswerFile, Decoding, Question, in_batches, record_answers
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,14 +132,17 @@ class Bed:
         engines = [self._drafts[spec.name] for spec in specs if spec.kind == "ssm"]
         return make_drafter(self._speculator(texts), engines, SpeculatorMetrics())
 
-    def missing(self, decoding: Decoding) -> list[Question]:
-        """Questions that the target has not answered yet."""
-        return AnswerFile(self._folder, decoding).missing(self.questions)
+    def missing(self, decoding: Decoding) -> Iterator[list[Question]]:
+        """Questions that the target has not answered yet, in batches."""
+        missing = AnswerFile(self._folder, decoding).missing(self.questions)
+        if missing:
+            pool_tokens = self.target.usage.total * PAGE_TOKENS
+            yield from in_batches(missing, self.settings.max_tokens, pool_tokens)
 
-    def record(self, question: Question, decoding: Decoding) -> None:
+    def record(self, questions: Sequence[Question], decoding: Decoding) -> None:
         """Have the target answer, and keep it."""
-        answer = record_answer(self.target, question, decoding, self.settings.max_tokens)
-        AnswerFile(self._folder, decoding).add(answer)
+        answers = record_answers(self.target, questions, decoding, self.settings.max_tokens)
+        AnswerFile(self._folder, decoding).add(answers)
 
     def answers(self, decoding: Decoding) -> list[Answer]:
         """The recorded answers to all questions."""

@@ -21,7 +21,7 @@ def measure(
 ) -> None:
     """Measure those sections that the folder lacks. Blocks; what is finished survives an interrupt.
 
-    Answers are kept one by one, sections as they end; calling again goes on with what is missing.
+    Answers are kept by the batch, sections as they end; calling again goes on with what is missing.
 
     Raises:
         InvalidRequest: the folder holds figures of other settings.
@@ -38,18 +38,18 @@ def measure(
 
 
 def _unanswered(bed: Bed, sections: Sequence[Section]) -> list[Case]:
-    """A case for every answer that these sections need and the target has not given yet."""
+    """Cases for the answers that these sections need and the target has not given yet."""
     needed = dict.fromkeys(each for section in sections for each in section.decodings)
     return [
-        Case(f"{decoding.name} {question.id}", partial(_record, bed, question, decoding))
+        Case(f"{decoding.name} from {batch[0].id}", partial(_record, bed, batch, decoding))
         for decoding in needed
-        for question in bed.missing(decoding)
+        for batch in bed.missing(decoding)
     ]
 
 
-def _record(bed: Bed, question: Question, decoding: Decoding) -> Measurements:
-    """Answers go to a file of their own, so that an interrupt loses one at most."""
-    bed.record(question, decoding)
+def _record(bed: Bed, questions: Sequence[Question], decoding: Decoding) -> Measurements:
+    """Answers go to a file of their own, so that an interrupt loses one batch at most."""
+    bed.record(questions, decoding)
     return Measurements()
 
 

@@ -17,11 +17,9 @@ from treecast.sampling.params import SpeculationParams
 from treecast.services.verifier.calibration import tried
 from treecast.tree import MAX_DEPTH, ROOT, TokenTree
 
-from .answers import Answer
+from .answers import BATCH, Answer
 from .results import NUM_GUESSES, Guesses, Trial
 
-BATCH = 16
-"""Answers drafted for at a time."""
 _GUESS_NODES = 64
 """Enough for five of a lookup's root children; a draft model is asked for just those."""
 

@@ -9,7 +9,14 @@ from dataclasses import replace
 import pytest
 from typer.testing import CliRunner
 
-from treecast.bench.study.answers import GREEDY, STOCHASTIC, Answer, Question, record_answer
+from treecast.bench.study.answers import (
+    GREEDY,
+    STOCHASTIC,
+    Answer,
+    Question,
+    in_batches,
+    record_answers,
+)
 from treecast.bench.study.bed import Bed, StudySettings
 from treecast.bench.study.folder import Finding, Folder, Origin
 from treecast.bench.study.measure import measure
@@ -80,7 +87,7 @@ def test_a_union_counts_distinct_guesses_when_proposers_agree():
 @pytest.mark.parametrize("proposal", list(Proposal))
 def test_replay_takes_what_the_whole_loop_takes_when_it_holds_the_answers(decoding, proposal):
     target, question = ToyEngine(vocab_size=11), Question("q", "c", (1, 2, 3))
-    said = record_answer(target, question, decoding, 24)
+    (said,) = record_answers(target, [question], decoding, 24)
     growth = SpeculationParams(proposal=proposal, growth="<2,1,1>")
 
     def drafter() -> MergedDrafter:
@@ -103,11 +110,31 @@ def test_replay_takes_what_the_whole_loop_takes_when_it_holds_the_answers(decodi
 def test_many_answers_are_drafted_side_by_side_when_prompts_are_long():
     target = ToyEngine(vocab_size=11)
     questions = [Question(f"{n}", "c", (n % 11, *range(1, 9)) * 40) for n in range(18)]
-    answers = [record_answer(target, each, GREEDY, 6) for each in questions]
+    answers = record_answers(target, questions, GREEDY, 6)
     engine = ToyEngine(vocab_size=11, pool_tokens=32768)
     together = replay(MergedDrafter([SSMDrafter(engine, "<1,1>")]), answers, SERVED, 2, "chain")
     assert [trial.steps_by_accepted for trial in together] == [(0, 0, 2)] * 18
     assert engine.usage.used == 0
+
+
+@pytest.mark.parametrize("decoding", [GREEDY, STOCHASTIC])
+def test_answers_are_those_of_the_whole_loop_when_many_are_recorded_at_once(decoding):
+    target = ToyEngine(vocab_size=11)
+    questions = [Question(f"{n}", "c", tuple(range(n + 1))) for n in range(9)]
+    answers = record_answers(target, questions, decoding, 24)
+    for said in answers:
+        alone = generate(target, said.question.token_ids, decoding.sampling(24), said.noise_key)
+        assert list(said.tokens) == alone.tokens
+    assert len({said.tokens for said in answers}) > 1
+    assert target.usage.used == 0
+
+
+def test_questions_are_asked_together_as_far_as_the_pool_goes():
+    questions = [Question(f"{n}", "c", (1,) * 100) for n in range(40)]
+    sizes = [len(batch) for batch in in_batches(questions, 28, pool_tokens=128 * 10)]
+    assert sizes == [10] * 4
+    assert [len(batch) for batch in in_batches(questions, 28, 2**20)] == [16, 16, 8]
+    assert [len(batch) for batch in in_batches(questions[:2], 29, 64)] == [1, 1]
 
 
 def test_steps_are_counted_by_length_when_a_text_was_generated():
@@ -186,20 +213,23 @@ def test_measuring_goes_on_with_what_is_missing_when_it_was_interrupted(tmp_path
     measure(
         toy_bed(tmp_path), Folder(tmp_path), sections, "second", lambda *said: shown.append(said[0])
     )
-    assert sum(label.startswith("answers") for label in first) == 4
+    assert sum(label.startswith("answers") for label in first) == 2
     assert {label.partition(":")[0] for label in shown} == {"width", "calibration"}
     found = Folder(tmp_path).read()
     assert [one.origin.command for one in found] == ["first", "second", "second"]
 
 
-def test_an_answer_is_kept_when_the_next_one_is_interrupted(tmp_path):
+def test_an_answer_is_kept_when_the_next_one_is_interrupted(tmp_path, monkeypatch):
+    monkeypatch.setattr("treecast.bench.study.answers.BATCH", 1)
+
     def interrupt(label: str, number: int, total: int) -> None:
         if number == 1:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         measure(toy_bed(tmp_path), Folder(tmp_path), [Section.LAWS], "", interrupt)
-    assert [question.id for question in toy_bed(tmp_path).missing(STOCHASTIC)] == ["b"]
+    (left,) = toy_bed(tmp_path).missing(STOCHASTIC)
+    assert [question.id for question in left] == ["b"]
 
 
 def test_a_folder_is_refused_when_it_holds_figures_of_other_settings(tmp_path):

@@ -100,7 +100,7 @@ def generate(
     sequence = engine.allocate(len(prompt) + sampling.max_tokens + max_nodes, adapter)
     try:
         draft.open()
-        _prefill(engine, sequence, prompt[:-1], chunk_tokens)
+        prefill(engine, sequence, prompt[:-1], chunk_tokens)
         return _decode(engine, sequence, prompt[-1], picker, stops, draft, max_nodes)
     finally:
         draft.close()
@@ -132,9 +132,8 @@ def check_prompt(prompt: Sequence[int], sampling: SamplingParams, info: ModelInf
         )
 
 
-def _prefill(
-    engine: Engine, sequence: KVSequence, tokens: Sequence[int], chunk_tokens: int
-) -> None:
+def prefill(engine: Engine, sequence: KVSequence, tokens: Sequence[int], chunk_tokens: int) -> None:
+    """Compute and keep the KV of a text's beginning, in passes of `chunk_tokens` rows at most."""
     for start in range(0, len(tokens), chunk_tokens):
         chunk = tokens[start : start + chunk_tokens]
         engine.forward([Segment.chain(sequence, chunk, wanted=())])
