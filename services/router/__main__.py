@@ -5,7 +5,7 @@ from __future__ import annotations
 from treecast.wire.frames import Role
 from treecast.wire.lifecycle import run_service
 
-from .router import serve
+from .server import serve
 from .settings import RouterSettings
 
 

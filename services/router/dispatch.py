@@ -1,4 +1,4 @@
-"""Admission: a request waits in the queue until a verifier has room, or its time is up."""
+"""Dispatch: a request waits in the queue until a verifier has room, or its time is up."""
 
 from __future__ import annotations
 

@@ -1,384 +1,197 @@
-"""RouterService: what clients call."""
+"""A router as a whole: built from settings, started, drained, stopped."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Self
 
-import grpc
 import structlog
 
-from treecast.errors import Cancelled, DuplicateRequest, TreecastError
-from treecast.telemetry.traces import Span, Tracing, valid_traceparent
-from treecast.v1 import router_pb2 as pb
+from treecast.errors import SettingsError
+from treecast.telemetry.process import ProcessCollector
+from treecast.telemetry.traces import open_tracing
 from treecast.v1 import router_pb2_grpc
-from treecast.wire.frames import SessionKey
-from treecast.wire.guarded_redis import RedisLost
+from treecast.wire.frames import Role
+from treecast.wire.guarded_redis import GuardedRedis
+from treecast.wire.lifecycle import Presence, begin
+from treecast.wire.registry import Registry
+from treecast.wire.server import Server
+from treecast.wire.tls import Tls, tls_of
 
-from .admission import Admission, Checked
-from .dispatch import Dispatcher
 from .draining import Draining
 from .fleet import Fleet
-from .generation import Generation, Job
-from .keys import Key, KeyRing
-from .leases import Leases, epoch_without_redis
-from .lengths import Expected, predictor_of
-from .messages import Ask, check_id, parse_ask
-from .metrics import Caller, RouterMetrics
+from .keys import KeyRing
+from .leases import Leases
+from .metrics import RouterMetrics
 from .prefixes import Prefixes
-from .queue import Share, rank_of
 from .quotas import Quotas
-from .sessions import (
-    LeasedSession,
-    NoSession,
-    SampleSession,
-    Session,
-    lease_name,
-)
+from .service import RouterService
 from .settings import RouterSettings
-from .status import models_of, status_of
-from .text import ModelText
-from .turnstile import Turnstile
-from .writer import Write, Writer
 
-DEADLINE_ROUNDING = 0.01
-"""gRPC rounds a timeout up on the wire by as much as this share of it."""
-
-Context = grpc.aio.ServicerContext[Any, Any]
-RequestName = tuple[str, str]
-"""A tenant's request id: tenants choose theirs without knowing of one another."""
+if TYPE_CHECKING:
+    from .edge import HttpListener
 
 log = structlog.get_logger()
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
-    """What an edge, gRPC or HTTP, says of one call beside its request.
+class Router:
+    """One router in this process; an async context manager.
+
+    It is ready, by `grpc.health.v1`, from its first verifier on until it drains. A later gap is
+    bridged by the queue, and whoever waits in it too long gets an error that says when to retry.
 
     Attributes:
-        write: takes each event, one at a time, and waits while the client is slow.
-        left_s: seconds until the client's deadline; None for none.
-        traceparent: W3C trace context of the caller; empty for none.
-        authorization: the call's `authorization` metadata or header, such as "Bearer KEY".
-        arrived_s: now, in time of the event loop.
+        presence: its server, `/metrics` and entry in the registry.
+        http: its OpenAI-compatible edge, if there is one.
     """
 
-    write: Write
-    left_s: float | None = None
-    traceparent: str = ""
-    authorization: str | None = field(default=None, repr=False)
-    arrived_s: float = field(default_factory=lambda: asyncio.get_running_loop().time())
-
-
-class ClientGone(Cancelled):
-    """A write found that nobody reads any more."""
-
-
-class RouterService(router_pb2_grpc.RouterServiceServicer):
-    """The RPCs over one fleet."""
-
-    def __init__(
-        self,
-        settings: RouterSettings,
-        fleet: Fleet,
-        leases: Leases,
-        prefixes: Prefixes,
-        keys: KeyRing,
-        quotas: Quotas,
-        draining: Draining,
-        redis_ok: Callable[[], bool],
-        metrics: RouterMetrics,
-        tracing: Tracing,
-    ) -> None:
-        self._draining = draining
-        self._settings = settings
-        self._fleet = fleet
-        self._leases = leases
-        self._prefixes = prefixes
-        self._keys = keys
-        self._quotas = quotas
-        self._redis_ok = redis_ok
-        self._metrics = metrics
-        self._tracing = tracing
-        self._dispatcher = Dispatcher(
-            fleet, settings.queue_limit, settings.verifier_grace_s, metrics
-        )
-        self._admission = Admission(fleet, settings.verifier_grace_s)
-        self._turnstile = Turnstile()
-        self._lengths = predictor_of(settings.length_predictor)
-        self._running: dict[RequestName, asyncio.Timeout] = {}
-        self._idle = asyncio.Event()
-        self._idle.set()
-
-    @property
-    def draining(self) -> bool:
-        """Whether it takes no new requests."""
-        return self._draining.active
-
-    @property
-    def num_waiting(self) -> int:
-        """Requests in the queue."""
-        return self._dispatcher.num_waiting
-
-    async def wait_idle(self, timeout_s: float) -> None:
-        """Until no request runs any more, or the time is up."""
-        try:
-            async with asyncio.timeout(timeout_s):
-                await self._idle.wait()
-        except TimeoutError:
-            log.warning("router.drain_incomplete", running=len(self._running))
-
-    # --- Generate -----------------------------------------------------------------------------
-
-    async def Generate(  # type: ignore[override]  # the stubs know generators only
-        self, request: pb.GenerateRequest, context: Context
-    ) -> None:
-        """Write a request's events."""
-        call = Call(
-            _writer(context),
-            context.time_remaining(),
-            valid_traceparent(_metadata(context, "traceparent")),
-            _metadata(context, "authorization"),
-        )
-        await self.generate(request, call)
-
-    async def generate(self, request: pb.GenerateRequest, call: Call) -> None:
-        """Serve one request, whichever edge it came by, and count its outcome once.
-
-        Cancel it when the client is gone.
+    def __init__(self, settings: RouterSettings, instance_id: str) -> None:
+        """Binds nothing yet.
 
         Raises:
-            TreecastError: what ended the request.
+            SettingsError: a seed or the Redis address is malformed, an extra is missing that
+                the HTTP edge or the spans need, or the queue's order needs a predictor.
         """
-        outcome = error = "client_gone"
-        caller, span = Caller(), self._tracing.begin("treecast.request", call.traceparent)
-        try:
-            outcome, error = await self._generate(request, call, caller, span), ""
-        except ClientGone:
-            raise
-        except TreecastError as failure:
-            outcome = error = failure.reason.lower()
-            raise
-        except Exception:
-            outcome = error = "internal"
-            raise
-        finally:
-            self._metrics.requests.labels(outcome, caller.tenant, caller.model).inc()
-            span.note({"treecast.outcome": outcome})
-            span.end(error)
-
-    async def _generate(
-        self, request: pb.GenerateRequest, call: Call, caller: Caller, span: Span
-    ) -> str:
-        await self._turnstile.enter()
-        key = self._keys.caller(call.authorization)
-        caller.tenant = key.tenant
-        self._draining.check()
-        ask = parse_ask(request)
-        key.check_priority(ask.priority)
-        name = (key.tenant, ask.request_id)
-        if name in self._running:
-            raise DuplicateRequest(f"request {ask.request_id!r} is running")
-        scope = asyncio.timeout(None)  # an abort lets it expire
-        self._enter(name, scope)
-        try:
-            async with scope:
-                with self._quotas.running(key):
-                    await self._quotas.take_request(key)
-                    reason = await self._serve(ask, key, call, caller, span)
-        except TimeoutError:
-            if not scope.expired():
-                raise
-            raise Cancelled(f"request {ask.request_id!r} was aborted") from None
-        finally:
-            self._exit(name)
-        return reason
-
-    def _caller(self, context: Context) -> Key:
-        """Who calls; raises Unauthenticated for nobody that we know."""
-        return self._keys.caller(_metadata(context, "authorization"))
-
-    def _enter(self, name: RequestName, scope: asyncio.Timeout) -> None:
-        self._running[name] = scope
-        self._metrics.running.inc()
-        self._idle.clear()
-
-    def _exit(self, name: RequestName) -> None:
-        del self._running[name]
-        self._metrics.running.dec()
-        if not self._running:
-            self._idle.set()
-
-    async def _serve(self, ask: Ask, key: Key, call: Call, caller: Caller, span: Span) -> str:
-        loop = asyncio.get_running_loop()
-        deadline_s = self._deadline(call)
-        checked = await self._admission.check(ask, deadline_s)
-        await self._turnstile.enter()
-        caller.model = checked.model.model
-        cost = ask.largest_cost(len(checked.prompt))
-        expected = self._expect(ask, caller, checked)
-        job = Job(
-            ask=ask,
-            share=Share(key.tenant, ask.priority, cost, self._rank(ask, expected, loop.time())),
-            expected=expected,
-            caller=caller,
-            prompt=checked.prompt,
-            model=checked.model,
-            adapter=checked.adapter,
-            session=self._session(ask, key.tenant),
-            deadline_s=deadline_s,
-            arrived_s=call.arrived_s,
-            detokenizer=lambda: checked.text.detokenizer(ask.sampling.stop),
-            token_text=lambda token: checked.text.token(token).text,
-            writer=Writer(call.write),
-            span=span,
-        )
-        limit = self._settings.max_placements
-        generation = Generation(
-            job,
-            self._dispatcher,
-            self._prefixes,
-            self._lengths,
-            self._turnstile,
-            limit,
-            self._metrics,
+        check_order(settings)
+        self.metrics = RouterMetrics()
+        self._tracing = open_tracing(settings.otlp_endpoint, "router", instance_id)
+        tls = tls_of(settings)
+        self.fleet = Fleet(instance_id, tls)
+        self._draining = Draining(self.fleet, self._set_serving)
+        self._settings = settings
+        self._redis = GuardedRedis(settings.redis_url)
+        self._registry = Registry(self._redis, Role.VERIFIER, settings.verifiers)
+        leases = Leases(self._redis, settings.lease_ttl_s)
+        self.service = RouterService(
+            settings,
+            self.fleet,
+            leases,
+            Prefixes(self._redis, settings.lease_ttl_s),
+            KeyRing(settings.api_keys_file, settings.api_keys),
+            Quotas(self._redis),
+            self._draining,
+            lambda: self.redis_ok,
+            self.metrics,
             self._tracing,
         )
-        async with self._quotas.tokens(key, cost, lambda: generation.spent):
-            reason = await generation.run()
-        duration = self._metrics.duration.labels(caller.tenant, caller.model)
-        duration.observe(loop.time() - call.arrived_s)
-        return reason.name.lower()
+        server = Server(tls=tls, require_clients=settings.tls_clients == "certificate")
+        self.metrics.registry.register(
+            ProcessCollector(
+                "router", lambda: tuple(self.fleet.models_seen), lambda: self.service.draining
+            )
+        )
+        self.presence = Presence(
+            settings, Role.ROUTER, instance_id, server, self._redis, self.metrics.registry
+        )
+        self.http = open_edge(self.service, settings, tls) if settings.http_listen else None
+        self._first_verifier: asyncio.Task[None] | None = None
 
-    def _expect(self, ask: Ask, caller: Caller, checked: Checked) -> Expected | None:
-        whose = (caller.tenant, caller.model, checked.adapter.name if checked.adapter else "")
-        expected = self._lengths.expect(whose, checked.prompt, ask.sampling)
-        if expected is not None:
-            self._metrics.length_guesses.labels(expected.source.value).inc()
-        return expected
+    @property
+    def redis_ok(self) -> bool:
+        """False while sessions are placed by hash, because Redis was not given or is lost."""
+        return self._redis.ok
 
-    def _rank(self, ask: Ask, expected: Expected | None, now_s: float) -> float:
-        left = expected.left(len(ask.committed)) if expected else None
-        settings = self._settings
-        return rank_of(settings.queue_order, now_s, left, settings.queue_give_way_s)
+    @property
+    def address(self) -> str:
+        """As others reach it; empty before `start`."""
+        return self.presence.address
 
-    def _deadline(self, call: Call) -> float | None:
-        """Ahead of the client's own, so that the last event still gets there."""
-        if call.left_s is None:
-            return None
-        margin_s = self._settings.deadline_margin_s + DEADLINE_ROUNDING * call.left_s
-        return call.arrived_s + max(call.left_s / 2, call.left_s - margin_s)
+    async def start(self) -> None:
+        """Raises SettingsError: an address cannot be bound."""
+        self.presence.server.add(
+            router_pb2_grpc.add_RouterServiceServicer_to_server,
+            self.service,
+            "treecast.v1.RouterService",
+            callers=["client"],
+        )
+        self.metrics.streams.set_function(lambda: float(len(self.fleet.candidates())))
+        await self.presence.start()
+        if self.http is not None:
+            self.presence.further["http"] = await self.http.start()
+        await self._registry.start(self.fleet.follow)
+        if not self.redis_ok:
+            log.warning("router.no_redis", affinity="by hash", seeds=self._settings.verifiers)
+        await self._set_serving(True)
 
-    def _session(self, ask: Ask, tenant: str) -> Session:
-        if ask.session_id is not None:
-            return LeasedSession(self._leases, tenant, ask.session_id)
-        if ask.num_samples > 1:
-            return SampleSession(tenant, ask.request_id, self._fleet.forget)
-        return NoSession()
+    async def _set_serving(self, serving: bool) -> None:
+        """Be ready once a verifier is there, or not at all."""
+        await self._forget_first_verifier()
+        if serving:
+            self._first_verifier = asyncio.create_task(self._await_first_verifier())
+        else:
+            await self.presence.server.set_not_ready()
 
-    # --- the other RPCs -----------------------------------------------------------------------
+    async def _await_first_verifier(self) -> None:
+        await self.fleet.until(lambda: bool(self.fleet.open_hellos()) or None, timeout_s=None)
+        await self.presence.server.set_ready()
 
-    async def Abort(self, request: pb.AbortRequest, context: Context) -> pb.AbortResponse:
-        """Ends a request of the caller's tenant with CANCELLED, wherever it is, once it has been
-        taken up.
-        """
-        scope = self._running.get((self._caller(context).tenant, request.request_id))
-        if scope is None or scope.expired():
-            return pb.AbortResponse(aborted=False)
-        scope.reschedule(asyncio.get_running_loop().time())
-        return pb.AbortResponse(aborted=True)
+    async def drain(self) -> None:
+        """Take no new requests and wait for those that run, as long as the settings allow."""
+        await self._draining.stop()
+        await self.presence.leave()
+        await self.service.wait_idle(self._settings.drain_s)
 
-    async def CloseSession(
-        self, request: pb.CloseSessionRequest, context: Context
-    ) -> pb.CloseSessionResponse:
-        """Without Redis nobody knows the holder, so every verifier is told."""
-        tenant = self._caller(context).tenant
-        check_id("session_id", request.session_id)
+    async def close(self) -> None:
+        """Stop at once. Safe to repeat."""
+        await self._forget_first_verifier()
+        if self.http is not None:
+            await self.http.close()
+        await self.presence.close()
+        await self._registry.close()
+        await self.fleet.close()
+        await self._redis.close()
+        await asyncio.to_thread(self._tracing.close)
+
+    async def _forget_first_verifier(self) -> None:
+        if self._first_verifier is not None:
+            self._first_verifier.cancel()
+            await asyncio.gather(self._first_verifier, return_exceptions=True)
+
+    async def __aenter__(self) -> Self:
         try:
-            lease = await self._leases.release(lease_name(tenant, request.session_id))
-        except RedisLost:
-            closed = self._forget_everywhere(tenant, request.session_id)
-            return pb.CloseSessionResponse(closed=closed)
-        if lease is not None:
-            key = SessionKey(tenant, request.session_id, lease.epoch)
-            self._fleet.forget(lease.holder, key)
-        return pb.CloseSessionResponse(closed=lease is not None)
+            await self.start()
+        except BaseException:
+            await self.close()
+            raise
+        return self
 
-    def _forget_everywhere(self, tenant: str, session_id: str) -> bool:
-        key = SessionKey(tenant, session_id, epoch_without_redis())
-        instances = [candidate.instance_id for candidate in self._fleet.candidates()]
-        for instance_id in instances:
-            self._fleet.forget(instance_id, key)
-        return bool(instances)
+    async def __aexit__(self, *exc: object) -> None:
+        await self.close()
 
-    async def ListModels(
-        self, request: pb.ListModelsRequest, context: Context
-    ) -> pb.ListModelsResponse:
-        """One entry for each revision that takes new requests."""
-        return pb.ListModelsResponse(models=self.models(_metadata(context, "authorization")))
 
-    def models(self, authorization: str | None) -> list[pb.Model]:
-        """What `ListModels` answers; raises Unauthenticated for nobody that we know."""
-        self.check_key(authorization)
-        return models_of(self._fleet.open_hellos())
-
-    def check_key(self, authorization: str | None) -> None:
-        """Raises Unauthenticated for nobody that we know; before a call's body is read."""
-        self._keys.caller(authorization)
-
-    def text_of(self, model: str, revision: str) -> ModelText:
-        """The tokenizer of a model that a request has started with."""
-        return self._admission.text_of(model, revision)
-
-    async def GetStatus(
-        self, request: pb.GetStatusRequest, context: Context
-    ) -> pb.GetStatusResponse:
-        """All verifiers that are dialed, those that do not answer included."""
-        self._caller(context)
-        statuses = await asyncio.gather(*map(status_of, self._fleet.verifiers))
-        return pb.GetStatusResponse(
-            verifiers=statuses,
-            queued=self.num_waiting,
-            running=max(0, len(self._running) - self.num_waiting),
-            redis_ok=self._redis_ok(),
-            draining=self.draining,
+def check_order(settings: RouterSettings) -> None:
+    """Raises SettingsError: the queue goes by lengths that nobody guesses."""
+    if settings.queue_order == "shortest" and settings.length_predictor == "none":
+        raise SettingsError(
+            "--queue-order is 'shortest' and --length-predictor is 'none'; it needs 'history' or "
+            "'max-tokens'"
         )
 
-    # --- for admins ---------------------------------------------------------------------------
 
-    async def Drain(self, request: pb.DrainRequest, context: Context) -> pb.DrainResponse:
-        """Returns at once; `GetStatus` tells how many requests still run."""
-        self._caller(context).check_admin()
-        if not request.target:
-            await self._draining.drain_router()
-            return pb.DrainResponse(running=len(self._running))
-        after_ms = request.hand_over_after_ms if request.HasField("hand_over_after_ms") else None
-        running = await self._draining.drain_verifier(request.target, after_ms)
-        return pb.DrainResponse(running=running)
+def open_edge(service: RouterService, settings: RouterSettings, tls: Tls | None) -> HttpListener:
+    """The HTTP edge, whose packages are imported only where it is wanted.
 
-    async def Resume(self, request: pb.ResumeRequest, context: Context) -> pb.ResumeResponse:
-        """Undoes a drain; nothing to do if there was none."""
-        self._caller(context).check_admin()
-        if request.target:
-            await self._draining.resume_verifier(request.target)
-        else:
-            await self._draining.resume_router()
-        return pb.ResumeResponse()
+    Raises:
+        SettingsError: they are not installed, or there is no certificate to show.
+    """
+    listen = settings.http_listen or ""
+    try:
+        from .edge import http_edge
+    except ImportError as error:
+        raise SettingsError(
+            f"--http-listen is {listen!r} and {error.name} is not installed; install treecast[http]"
+        ) from error
+    context = tls.http_context(settings.tls_clients == "certificate") if tls else None
+    return http_edge(service, listen, context)
 
 
-def _metadata(context: Context, wanted: str) -> str | None:
-    """The first value of that name; binary ones have others."""
-    metadata = context.invocation_metadata() or ()
-    return next((str(value) for name, value in metadata if name == wanted), None)
+async def serve(settings: RouterSettings) -> None:
+    """Run a router until SIGTERM or SIGINT, then drain it.
 
-
-def _writer(context: Context) -> Write:
-    async def write(response: pb.GenerateResponse) -> None:
-        try:
-            await context.write(response)
-        except grpc.aio.InternalError:  # before gRPC has come to cancel us
-            raise ClientGone("client has left") from None
-
-    return write
+    Raises:
+        SettingsError: a value is malformed, or an address cannot be bound.
+    """
+    async with Router(settings, begin(settings, Role.ROUTER)) as router:
+        await router.presence.until_stopped()
+        await router.drain()
+    log.info("service.stopped")

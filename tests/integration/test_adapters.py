@@ -12,7 +12,7 @@ import pytest
 from treecast import SamplingParams
 from treecast.engine.toy import ToyEngine
 from treecast.errors import InvalidRequest, ModelError, NotServed, SettingsError
-from treecast.services.router.router import Router
+from treecast.services.router.server import Router
 from treecast.services.router.settings import RouterSettings
 from treecast.services.verifier.loading import check_adapters
 from treecast.services.verifier.settings import VerifierSettings

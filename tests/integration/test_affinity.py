@@ -14,7 +14,7 @@ from treecast import AsyncClient, SamplingParams
 from treecast.client.results import Usage
 from treecast.engine.toy import ToyEngine
 from treecast.services.router.placement import PlacedBy
-from treecast.services.router.router import Router
+from treecast.services.router.server import Router
 from treecast.services.router.settings import RouterSettings
 from treecast.text.tokenizer import TokenizerFiles
 

@@ -20,7 +20,7 @@ from treecast.errors import Cancelled, Overloaded, SettingsError, StaleLease, Tr
 from treecast.sampling.logprobs import TokenLogprobs
 from treecast.services.router.edge.errors import error_response
 from treecast.services.router.edge.listener import HttpListener
-from treecast.services.router.server import Call
+from treecast.services.router.service import Call
 from treecast.v1 import router_pb2 as pb
 from treecast.wire.channel import MAX_MESSAGE_BYTES
 from treecast.wire.frames import Completed, FinishReason, Progress, Usage

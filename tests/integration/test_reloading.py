@@ -35,7 +35,7 @@ from treecast.errors import (
     Unavailable,
 )
 from treecast.sampling.params import Law, SpeculationParams
-from treecast.services.router.router import Router
+from treecast.services.router.server import Router
 from treecast.services.router.settings import RouterSettings
 from treecast.services.speculator.loading import load_engines
 from treecast.services.speculator.server import Speculator, server_of

@@ -22,7 +22,7 @@ from treecast.services.local.valkey import _binary, free_port
 from treecast.services.router.keys import Key
 from treecast.services.router.leases import Leases
 from treecast.services.router.quotas import Quotas
-from treecast.services.router.router import Router
+from treecast.services.router.server import Router
 from treecast.services.router.settings import RouterSettings
 from treecast.wire.frames import Role
 from treecast.wire.guarded_redis import GuardedRedis, RedisLost, redacted

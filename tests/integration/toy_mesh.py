@@ -12,7 +12,7 @@ from typing import Any
 
 from treecast import AsyncClient, SamplingParams
 from treecast.engine.toy import ToyEngine
-from treecast.services.router.router import Router
+from treecast.services.router.server import Router
 from treecast.services.router.settings import RouterSettings
 from treecast.services.speculator.server import Speculator
 from treecast.services.speculator.server import server_of as server_of_speculator

@@ -26,7 +26,7 @@ from treecast.services.router.lengths import (
     Source,
     predictor_of,
 )
-from treecast.services.router.router import check_order
+from treecast.services.router.server import check_order
 from treecast.services.router.settings import RouterSettings
 
 WHOSE = ("tenant", "model", "")

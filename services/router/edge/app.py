@@ -16,7 +16,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from treecast.errors import NotServed, TreecastError
-from treecast.services.router.server import Call, RouterService
+from treecast.services.router.service import Call, RouterService
 from treecast.telemetry.traces import valid_traceparent
 
 from .body import read_body

@@ -13,7 +13,7 @@ import grpc
 from grpc_health.v1 import health_pb2_grpc
 from prometheus_client import CollectorRegistry
 
-from treecast.services.router.router import Router
+from treecast.services.router.server import Router
 from treecast.services.router.settings import RouterSettings
 from treecast.v1 import router_pb2 as pb
 from treecast.v1 import router_pb2_grpc

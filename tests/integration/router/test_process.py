@@ -116,7 +116,7 @@ async def test_process_ends_when_an_address_is_in_use(flag: str, message: str) -
 
 
 async def test_router_never_loads_torch_or_transformers() -> None:
-    check = "import sys, treecast.services.router.router as _; print(*sys.modules)"
+    check = "import sys, treecast.services.router.server as _; print(*sys.modules)"
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-c", check, stdout=asyncio.subprocess.PIPE
     )
