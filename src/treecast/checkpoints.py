@@ -4,11 +4,12 @@ Nothing here imports torch or transformers until a function needs it, so the com
 quick to start.
 """
 
+import copy
 import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,6 @@ from treecast.model_folder import (
     copy_tokenizer,
     file_hash,
     model_revision,
-    read_config,
     tokenizer_hash,
     weight_files,
 )
@@ -36,6 +36,7 @@ __all__ = [
     "assemble_draft",
     "check_model_dir",
     "copy_tokenizer",
+    "cut_config",
     "default_cache_dir",
     "draft_folder",
     "ensure_converted",
@@ -56,6 +57,15 @@ HEAD_TOKENS = "head_token_ids"
 """Entry of a draft's weights and of its config.json: the tokens that its head is cut to."""
 SCALE_SUFFIX = ".scale"
 """Of the scales, one a row, that stand beside a matrix stored in 8 bits."""
+
+# What a config says of each layer, one entry a layer, as the families call it.
+_LAYERWISE = (
+    "attention_layers",
+    "layer_types",
+    "layers_block_type",
+    "mlp_layer_types",
+    "no_rope_layers",
+)
 
 
 def default_cache_dir() -> Path:
@@ -264,19 +274,33 @@ def assemble_draft(weights: Path, target: Path, out: Path) -> None:
         ModelError: the two do not belong together.
     """
     from safetensors.torch import save_file
+    from transformers import AutoConfig
 
     trained = read_trained(weights)
-    config = read_config(target)
-    trained.check_fits(config["vocab_size"], config["hidden_size"], f"the target {target}")
+    config: Any = AutoConfig.from_pretrained(target)  # families name their sizes differently
+    trained.check_fits(config.vocab_size, config.hidden_size, f"the target {target}")
     tensors = dict(trained.tensors)
     for name, tensor in _outside_layers(target):
         tensors.setdefault(name, tensor)
-    draft_config = _draft_config(config, trained.metadata)
+    layers = trained.layers or range(int(trained.metadata["num_layers"]))
+    draft_config = cut_config(config, layers)
     if trained.head_token_ids is not None:
-        draft_config[HEAD_TOKENS] = list(trained.head_token_ids)
-    (out / "config.json").write_text(json.dumps(draft_config, indent=2))
+        setattr(draft_config, HEAD_TOKENS, list(trained.head_token_ids))
+    draft_config.to_json_file(out / "config.json")
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     copy_tokenizer(target, out)
+
+
+def cut_config(config: Any, layers: Sequence[int]) -> Any:
+    """The config of a target's `layers` alone, in that order; the target's is unchanged."""
+    cut = copy.deepcopy(config)
+    cut.num_hidden_layers = len(layers)
+    for name in _LAYERWISE:
+        if kinds := getattr(config, name, None):
+            setattr(cut, name, [kinds[layer] for layer in layers])
+    if hasattr(cut, "attention_types"):  # GPT-Neo reads its layers' kinds from this
+        cut.attention_types = [[cut.attention_layers, 1]]
+    return cut
 
 
 def _silent(_message: str) -> None: ...
@@ -293,12 +317,3 @@ def _outside_layers(target: Path) -> Iterator[tuple[str, Any]]:
             for name in tensors.keys():  # noqa: SIM118  # safe_open is no mapping
                 if not any(part.isdigit() for part in name.split(".")):
                     yield name, tensors.get_tensor(name)
-
-
-def _draft_config(target: dict[str, Any], metadata: dict[str, str]) -> dict[str, Any]:
-    config = dict(target)
-    config["num_hidden_layers"] = int(metadata["num_layers"])
-    if "layer_types" in config:
-        kinds = config["layer_types"]
-        config["layer_types"] = [kinds[i] for i in json.loads(metadata["layers"])]
-    return config

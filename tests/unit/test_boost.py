@@ -14,6 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from treecast.bench.families.check import save_random_model
 from treecast.checkpoints import HEAD_TOKENS, read_trained
 from treecast.engine.base import Segment
 from treecast.engine.hf import HFEngine
@@ -192,6 +193,51 @@ def test_tune_refuses_when_settings_are_out_of_range(
     with pytest.raises(ModelError) as caught:
         tune(replace(settings, **change))
     assert caught.value.message == message
+
+
+# --- other families ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neo", "mpt"])
+def test_draft_is_loadable_when_the_family_names_its_sizes_otherwise(
+    settings: TuneSettings, family: str
+) -> None:
+    save_random_model(family, settings.target)
+    (draft,) = tune(replace(settings, layers=((1,),), max_steps=1)).drafts
+    loaded, found = AutoModelForCausalLM.from_pretrained(draft.out, output_loading_info=True)
+    assert not found["missing_keys"]
+    assert loaded.config.num_hidden_layers == 1
+    # Of global and local layers, the second is local.
+    assert getattr(loaded.config, "attention_layers", ["local"]) == ["local"]
+
+
+def test_tune_refuses_before_the_first_step_when_a_draft_could_not_be_assembled(
+    settings: TuneSettings,
+) -> None:
+    (settings.target / "model.safetensors").unlink()
+    torch.save(tiny_target().state_dict(), settings.target / "pytorch_model.bin")
+    seen: list[TuneProgress] = []
+    with pytest.raises(ModelError, match=r"has no safetensors to take the embedding from"):
+        tune(settings, seen.append)
+    assert not seen
+
+
+def test_tune_refuses_before_the_first_step_when_out_cannot_be_written(
+    settings: TuneSettings,
+) -> None:
+    settings.out.write_text("a file")
+    seen: list[TuneProgress] = []
+    with pytest.raises(ModelError, match=f"no draft of .* can be made in {settings.out}"):
+        tune(settings, seen.append)
+    assert not seen
+
+
+def test_draft_drops_nothing_out_when_its_success_is_measured(settings: TuneSettings) -> None:
+    save_random_model("gpt2", settings.target)
+    target = AutoModelForCausalLM.from_pretrained(settings.target)
+    draft = cut_draft(target, (0, 1))
+    ids = torch.arange(3, 40)[None]
+    assert torch.equal(draft(ids).logits, target.eval()(ids).logits)
 
 
 # --- starting from weights ---------------------------------------------------------------------

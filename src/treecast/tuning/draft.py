@@ -1,7 +1,7 @@
 """Cut a draft out of a target: some of its decoder layers; its embedding and head stay frozen."""
 
-import copy
 import json
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from treecast.checkpoints import HEAD_TOKENS, SCALE_SUFFIX, read_trained
+from treecast.checkpoints import (
+    HEAD_TOKENS,
+    SCALE_SUFFIX,
+    assemble_draft,
+    cut_config,
+    read_trained,
+)
 from treecast.errors import ModelError
 from treecast.tuning.whole_file import write_whole
 
@@ -37,6 +43,7 @@ def cut_draft(target: Any, layers: Sequence[int]) -> Any:
     """Build a causal LM of the target's `layers`, in that order, with copied weights.
 
     Embedding and head require no gradient; every other parameter does. The target is unchanged.
+    Nothing is dropped out while it trains: it is small beside its corpus.
 
     Raises:
         ModelError: a layer index is out of range or given twice, or no decoder stack is found.
@@ -49,11 +56,7 @@ def cut_draft(target: Any, layers: Sequence[int]) -> Any:
             )
     if len(set(layers)) != len(layers):
         raise ModelError(f"layers {list(layers)} name a layer twice")
-    config = copy.deepcopy(target.config)
-    config.num_hidden_layers = len(layers)
-    if getattr(config, "layer_types", None):
-        config.layer_types = [target.config.layer_types[layer] for layer in layers]
-    draft: Any = type(target)(config).to(target.dtype)
+    draft: Any = type(target)(cut_config(target.config, layers)).to(target.dtype).eval()
     draft.load_state_dict(_cut_state(target, layers))
     for frozen in (draft.get_input_embeddings(), draft.get_output_embeddings()):
         frozen.requires_grad_(False)
@@ -93,6 +96,31 @@ def save_trained(
     if head_token_ids is not None:
         tensors[HEAD_TOKENS] = head_token_ids.to(torch.int32)
     write_whole(file, save(tensors, metadata=metadata))
+
+
+def check_assembles(draft: Any, layers: Sequence[int], target: Path, folder: Path) -> None:
+    """Put an untrained draft together and load it, so that no training is in vain. Blocks.
+
+    Makes the folder, and leaves nothing in it.
+
+    Raises:
+        ModelError: the folder cannot be written, or what is made of the target cannot be loaded.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as scratch:
+            out = Path(scratch)
+            save_trained(draft, layers, out / "trained", {})
+            assemble_draft(out / "trained", target, out)
+            _, found = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    except ModelError:
+        raise
+    except Exception as error:  # whatever a family's code raises
+        raise ModelError(f"no draft of {target} can be made in {folder}: {error}") from error
+    if missing := sorted(found["missing_keys"]):
+        raise ModelError(f"a draft of {target} would lack {', '.join(missing)}")
 
 
 def load_start(draft: Any, layers: Sequence[int], file: Path) -> None:

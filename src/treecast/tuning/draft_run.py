@@ -16,7 +16,7 @@ from treecast.checkpoints import assemble_draft, read_trained
 from treecast.errors import ModelError
 from treecast.tuning.batches import Batch, epoch_batches, make_batch
 from treecast.tuning.cut_head import HeadRows, frequent_tokens, used_tokens
-from treecast.tuning.draft import cut_draft, load_start, save_trained
+from treecast.tuning.draft import check_assembles, cut_draft, load_start, save_trained
 from treecast.tuning.head_loss import frozen_head_loss
 from treecast.tuning.heldout import completion_tokens, guesses_of, heldout_guesses, success
 from treecast.tuning.labels import Labels, hard_labels
@@ -77,6 +77,7 @@ class DraftRun:
         finished = self._resume()
         if finished is not None:
             return finished
+        check_assembles(self.draft, self.plan.layers, self.settings.target, self._training)
         self.train(progress)
         return self.finish()
 
