@@ -568,3 +568,38 @@ def test_self_play_adds_nothing_when_the_corpus_is_large_enough(
             stream.write('{"prompt_ids": [1], "completion_ids": [2]}\n')
     assert generate_corpus(self_play) == 7
     assert len(read_corpus(self_play.out).records) == 7
+
+
+@pytest.mark.parametrize(
+    ("name", "held"),
+    [("notes.txt", b"not mine"), ("notes.gz", b"not mine"), ("a.jsonl", b'{"text": 1}\n' * 9)],
+)
+def test_self_play_leaves_a_file_alone_when_it_is_no_corpus(
+    self_play: SelfPlaySettings, tmp_path: Path, name: str, held: bytes
+) -> None:
+    file = tmp_path / name
+    file.write_bytes(held)
+    with pytest.raises(CorpusError, match=rf"^{file} is no corpus; name another file"):
+        generate_corpus(replace(self_play, out=file))
+    assert file.read_bytes() == held
+
+
+def test_self_play_leaves_a_corpus_alone_when_another_wrote_it(
+    self_play: SelfPlaySettings,
+) -> None:
+    write_corpus(self_play.out, [ONE] * 4)
+    with pytest.raises(CorpusError) as caught:
+        generate_corpus(self_play)
+    assert caught.value.message == (
+        f"{self_play.out} is no corpus that {self_play.target} wrote; name another file"
+    )
+    assert read_corpus(self_play.out).records == (ONE,) * 4
+
+
+def test_self_play_begins_anew_when_the_file_is_empty_or_cut_at_once(
+    self_play: SelfPlaySettings,
+) -> None:
+    for left in (b"", b"\x1f\x8b\x08"):
+        self_play.out.write_bytes(left)
+        assert generate_corpus(self_play) == 7
+        assert len(read_corpus(self_play.out).records) == 7

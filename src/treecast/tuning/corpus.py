@@ -12,12 +12,14 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from treecast.errors import CorpusError
+
+_LINE_START = b'{"prompt_ids": ['
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,17 +60,27 @@ def read_corpus(path: Path) -> Corpus:
     """
     if not path.is_file():
         raise CorpusError(f"corpus {path} does not exist")
-    records: list[Record] = []
-    problems: list[str] = []
-    for number, line in _numbered_lines(path, problems):
-        try:
-            records.append(_parse(line))
-        except ValueError as error:
-            problems.append(f"corpus {path}: line {number} dropped: {error}")
+    records, problems = _read(path)
     if not records:
-        detail = f"; {problems[0]}" if problems else ""
+        detail = f"; {problems[0].message}" if problems else ""
         raise CorpusError(f"corpus {path} holds no complete record{detail}")
-    return Corpus(tuple(records), tuple(problems))
+    return Corpus(tuple(records), tuple(problem.message for problem in problems))
+
+
+def read_begun(path: Path) -> tuple[Record, ...]:
+    """The complete records of a file to go on with, perhaps none; takes a cut end off the file.
+
+    Raises:
+        CorpusError: there is more amiss than a cut end, so it may be another's; it stays as it is.
+    """
+    if not path.is_file():
+        return ()
+    records, problems = _read(path)
+    if len(problems) > 1 or not all(problem.is_cut_end for problem in problems):
+        raise CorpusError(f"{path} is no corpus; name another file ({problems[0].message})")
+    if problems:
+        write_corpus(path, records)
+    return tuple(records)
 
 
 def write_corpus(path: Path, records: Iterable[Record]) -> None:
@@ -105,13 +117,32 @@ def check_vocabulary(records: Sequence[Record], vocab_size: int) -> None:
             )
 
 
+class _Problem(NamedTuple):
+    """Why a line was dropped, and whether an interrupted writer may have left it so."""
+
+    message: str
+    is_cut_end: bool
+
+
+def _read(path: Path) -> tuple[list[Record], list[_Problem]]:
+    records: list[Record] = []
+    problems: list[_Problem] = []
+    for number, line in _numbered_lines(path, problems):
+        try:
+            records.append(_parse(line))
+        except ValueError as error:
+            is_cut_end = not line.endswith(b"\n") and line.startswith(_LINE_START[: len(line)])
+            problems.append(_Problem(f"corpus {path}: line {number} dropped: {error}", is_cut_end))
+    return records, problems
+
+
 def _open(path: Path, mode: str) -> IO[bytes]:
     if path.suffix == ".gz":
         return gzip.open(path, mode)  # type: ignore[return-value]  # GzipFile is IO[bytes] at run time
     return path.open(mode)
 
 
-def _numbered_lines(path: Path, problems: list[str]) -> Iterator[tuple[int, bytes]]:
+def _numbered_lines(path: Path, problems: list[_Problem]) -> Iterator[tuple[int, bytes]]:
     """Yield (line number from 1, line); a broken gzip stream ends it and adds a problem."""
     number = 0
     with _open(path, "rb") as stream:
@@ -119,7 +150,8 @@ def _numbered_lines(path: Path, problems: list[str]) -> Iterator[tuple[int, byte
             for number, line in enumerate(stream, start=1):
                 yield number, line
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            problems.append(f"corpus {path}: line {number + 1} dropped: {error}")
+            message = f"corpus {path}: line {number + 1} dropped: {error}"
+            problems.append(_Problem(message, isinstance(error, EOFError)))
 
 
 def _entry(record: Record) -> dict[str, Any]:

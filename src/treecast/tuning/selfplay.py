@@ -17,7 +17,7 @@ from treecast.engine.loading import LoadOptions, load_model, resolve_dtype
 from treecast.errors import CorpusError
 from treecast.settings import DType
 from treecast.tuning.batch_decode import Choose, decode_batch, greedy, nucleus
-from treecast.tuning.corpus import Record, append_records, read_corpus, write_corpus
+from treecast.tuning.corpus import Record, append_records, read_begun, write_corpus
 
 _MARK = "\u241e"  # stands for the user's text while the chat template is taken apart
 
@@ -67,19 +67,22 @@ def generate_corpus(
 
     Returns:
         The number of records in the file.
+
+    Raises:
+        CorpusError: the file holds something else; it stays as it is.
     """
     from transformers import AutoTokenizer
 
     check_model_dir(settings.target)
-    num_done = _prepare(settings)
+    tokenizer: Any = AutoTokenizer.from_pretrained(settings.target)
+    frame = chat_frame(tokenizer)
+    num_done = _prepare(settings, frame)
     if num_done >= settings.num_records:
         return num_done
-    tokenizer: Any = AutoTokenizer.from_pretrained(settings.target)
     model = load_model(
         settings.target, LoadOptions(resolve_dtype(settings.dtype), "fast", "cpu", None)
     )
     replace_linears(model, packed_layers(min_rows=1))
-    frame = chat_frame(tokenizer)
     while num_done < settings.num_records:
         records = _play(model, frame, settings, num_done)
         append_records(settings.out, records)
@@ -104,24 +107,23 @@ def chat_frame(tokenizer: Any) -> ChatFrame:
     )
 
 
-def _prepare(settings: SelfPlaySettings) -> int:
+def _prepare(settings: SelfPlaySettings, frame: ChatFrame) -> int:
     """Count what an earlier run left, cut back to whole batches.
 
     A batch draws from one seed, so one that was cut in the middle is made again as a whole.
     """
     settings.out.parent.mkdir(parents=True, exist_ok=True)
-    if not settings.out.is_file():
-        return 0
-    try:
-        corpus = read_corpus(settings.out)
-    except CorpusError:
-        settings.out.unlink()
-        return 0
-    if len(corpus.records) >= settings.num_records:
-        return len(corpus.records)
-    num_whole = len(corpus.records) // settings.batch_size * settings.batch_size
-    if corpus.problems or num_whole < len(corpus.records):
-        write_corpus(settings.out, corpus.records[:num_whole])
+    records = read_begun(settings.out)
+    if len(records) >= settings.num_records:
+        return len(records)
+    num_whole = len(records) // settings.batch_size * settings.batch_size
+    for record in (dropped := records[num_whole:]):
+        if record.prompt_ids[: len(frame.before_ids)] != frame.before_ids:
+            raise CorpusError(
+                f"{settings.out} is no corpus that {settings.target} wrote; name another file"
+            )
+    if dropped:
+        write_corpus(settings.out, records[:num_whole])
     return num_whole
 
 
