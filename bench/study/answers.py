@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from treecast.sampling.params import SamplingParams
 from treecast.sampling.pick import Picker
 from treecast.sampling.stops import StopRules
 from treecast.sampling.transforms import Context
-from treecast.tuning.corpus import Record, append_records, read_corpus
+from treecast.tuning.corpus import Record, append_records, read_begun
 
 PREFILL_TOKENS = 256
 BATCH = 16
@@ -143,10 +144,16 @@ def in_batches(
 class AnswerFile:
     """Answers of one decoding in a folder, kept by the batch: a corpus that others can read too."""
 
-    def __init__(self, folder: Path, decoding: Decoding) -> None:
-        self._file = folder / f"answers-{decoding.name}.jsonl.gz"
+    def __init__(self, folder: Path, decoding: Decoding, origin: str) -> None:
+        """Read what is there; takes off a batch that an interruption cut.
+
+        Args:
+            origin: what answers depend on beside prompt and decoding; others are not read.
+        """
+        digest = hashlib.sha256(origin.encode()).hexdigest()[:8]
+        self._file = folder / f"answers-{decoding.name}-{digest}.jsonl.gz"
         self._decoding = decoding
-        known = read_corpus(self._file).records if self._file.is_file() else ()
+        known = read_begun(self._file)
         self._tokens = {record.prompt_ids: record.completion_ids for record in known}
 
     def missing(self, questions: Sequence[Question]) -> list[Question]:

@@ -134,7 +134,7 @@ class Bed:
 
     def missing(self, decoding: Decoding) -> Iterator[list[Question]]:
         """Questions that the target has not answered yet, in batches."""
-        missing = AnswerFile(self._folder, decoding).missing(self.questions)
+        missing = self._file(decoding).missing(self.questions)
         if missing:
             pool_tokens = self.target.usage.total * PAGE_TOKENS
             yield from in_batches(missing, self.settings.max_tokens, pool_tokens)
@@ -142,11 +142,15 @@ class Bed:
     def record(self, questions: Sequence[Question], decoding: Decoding) -> None:
         """Have the target answer, and keep it."""
         answers = record_answers(self.target, questions, decoding, self.settings.max_tokens)
-        AnswerFile(self._folder, decoding).add(answers)
+        self._file(decoding).add(answers)
 
     def answers(self, decoding: Decoding) -> list[Answer]:
         """The recorded answers to all questions."""
-        return AnswerFile(self._folder, decoding).read(self.questions)
+        return self._file(decoding).read(self.questions)
+
+    def _file(self, decoding: Decoding) -> AnswerFile:
+        origin = f"{self.target.info.fingerprint} {self.settings.max_tokens}"
+        return AnswerFile(self._folder, decoding, origin)
 
     def _speculator(self, drafters: Sequence[str]) -> SpeculatorSettings:
         settings = self.settings

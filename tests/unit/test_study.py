@@ -13,6 +13,7 @@ from treecast.bench.study.answers import (
     GREEDY,
     STOCHASTIC,
     Answer,
+    AnswerFile,
     Question,
     in_batches,
     record_answers,
@@ -179,9 +180,10 @@ def toy_bed(folder, **settings) -> Bed:
 def test_all_sections_are_measured_when_the_folder_is_empty(tmp_path):
     measure(toy_bed(tmp_path), Folder(tmp_path), list(Section), "treecast bench", lambda *_: None)
     page = render(Folder(tmp_path))
+    answers = {file.name for file in tmp_path.glob("answers-*.jsonl.gz")}
+    assert {name.rpartition("-")[0] for name in answers} == {"answers-greedy", "answers-stochastic"}
     assert {file.name for file in tmp_path.iterdir()} == {
-        "answers-greedy.jsonl.gz",
-        "answers-stochastic.jsonl.gz",
+        *answers,
         "report.md",
         *(f"{section.value}.{kind}" for section in Section for kind in ("json", "png")),
     }
@@ -230,6 +232,32 @@ def test_an_answer_is_kept_when_the_next_one_is_interrupted(tmp_path, monkeypatc
         measure(toy_bed(tmp_path), Folder(tmp_path), [Section.LAWS], "", interrupt)
     (left,) = toy_bed(tmp_path).missing(STOCHASTIC)
     assert [question.id for question in left] == ["b"]
+
+
+def test_answers_are_asked_for_anew_when_another_target_or_length_gave_them(tmp_path):
+    def num_missing(target: ToyEngine, max_tokens: int) -> int:
+        settings = replace(bed.settings, max_tokens=max_tokens)
+        asked = Bed(settings, bed.questions, tmp_path, load_target=lambda _: target)
+        return sum(map(len, asked.missing(GREEDY)))
+
+    bed = toy_bed(tmp_path)
+    bed.record(bed.questions, GREEDY)
+    assert num_missing(ToyEngine(), 8) == 0
+    assert num_missing(ToyEngine(), 9) == 2
+    assert num_missing(ToyEngine(vocab_size=64), 8) == 2
+
+
+def test_answers_after_a_cut_are_kept_when_the_file_is_opened_again(tmp_path):
+    said = [answer((1, 2), (3, 4), "a"), answer((5,), (6,), "b"), answer((7,), (8,), "c")]
+    AnswerFile(tmp_path, GREEDY, "toy").add(said[:1])
+    AnswerFile(tmp_path, GREEDY, "toy").add(said[1:2])
+    (file,) = tmp_path.iterdir()
+    file.write_bytes(file.read_bytes()[:-9])
+    AnswerFile(tmp_path, GREEDY, "toy").add(said[2:])
+    known = AnswerFile(tmp_path, GREEDY, "toy")
+    assert known.missing([one.question for one in said]) == [said[1].question]
+    file.write_bytes(file.read_bytes()[:4])
+    assert len(AnswerFile(tmp_path, GREEDY, "toy").missing([one.question for one in said])) == 3
 
 
 def test_a_folder_is_refused_when_it_holds_figures_of_other_settings(tmp_path):
