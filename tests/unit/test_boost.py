@@ -184,6 +184,10 @@ def test_finished_draft_is_kept_when_the_second_was_interrupted(
     [
         ({"drafts": 0}, "drafts is 0; it must be 1 or more"),
         ({"layers": ((0,), (3,))}, "2 lists of layers for 1 drafts"),
+        (
+            {"head_rows": 9, "drafts": 2, "compare_single": True},
+            "a head of 9 tokens is too small for the single draft's 10 guesses",
+        ),
         ({"head_rows": 49}, "a head of 49 tokens is out of range; allowed: 5..48"),
     ],
 )
@@ -193,6 +197,40 @@ def test_tune_refuses_when_settings_are_out_of_range(
     with pytest.raises(ModelError) as caught:
         tune(replace(settings, **change))
     assert caught.value.message == message
+
+
+@pytest.mark.parametrize(("drafts", "place"), [(1, "."), (2, "draft-2"), (2, "single")])
+def test_tune_refuses_when_a_folder_holds_a_model_that_is_no_draft(
+    settings: TuneSettings, drafts: int, place: str
+) -> None:
+    folder = settings.out / place
+    tiny_target(vocab_size=40).save_pretrained(folder)
+    with pytest.raises(ModelError) as caught:
+        tune(replace(settings, drafts=drafts, compare_single=place == "single"))
+    assert caught.value.message == (
+        f"{folder} holds a model that was not tuned there; name another folder"
+    )
+    # The control: the folder of a finished draft is trained anew.
+    (folder / "training").mkdir()
+    tune(replace(settings, drafts=drafts, compare_single=place == "single", max_steps=1))
+
+
+def test_tune_refuses_when_the_folder_is_the_target_s(settings: TuneSettings) -> None:
+    (settings.target / "training").mkdir()
+    with pytest.raises(ModelError, match=f"^{settings.target} is the target's own folder"):
+        tune(replace(settings, out=settings.target))
+
+
+def test_tune_refuses_when_it_would_overwrite_its_start(settings: TuneSettings) -> None:
+    (draft,) = tune(replace(settings, max_steps=1)).drafts
+    start = draft.out / "training" / "trained.safetensors"
+    held = start.read_bytes()
+    with pytest.raises(ModelError) as caught:
+        tune(replace(settings, start=start))
+    assert caught.value.message == (
+        f"the start {start} would be overwritten; name another output folder"
+    )
+    assert start.read_bytes() == held
 
 
 # --- other families ----------------------------------------------------------------------------

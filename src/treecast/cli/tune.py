@@ -214,8 +214,10 @@ def write_corpus(
         return
     import torch
 
+    from treecast.tuning.boost import check
     from treecast.tuning.selfplay import SelfPlaySettings, generate_corpus
 
+    check(settings)
     torch.set_num_threads(threads)
     settings.out.mkdir(parents=True, exist_ok=True)
     generate_corpus(

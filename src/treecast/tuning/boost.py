@@ -7,12 +7,15 @@ each alone.
 Source: Miao et al., arXiv 2305.09781, section 3.
 """
 
+from pathlib import Path
+
 from torch import Tensor
 
 from treecast.errors import ModelError
 from treecast.tuning.draft import default_layers
-from treecast.tuning.draft_run import DraftPlan, DraftRun
+from treecast.tuning.draft_run import TRAINED_FILE, TRAINING, DraftPlan, DraftRun
 from treecast.tuning.heldout import (
+    NUM_GUESSES,
     completion_tokens,
     heldout_guesses,
     success,
@@ -33,12 +36,12 @@ def tune(settings: TuneSettings, progress: ProgressFn | None = None) -> TuneRepo
     kept. A finished run leaves the trained weights alone there, and running it again starts anew.
 
     Raises:
-        ModelError: the target is no causal LM, a layer is out of range, the checkpoint in `out`
-            belongs to other settings, or the disk is full.
+        ModelError: the target is no causal LM, a layer is out of range, `out` holds something else,
+            the checkpoint in it belongs to other settings, or the disk is full.
         CorpusError: the corpus has no complete record, or token ids beyond the vocabulary.
     """
     show = progress or (lambda _progress: None)
-    _check(settings)
+    check(settings)
     material = gather(settings)
     runs: list[DraftRun] = []
     reports: list[DraftReport] = []
@@ -60,22 +63,53 @@ def tune(settings: TuneSettings, progress: ProgressFn | None = None) -> TuneRepo
     return report
 
 
-def _check(settings: TuneSettings) -> None:
+def check(settings: TuneSettings) -> None:
+    """Refuse what would end badly after hours.
+
+    Raises:
+        ModelError: a number is out of range, or a folder or file would be overwritten that is
+            no draft in training.
+    """
     if settings.drafts < 1:
         raise ModelError(f"drafts is {settings.drafts}; it must be 1 or more")
     if len(settings.layers) > settings.drafts:
         raise ModelError(f"{len(settings.layers)} lists of layers for {settings.drafts} drafts")
+    num_guesses = NUM_GUESSES * settings.drafts
+    if settings.compare_single and 0 < settings.head_rows < num_guesses:
+        raise ModelError(
+            f"a head of {settings.head_rows} tokens is too small for the single draft's "
+            f"{num_guesses} guesses"
+        )
+    for folder in (*_folders(settings), *([settings.out / "single"] * settings.compare_single)):
+        _check_folder(folder, settings)
+
+
+def _check_folder(folder: Path, settings: TuneSettings) -> None:
+    if folder.resolve() == settings.target.resolve():
+        raise ModelError(f"{folder} is the target's own folder; name another for the draft")
+    training = folder / TRAINING
+    if (folder / "config.json").exists() and not training.is_dir():
+        raise ModelError(f"{folder} holds a model that was not tuned there; name another folder")
+    start = settings.start
+    if start is not None and start.resolve() == (training / TRAINED_FILE).resolve():
+        raise ModelError(f"the start {start} would be overwritten; name another output folder")
+
+
+def _folders(settings: TuneSettings) -> list[Path]:
+    """Of the drafts in turn, without the single one."""
+    if settings.drafts == 1:
+        return [settings.out]
+    return [settings.out / f"draft-{number}" for number in range(1, settings.drafts + 1)]
 
 
 def _plan(settings: TuneSettings, material: Material, number: int) -> DraftPlan:
-    name = f"draft-{number}"
-    out = settings.out if settings.drafts == 1 else settings.out / name
     num_layers = material.target.config.num_hidden_layers
     if settings.layers:
         layers = settings.layers[min(number, len(settings.layers)) - 1]
     else:
         layers = default_layers(min(2, num_layers), num_layers)
-    return DraftPlan(name, out, layers, settings.minutes)
+    out = _folders(settings)[number - 1]
+    return DraftPlan(f"draft-{number}", out, layers, settings.minutes)
 
 
 def _single_plan(settings: TuneSettings, runs: list[DraftRun]) -> DraftPlan:

@@ -25,6 +25,7 @@ from treecast.tuning.optimizer import MasterAdamW
 from treecast.tuning.settings import DraftReport, ProgressFn, TuneProgress, TuneSettings
 from treecast.tuning.whole_file import write_whole
 
+TRAINING = "training"
 TRAINED_FILE = "trained.safetensors"
 
 _PROGRESS_EVERY_S = 5.0
@@ -198,7 +199,7 @@ class DraftRun:
 
     @property
     def _training(self) -> Path:
-        return self.plan.out / "training"
+        return self.plan.out / TRAINING
 
     @property
     def _checkpoint_file(self) -> Path:
