@@ -14,10 +14,12 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     PreTrainedTokenizerFast,
 )
 
+from treecast.bench.families.check import save_random_model
 from treecast.errors import CorpusError, ModelError
 from treecast.tuning.batches import epoch_batches, make_batch, shared_prefix, split_records
 from treecast.tuning.boost import tune
@@ -31,6 +33,7 @@ from treecast.tuning.heldout import (
     success,
 )
 from treecast.tuning.labels import Labels, Teacher
+from treecast.tuning.plain_head import check_plain_head
 from treecast.tuning.selfplay import SelfPlaySettings, chat_frame, generate_corpus
 from treecast.tuning.settings import TuneProgress, TuneReport, TuneSettings
 
@@ -603,3 +606,41 @@ def test_self_play_begins_anew_when_the_file_is_empty_or_cut_at_once(
         self_play.out.write_bytes(left)
         assert generate_corpus(self_play) == 7
         assert len(read_corpus(self_play.out).records) == 7
+
+
+@pytest.mark.parametrize("change", [{"logits_scaling": 4.0}, {"final_logit_softcapping": 2.0}])
+def test_corpus_and_tuning_are_refused_when_a_target_alters_its_logits(
+    settings: TuneSettings, chat_target: Path, self_play: SelfPlaySettings, change: dict[str, float]
+) -> None:
+    name = "granite" if "logits_scaling" in change else "gemma2"
+    config = AutoConfig.for_model(
+        name,
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=16,
+        initializer_range=0.3,
+        pad_token_id=0,
+        eos_token_id=2,
+        **change,
+    )
+    target = AutoModelForCausalLM.from_config(config)
+    for folder in (settings.target, chat_target):
+        target.save_pretrained(folder)
+    complaint = rf"^{type(target).__name__} has a bias, a scale or a cap on its logits"
+    with pytest.raises(ModelError, match=complaint):
+        tune(settings)
+    with pytest.raises(ModelError, match=complaint):
+        generate_corpus(self_play)
+
+
+def test_tuning_is_refused_when_the_head_has_a_bias(settings: TuneSettings) -> None:
+    save_random_model("phi", settings.target)
+    target = AutoModelForCausalLM.from_pretrained(settings.target)
+    check_plain_head(target)
+    torch.nn.init.normal_(target.lm_head.bias)
+    with pytest.raises(ModelError, match=r"^PhiForCausalLM has a bias"):
+        check_plain_head(target)

@@ -9,6 +9,7 @@ from treecast.engine.loading import DTYPES, resolve_dtype
 from treecast.tuning.batches import Split, shared_prefix, split_records
 from treecast.tuning.corpus import Corpus, Record, check_vocabulary, read_corpus
 from treecast.tuning.labels import Teacher
+from treecast.tuning.plain_head import check_plain_head
 from treecast.tuning.settings import TuneSettings
 
 
@@ -36,7 +37,7 @@ def gather(settings: TuneSettings) -> Material:
     """Read the corpus and load the target. Blocks.
 
     Raises:
-        ModelError: the target is no causal LM.
+        ModelError: the target is no causal LM, or its logits are not its head's rows alone.
         CorpusError: the corpus has no complete record, or token ids beyond the vocabulary.
     """
     check_model_dir(settings.target)
@@ -44,6 +45,7 @@ def gather(settings: TuneSettings) -> Material:
     records = corpus.records
     split = split_records(records, settings.heldout_fraction, settings.heldout_limit, settings.seed)
     target = _load_target(settings)
+    check_plain_head(target)
     check_vocabulary(records, target.config.vocab_size)
     first = shared_prefix(records) if settings.learn_user_turns else None
     teacher = Teacher(target, records, first, settings.teacher_top_k)

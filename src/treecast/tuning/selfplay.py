@@ -16,8 +16,9 @@ from treecast.engine.linears import packed_layers, replace_linears
 from treecast.engine.loading import LoadOptions, load_model, resolve_dtype
 from treecast.errors import CorpusError
 from treecast.settings import DType
-from treecast.tuning.batch_decode import Choose, decode_batch, greedy, nucleus
+from treecast.tuning.batch_decode import Choose, DenseKV, decode_batch, greedy, nucleus
 from treecast.tuning.corpus import Record, append_records, read_begun, write_corpus
+from treecast.tuning.plain_head import NUM_TOKENS, check_plain_head
 
 _MARK = "\u241e"  # stands for the user's text while the chat template is taken apart
 
@@ -70,6 +71,7 @@ def generate_corpus(
 
     Raises:
         CorpusError: the file holds something else; it stays as it is.
+        ModelError: the target's logits are not its head's rows alone, as tuning needs it.
     """
     from transformers import AutoTokenizer
 
@@ -82,6 +84,8 @@ def generate_corpus(
     model = load_model(
         settings.target, LoadOptions(resolve_dtype(settings.dtype), "fast", "cpu", None)
     )
+    tree = DenseKV(torch.ones(1, NUM_TOKENS, dtype=torch.bool), NUM_TOKENS)
+    check_plain_head(model, position_ids=torch.arange(NUM_TOKENS)[None], tree=tree)
     replace_linears(model, packed_layers(min_rows=1))
     while num_done < settings.num_records:
         records = _play(model, frame, settings, num_done)
