@@ -16,6 +16,9 @@ from typer.testing import CliRunner, Result
 from tests.scripted_router import ScriptedRouter, delta, fail, finished, hang, play, started
 from treecast import __version__
 from treecast.cli.app import app
+from treecast.cli.output import stderr, stdout
+from treecast.cli.status import render
+from treecast.client import Status, VerifierStatus
 from treecast.errors import InvalidRequest, Overloaded, Unauthenticated
 from treecast.tree import ROOT, TokenTree
 from treecast.wire import codec
@@ -111,6 +114,17 @@ def test_generate_reads_the_prompt_when_it_comes_by_pipe_file_or_ids(router, tmp
     assert (piped.text, filed.text, list(ids.tokens.ids)) == ("from a pipe", "from a file", [5, 6])
 
 
+@pytest.mark.parametrize("option", ["--json-schema", "--grammar"])
+def test_generate_refuses_a_rule_when_its_file_is_empty_or_no_text(router, tmp_path, option):
+    file = tmp_path / "rule"
+    for held, complaint in ((b" \n", "is empty"), (b"\xff\xfe", "cannot be read: 'utf-8' codec")):
+        file.write_bytes(held)
+        result = run("generate", "x", option, str(file), "--router", router.address)
+        assert result.exit_code == 2
+        assert result.stderr.startswith(f"treecast: {option} {file} {complaint}")
+    assert not router.requests
+
+
 def test_trace_writes_a_page_when_the_answer_has_ended(tmp_path):
     tree = TokenTree.build([10, 11], [ROOT, ROOT], [0.5, 0.5], [1, 1])
     told = Round(0, tree, (0,), 12, (RoundDraft("s1", ("ssm",), 2, 5, 5),), 0, 10, 20)
@@ -179,6 +193,9 @@ def test_the_exit_code_tells_the_kind_when_a_request_is_refused(error, code):
         (["generate", "x", "--token-ids", "1"], "2 prompts are given"),
         (["generate", "--token-ids", "1,b"], "--token-ids is '1,b'; it must be like 1,2,3"),
         (["generate", "--file", "/no/such/file"], "--file /no/such/file cannot be read"),
+        (["generate", "x", "--raw", "--system", "s"], "--raw and --system do not go together"),
+        (["trace", "--token-ids", "1", "--system", ""], "--token-ids and --system do not go"),
+        (["generate", "--token-ids", "1", "--raw"], "--token-ids and --raw do not go together"),
         (["generate", "x", "-t", "-1"], "temperature is -1.0; allowed: 0..100"),
         (["generate", "x", "--router", "nowhere"], "it must be host:port"),
         (["status", "--router", "nowhere"], "it must be host:port"),
@@ -245,6 +262,18 @@ def test_status_shows_the_workers_when_the_router_answers(router):
     document = lines(run("status", "--json", "--router", router.address))[0]
     assert document["verifiers"][0]["kv_pages_free"] == 30
     assert (document["queued"], document["redis_ok"]) == (3, True)
+
+
+def test_names_and_addresses_are_shown_as_they_are_when_they_look_like_markup(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    address, model = "[fd00:a:7]:7071", "mine[/b] :a: [red]"
+    verifier = VerifierStatus(address, True, "i", model, "", 1, 0, 3, 4, (address,), "")
+    for console in (stdout(), stderr()):
+        console.print(render(Status((verifier,), 1, 0, redis_ok=True)))
+    for said in capsys.readouterr():
+        assert said.count(address) == 2
+        assert model in said
+        assert "healthy" in said
 
 
 def test_models_lists_what_is_served_when_the_router_answers(router):

@@ -146,6 +146,7 @@ def _contenders(
 
 @contextmanager
 def _progress(total: int) -> Iterator[Callable[[Run], None]]:
+    from rich.markup import escape
     from rich.progress import Progress
 
     with Progress(console=stderr(), transient=True) as progress:
@@ -153,7 +154,7 @@ def _progress(total: int) -> Iterator[Callable[[Run], None]]:
 
         def show(run: Run) -> None:
             said = f"{run.prompt_id}: {run.contender} {run.tokens_per_s:.0f} tokens/s"
-            progress.update(task, advance=1, description=said)
+            progress.update(task, advance=1, description=escape(said))
 
         yield show
 

@@ -105,8 +105,8 @@ def _answer_all(
     def title(prompt: BenchPrompt) -> None:
         if not as_json:
             first_line = prompt.text.splitlines()[0]
-            stdout().print(f"\n[bold cyan]{prompt.id}[/]", end="  ")
-            stdout().print(first_line, style="cyan", markup=False)
+            stdout().print(f"\n{prompt.id}", style="bold cyan", end="  ")
+            stdout().print(first_line, style="cyan")
 
     def text(piece: str) -> None:
         if not as_json:

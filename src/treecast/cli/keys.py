@@ -53,7 +53,7 @@ def new(
     }
     entry = entry_of(key, tenant, limits, admin=admin, expires=expires)
     if file is None:
-        stderr().print(entry, markup=False, soft_wrap=True)
+        stderr().print(entry, soft_wrap=True)
     else:
         append(file, entry)
     print(key)

@@ -11,6 +11,8 @@ from typing import Any
 from rich.console import Console
 
 _PIPED_WIDTH = 240
+# Peers' names and addresses, such as [fd00::7]:7071, are no markup; colour comes by styles.
+_AS_IT_IS: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False}
 
 
 def stdout() -> Console:
@@ -18,13 +20,13 @@ def stdout() -> Console:
 
     Made anew each time, since tests replace sys.stdout.
     """
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=_PIPED_WIDTH)
+    console = Console(**_AS_IT_IS)
+    return console if console.is_terminal else Console(**_AS_IT_IS, width=_PIPED_WIDTH)
 
 
 def stderr() -> Console:
     """For progress, notes and warnings."""
-    return Console(stderr=True, highlight=False)
+    return Console(**_AS_IT_IS, stderr=True)
 
 
 def write_text(text: str) -> None:

@@ -14,6 +14,7 @@ from .output import stdout, write_json
 if TYPE_CHECKING:
     from rich.console import Group
     from rich.table import Table
+    from rich.text import Text
 
     from treecast.client import Status, VerifierStatus
 
@@ -83,10 +84,12 @@ def render(now: Status) -> Group:
     return Group(line, _verifier_table(now))
 
 
-def _health(verifier: VerifierStatus) -> str:
+def _health(verifier: VerifierStatus) -> Text:
+    from rich.text import Text
+
     if verifier.draining:
-        return "[yellow]draining[/]"
-    return "[green]healthy[/]" if verifier.healthy else "[red]down[/]"
+        return Text("draining", "yellow")
+    return Text("healthy", "green") if verifier.healthy else Text("down", "red")
 
 
 def _verifier_table(now: Status) -> Table:

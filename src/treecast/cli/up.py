@@ -292,7 +292,7 @@ def _print_endpoints(mesh: LocalMesh) -> None:
     router = "" if mesh.router_address == DEFAULT_LISTEN else f" --router {mesh.router_address}"
     variables = "".join(f"{name}={value} " for name, value in client_environment(mesh).items())
     command = f'{variables}treecast generate "Name three rivers."{router}'
-    console.print(f"try:  {command}", soft_wrap=True, markup=False)
+    console.print(f"try:  {command}", soft_wrap=True)
     console.print("Ctrl-C stops the mesh.")
 
 
@@ -310,4 +310,4 @@ def _wait_for_end(mesh: LocalMesh) -> None:
         failure = process.failure(process.exit_message())
         if not mesh.can_serve:
             raise failure
-        stderr().print(f"warning: {failure.message}", style="yellow", markup=False)
+        stderr().print(f"warning: {failure.message}", style="yellow")
