@@ -107,9 +107,9 @@ def generate(
         stop=tuple(stop or ()),
         ignore_eos=ignore_eos,
         logprobs=logprobs,
-        json_schema=json_schema.read_text() if json_schema else "",
+        json_schema=_read_rule("--json-schema", json_schema),
         regex=regex,
-        grammar=grammar.read_text() if grammar else "",
+        grammar=_read_rule("--grammar", grammar),
     )
     asked = read_prompt(prompt, file, raw, token_ids, system)
     with Client(router, api_key=api_key) as client:
@@ -139,8 +139,11 @@ def read_prompt(
     """The prompt from wherever it was given.
 
     Raises:
-        InvalidRequest: it was given nowhere or twice, or cannot be read.
+        InvalidRequest: it was given nowhere or twice, cannot be read, or is told to be two things.
     """
+    said = {"--token-ids": token_ids is not None, "--raw": raw, "--system": system is not None}
+    if len(ways := [option for option, is_given in said.items() if is_given]) > 1:
+        raise InvalidRequest(f"{ways[0]} and {ways[1]} do not go together; choose one")
     given = [source for source in (prompt, file, token_ids) if source is not None]
     if len(given) != 1:
         raise InvalidRequest(
@@ -149,7 +152,7 @@ def read_prompt(
         )
     if token_ids is not None:
         return _parse_ids(token_ids)
-    text = _read_file(file) if file else sys.stdin.read() if prompt == "-" else prompt
+    text = _read_file("--file", file) if file else sys.stdin.read() if prompt == "-" else prompt
     assert text is not None
     if raw:
         return text
@@ -165,11 +168,19 @@ def _parse_ids(text: str) -> list[int]:
         raise InvalidRequest(f"--token-ids is {text!r}; it must be like 1,2,3") from None
 
 
-def _read_file(path: Path) -> str:
+def _read_file(option: str, path: Path) -> str:
     try:
-        return path.read_text()
+        return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise InvalidRequest(f"--file {path} cannot be read: {error}") from error
+        raise InvalidRequest(f"{option} {path} cannot be read: {error}") from error
+
+
+def _read_rule(option: str, path: Path | None) -> str:
+    """What the output must be; nothing where no file is named."""
+    text = "" if path is None else _read_file(option, path)
+    if path is not None and not text.strip():
+        raise InvalidRequest(f"{option} {path} is empty")
+    return text
 
 
 def stream_text(stream: Stream) -> Result:
