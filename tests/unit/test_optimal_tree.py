@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 
 import numpy as np
@@ -166,6 +166,30 @@ def test_plan_changes_only_when_the_acceptance_is_renewed() -> None:
     assert growth.select(EXPANSIONS, max_nodes=2).tree.tokens == [10, 20]
     acceptance.version += 1
     assert growth.select(EXPANSIONS, max_nodes=2).tree.tokens == [10, 11]
+
+
+def test_plans_are_solved_for_once_when_several_policies_share_an_acceptance(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    solved: list[Size] = []
+
+    class Counted(OptimalTrees):
+        def __init__(self, vector: Sequence[float], largest: Size) -> None:
+            solved.append(largest)
+            super().__init__(vector, largest)
+
+    monkeypatch.setattr("treecast.drafting.growth.acceptance.OptimalTrees", Counted)
+    shared = Acceptance()
+    cost = StepCost(0.010, 0.001, 0.001)
+    for nodes, with_cost in ((5, None), (12, None), (12, cost), (3, cost), (5, None)):
+        alone = Planned(Acceptance(), cost=with_cost)._shape(nodes, 4)
+        solved.pop()
+        assert Planned(shared, cost=with_cost)._shape(nodes, 4) == alone
+    assert solved == [Size(5, 4), Size(12, 4)]
+    shared.version += 1
+    for _ in range(3):
+        Planned(shared)._shape(7, 4)
+    assert solved[2:] == [Size(7, 4)]
 
 
 def test_plan_is_read_when_written_with_its_bounds() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from treecast.drafting.growth.optimal import OptimalTrees, Size
+
 NUM_RANKS = 8
 PRIOR = (0.40, 0.11, 0.06, 0.04, 0.03, 0.02, 0.015, 0.01)
 """Share of tokens by rank of a two-layer draft of a 135M chat model, on text held out."""
@@ -29,11 +31,25 @@ class Acceptance:
     _counts: list[float] = field(default_factory=lambda: [0.0] * NUM_RANKS)
     _weight: float = 0.0
     _num_new: int = 0
+    _trees: OptimalTrees | None = field(default=None, compare=False)
+    _solved: int = -1
 
     @property
     def total(self) -> float:
         """Probability that one of a node's proposals is the one accepted."""
         return sum(self.vector)
+
+    def trees(self, size: Size) -> OptimalTrees:
+        """The best trees for the vector, up to a size at least: solved for once, for all policies.
+
+        Solves again where the vector was renewed, or a larger size is asked for.
+        """
+        known = self._trees if self._solved == self.version else None
+        largest = size.joined(known.largest) if known else size
+        if known is None or known.largest != largest:
+            self._trees = known = OptimalTrees(self.vector, largest)
+            self._solved = self.version
+        return known
 
     def saw(self, rank: int | None) -> None:
         """The target picked the proposal of that rank, from 0; None: none of them."""

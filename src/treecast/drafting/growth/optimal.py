@@ -49,6 +49,10 @@ class Size:
     max_nodes: int
     max_depth: int
 
+    def joined(self, other: Size) -> Size:
+        """The smallest that holds both."""
+        return Size(max(self.max_nodes, other.max_nodes), max(self.max_depth, other.max_depth))
+
 
 @dataclass(frozen=True, slots=True)
 class StepCost:
@@ -79,6 +83,7 @@ class OptimalTrees:
         Args:
             acceptance: p_1, p_2, ..: probability that the k-th child is the one accepted.
         """
+        self.largest = largest
         self._acceptance = tuple(acceptance)
         self._values = np.zeros((largest.max_depth + 1, largest.max_nodes + 1))
         self._choices: list[NDArray[np.int64]] = []
@@ -107,10 +112,12 @@ class OptimalTrees:
                 ranks.append(rank)
         return Shape(tuple(parents), tuple(ranks))
 
-    def fastest(self, cost: StepCost) -> Size:
+    def fastest(self, cost: StepCost, within: Size | None = None) -> Size:
         """The size of most expected tokens per second, the bonus token included."""
-        depth, nodes = np.indices(self._values.shape)
-        rates = (1 + self._values) / cost.seconds(nodes, depth)
+        bounds = within or self.largest
+        values = self._values[: bounds.max_depth + 1, : bounds.max_nodes + 1]
+        depth, nodes = np.indices(values.shape)
+        rates = (1 + values) / cost.seconds(nodes, depth)
         best_depth, best_nodes = np.unravel_index(int(np.argmax(rates)), rates.shape)
         return Size(int(best_nodes), int(best_depth))
 

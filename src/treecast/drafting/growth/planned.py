@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from treecast.drafting.growth.acceptance import NUM_RANKS, Acceptance
 from treecast.drafting.growth.base import UNEXPANDED, Expansion, Selection
-from treecast.drafting.growth.optimal import OptimalTrees, Shape, Size, StepCost
+from treecast.drafting.growth.optimal import Shape, Size, StepCost
 from treecast.errors import InvalidRequest
 from treecast.tree import MAX_DEPTH, MAX_NODES, ROOT
 
@@ -97,8 +97,8 @@ class Planned:
             self._planned = self.acceptance.version
             self._shapes.clear()
         if size not in self._shapes:
-            trees = OptimalTrees(self.acceptance.vector, size)
-            self._shapes[size] = trees.tree(trees.fastest(self.cost) if self.cost else size)
+            trees = self.acceptance.trees(size)
+            self._shapes[size] = trees.tree(trees.fastest(self.cost, size) if self.cost else size)
         return self._shapes[size]
 
 
