@@ -144,7 +144,8 @@ def test_memory_is_bounded_when_outputs_keep_coming() -> None:
 
 def test_outputs_are_proposed_to_others_when_remembered() -> None:
     drafter = SuffixDrafter(memory_tokens=100)
-    drafter.open(1, request([50, 51, 1, 2, 3], prompt_len=2))
+    drafter.open(1, request([50, 51]))
+    drafter.commit(1, [1, 2, 3])
     drafter.commit(1, [4])
     drafter.close(1)
     drafter.open(2, request([9, 1, 2]))
@@ -152,6 +153,18 @@ def test_outputs_are_proposed_to_others_when_remembered() -> None:
     # A prompt is quoted to nobody.
     drafter.open(3, request([50]))
     assert len(drafter.draft({3: 8})[3]) == 0
+
+
+def test_an_output_is_remembered_once_when_its_session_is_attached_anew() -> None:
+    drafter = SuffixDrafter(memory_tokens=100)
+    drafter.open(1, request([50, 51]))
+    drafter.commit(1, [1, 2, 3])
+    drafter.close(1)
+    drafter.open(1, request([50, 51, 1, 2, 3], prompt_len=2))
+    drafter.commit(1, [4, 5])
+    drafter.close(1)
+    assert drafter._memory is not None
+    assert drafter._memory.newer.num_tokens == 5
 
 
 def test_sessions_are_kept_apart_when_nothing_is_remembered() -> None:

@@ -120,7 +120,7 @@ def _votes(automaton: SuffixAutomaton, position: Position) -> dict[int, float]:
 
 @dataclass(slots=True)
 class _Session:
-    """A session's text, its last tokens, and the part that the target wrote."""
+    """A session's text, its last tokens, and what the target wrote since it was opened."""
 
     law: Law
     text: SuffixAutomaton = field(default_factory=SuffixAutomaton)
@@ -177,8 +177,7 @@ class SuffixDrafter:
                 f"the limit is {self._capacity}"
             )
         session = _Session(request.speculation.law)
-        session.append(request.tokens)
-        session.output.extend(request.tokens[request.prompt_len :])
+        session.append(request.tokens)  # an earlier output too, but that was remembered before
         self._sessions[handle] = session
 
     def commit(self, handle: int, tokens: Sequence[int]) -> None:
