@@ -21,6 +21,8 @@ from treecast.errors import InvalidRequest, TreecastError
 from treecast.sampling.params import SamplingParams, SpeculationParams
 
 PERCENTILES = (50, 90, 95, 99)
+MOST_ARRIVALS = 100_000
+"""Of one load; all of them are planned, and answered, in one process."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +48,16 @@ class Poisson:
         return cls(parsed)
 
     def plan(self, seconds: float, seed: int) -> list[float]:
-        """Seconds from the beginning, ascending; the same for the same seed."""
+        """Seconds from the beginning, ascending; the same for the same seed.
+
+        Raises:
+            InvalidRequest: there would be too many.
+        """
+        if not (expected := self.rate_per_s * seconds) <= MOST_ARRIVALS:
+            raise InvalidRequest(
+                f"{self.rate_per_s:g} requests a second for {seconds:g} s are {expected:g}; "
+                f"the limit is {MOST_ARRIVALS}"
+            )
         random = np.random.default_rng(seed)
         planned, at = [], float(random.exponential(1 / self.rate_per_s))
         while at < seconds:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from treecast import __version__
+from treecast.errors import InvalidRequest
 from treecast.sampling.params import SpeculationParams
 from treecast.services.local import MeshSettings
 
@@ -68,10 +69,36 @@ class Report:
         """As JSON would have it."""
         return asdict(self)
 
-    def save(self, out: Path) -> Path:
-        """Write to `out`, or into it under the time's name if it is a folder (or ends in /)."""
-        if not out.suffix:
-            out.mkdir(parents=True, exist_ok=True)
-            out = out / f"{time.strftime('%Y%m%d-%H%M%S')}.json"
-        out.write_text(json.dumps(self.fields(), indent=1) + "\n")
-        return out
+    def save(self, file: Path) -> None:
+        """Replace a file."""
+        file.write_text(json.dumps(self.fields(), indent=1) + "\n")
+
+
+def report_file(out: Path) -> Path:
+    """`out`, or a file of the time's name in it if it is a folder, or has no suffix.
+
+    Made ready to be written, with its folders, so that nothing is measured in vain.
+
+    Raises:
+        InvalidRequest: it cannot be written.
+    """
+    is_folder = out.is_dir() or not out.suffix
+    file = out / f"{time.strftime('%Y%m%d-%H%M%S')}.json" if is_folder else out
+    check_writable(file)
+    return file
+
+
+def check_writable(file: Path) -> None:
+    """Make a file's folders and see whether it can be written; what it holds stays.
+
+    Raises:
+        InvalidRequest: it cannot.
+    """
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("ab") as stream:
+            is_empty = stream.tell() == 0
+        if is_empty:
+            file.unlink()
+    except OSError as error:
+        raise InvalidRequest(f"--out {file} cannot be written: {error.strerror}") from error

@@ -12,12 +12,12 @@ from tests.scripted_router import ScriptedRouter, delta, finished, play, started
 from treecast.bench.compare import Spread, interleave, summarize
 from treecast.bench.demonstrate import acceptance_by_depth
 from treecast.bench.prompts import DEFAULT_PROMPTS, read_prompts
-from treecast.bench.report import Report
+from treecast.bench.report import Report, report_file
 from treecast.bench.run import Run
 from treecast.cli.app import app
 from treecast.cli.bench_comparison import render
 from treecast.client import Usage
-from treecast.errors import CorpusError
+from treecast.errors import CorpusError, InvalidRequest
 from treecast.sampling.params import SpeculationParams
 from treecast.services.local import MeshSettings
 
@@ -86,14 +86,31 @@ def test_the_report_can_be_read_back_when_it_was_saved(tmp_path):
     runs = [run_of(name, "p", tokens=10, steps=10, seconds=5.0) for name in names]
     mesh = MeshSettings(model="/models/llm", draft="/models/draft")
     report = Report.of(mesh, SpeculationParams(), 10, 1, names, runs, {"torch": "2"})
-    saved = report.save(tmp_path / "results")
+    saved = report_file(tmp_path / "results")
     assert saved.parent == tmp_path / "results"
+    assert not saved.exists()
+    report.save(saved)
     read = json.loads(saved.read_text())
     assert read["settings"]["model"] == "llm"
     assert read["versions"]["torch"] == "2"
     assert read["runs"][0]["token_ids"] == list(range(10))
     assert read["machine"]["cores"] >= 1
     assert render(report).row_count == 2
+
+
+def test_a_place_for_the_report_is_made_or_refused_before_anything_is_measured(tmp_path):
+    assert report_file(tmp_path / "new" / "folder" / "a.json").parent.is_dir()
+    (tmp_path / "v1.2").mkdir()
+    assert report_file(tmp_path / "v1.2").parent == tmp_path / "v1.2"
+    held = tmp_path / "held.json"
+    held.write_text("{}")
+    assert report_file(held) == held
+    assert held.read_text() == "{}"
+    with pytest.raises(InvalidRequest, match=r"^--out .*held.json/x.json cannot be written: "):
+        report_file(held / "x.json")
+    done = CliRunner().invoke(app, ["bench", "--arrivals", "poisson:1", "--out", str(held)])
+    assert done.exit_code == 2
+    assert f"--out {held / 'arrivals.json'} cannot be written" in done.stderr
 
 
 def test_acceptance_by_depth_counts_only_trees_that_reached_it():

@@ -21,7 +21,7 @@ from .up import running_mesh, termination_as_interrupt
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from treecast.bench.arrivals import Load, LoadSummary, Poisson
+    from treecast.bench.arrivals import Load, LoadSummary
     from treecast.sampling.params import SpeculationParams
     from treecast.services.local import MeshSettings
 
@@ -40,8 +40,11 @@ Levels = Annotated[
         help="Of --arrivals: most requests in one step, a mesh and the same arrivals for each.",
     ),
 ]
-Seconds = Annotated[float, typer.Option(min=1, help="Of --arrivals: how long requests arrive.")]
-Seed = Annotated[int, typer.Option(help="Of --arrivals: same seed, same arrivals.")]
+Seconds = Annotated[
+    float,
+    typer.Option(min=1, callback=options.finite, help="Of --arrivals: how long requests arrive."),
+]
+Seed = Annotated[int, typer.Option(min=0, help="Of --arrivals: same seed, same arrivals.")]
 
 _HEEDED = ("law", "proposal", "growth", "contenders", "out", "levels", "seconds", "seed")
 
@@ -51,17 +54,20 @@ def write_arrivals(context: typer.Context, arrivals: str) -> None:
 
     Raises:
         InvalidRequest: an option or contender that is not of this mode, arrivals or levels that
-            cannot be read, or no matplotlib for `--out`.
+            cannot be read, or no matplotlib for `--out`, or no place for it.
     """
     from treecast.bench.arrivals import Poisson
+    from treecast.bench.report import check_writable
     from treecast.bench.study.plots import check_matplotlib
     from treecast.sampling.params import SpeculationParams
 
     check_options(context, "--arrivals", (*OF_A_MESH, *_HEEDED))
     asked, plain = context.params, _is_plain(context)
     poisson, levels = Poisson.parse(arrivals), parse_levels(asked["levels"])
+    planned = poisson.plan(asked["seconds"], asked["seed"])
     if asked["out"] is not None:
         check_matplotlib()
+        check_writable(asked["out"] / "arrivals.json")
     speculation = SpeculationParams.of(
         options.law_of(asked["law"]), options.proposal_of(asked["proposal"]), asked["growth"]
     )
@@ -72,15 +78,15 @@ def write_arrivals(context: typer.Context, arrivals: str) -> None:
     with termination_as_interrupt():
         for level in levels:
             stderr().print(f"at most {level} requests in a step")
-            loads.append(_offer(settings, level, poisson, speculation, asked))
+            loads.append(_offer(settings, level, planned, speculation, asked))
     report = _report(asked, arrivals, loads)
     summaries = [load.summary() for load in loads]
-    if asked["out"] is not None:
-        _save(report, summaries, arrivals, asked["out"])
     if asked["as_json"]:
         write_json(report)
     else:
         stdout().print(arrivals_table(summaries, arrivals))
+    if asked["out"] is not None:
+        _save(report, summaries, arrivals, asked["out"])
 
 
 def parse_levels(text: str) -> list[int]:
@@ -90,7 +96,7 @@ def parse_levels(text: str) -> list[int]:
         InvalidRequest: none, or one that is no number from 1 to 256.
     """
     parts = [part.strip() for part in text.split(",") if part.strip()]
-    if not parts or any(not part.isdigit() or not 1 <= int(part) <= 256 for part in parts):
+    if not parts or any(not part.isdecimal() or not 1 <= int(part) <= 256 for part in parts):
         raise InvalidRequest(f"--levels is {text!r}; numbers from 1 to 256, commas between")
     return [int(part) for part in parts]
 
@@ -110,7 +116,7 @@ def _is_plain(context: typer.Context) -> bool:
 def _offer(
     settings: MeshSettings,
     level: int,
-    poisson: Poisson,
+    planned: Sequence[float],
     speculation: SpeculationParams,
     asked: dict[str, Any],
 ) -> Load:
@@ -118,7 +124,6 @@ def _offer(
     from treecast.bench.prompts import DEFAULT_PROMPTS, read_prompts
 
     prompts = [p.text for p in read_prompts(asked["prompts"] or DEFAULT_PROMPTS, asked["limit"])]
-    planned = poisson.plan(asked["seconds"], asked["seed"])
     with running_mesh(replace(settings, verifier_flags={"max_running": level})) as mesh:
 
         def run(at: Sequence[float]) -> list[Any]:

@@ -43,10 +43,11 @@ def write_comparison(context: typer.Context) -> None:
 
     Raises:
         InvalidRequest: an option that a comparison does not heed, an unknown contender, a peer
-            that cannot be read, or no draft model.
+            that cannot be read, no draft model, or a file that cannot be written.
     """
     from treecast.bench.peer import PeerChoice
     from treecast.bench.prompts import DEFAULT_PROMPTS, read_prompts
+    from treecast.bench.report import report_file
     from treecast.engine.loading import resolve_dtype
     from treecast.sampling.params import SpeculationParams
 
@@ -61,16 +62,18 @@ def write_comparison(context: typer.Context) -> None:
     speculation = SpeculationParams.of(
         options.law_of(asked["law"]), options.proposal_of(asked["proposal"]), asked["growth"]
     )
+    file = None if asked["out"] is None else report_file(asked["out"])
     with termination_as_interrupt():
         compared = _measure(
             settings, speculation, names, prompts, asked["max_tokens"], asked["rounds"], choices
         )
-    if asked["out"] is not None:
-        stderr().print(f"saved to {compared.save(asked['out'])}", soft_wrap=True)
     if asked["as_json"]:
         write_json(compared)
     else:
         stdout().print(render(compared))
+    if file is not None:
+        compared.save(file)
+        stderr().print(f"saved to {file}", soft_wrap=True)
 
 
 def _measure(
@@ -109,8 +112,9 @@ def _measure(
 def _check_names(text: str) -> list[str]:
     names = [part.strip() for part in text.split(",") if part.strip()]
     unknown = [name for name in names if name not in CONTENDERS]
-    if unknown or not names:
-        raise InvalidRequest(f"--contenders is {text!r}; known: {', '.join(CONTENDERS)}")
+    if unknown or not names or len(set(names)) < len(names):
+        known = ", ".join(CONTENDERS)
+        raise InvalidRequest(f"--contenders is {text!r}; known: {known}, each at most once")
     return names
 
 

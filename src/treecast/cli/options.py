@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -180,3 +181,10 @@ def law_of(name: str) -> Law:
 def proposal_of(name: str | None) -> Proposal | None:
     """What `--proposal` names; None is the law's own."""
     return None if name is None else Proposal[name.upper()]
+
+
+def finite(value: float | None) -> float | None:
+    """Bounds alone let nan and inf through."""
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is no finite number")
+    return value
