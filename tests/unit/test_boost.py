@@ -183,6 +183,7 @@ def test_finished_draft_is_kept_when_the_second_was_interrupted(
     ("change", "message"),
     [
         ({"drafts": 0}, "drafts is 0; it must be 1 or more"),
+        ({"minutes": float("nan")}, "minutes is nan; it must be a number above 0"),
         ({"layers": ((0,), (3,))}, "2 lists of layers for 1 drafts"),
         (
             {"head_rows": 9, "drafts": 2, "compare_single": True},

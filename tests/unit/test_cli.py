@@ -19,7 +19,7 @@ from treecast.cli.app import app
 from treecast.cli.output import stderr, stdout
 from treecast.cli.status import render
 from treecast.client import Status, VerifierStatus
-from treecast.errors import InvalidRequest, Overloaded, Unauthenticated
+from treecast.errors import CorpusError, InvalidRequest, Overloaded, Unauthenticated
 from treecast.tree import ROOT, TokenTree
 from treecast.wire import codec
 from treecast.wire.rounds import Round, RoundDraft
@@ -176,6 +176,7 @@ def test_generate_says_what_it_cost_when_stats_are_asked_for(router):
     [
         (InvalidRequest("top_p is 2; allowed: (0, 1]"), 2),
         (Unauthenticated("API key is unknown"), 2),
+        (CorpusError("corpus c holds no complete record"), 2),
         (Overloaded("the queue is full"), 3),
     ],
 )
@@ -202,6 +203,11 @@ def test_the_exit_code_tells_the_kind_when_a_request_is_refused(error, code):
         (["models", "check", "/no/such/folder"], "model folder /no/such/folder does not exist"),
         (["tune", "out", "--model", "/no", "--layers", "a"], "--layers is 'a'; it must be like"),
         (["bench", "--contenders", "other"], "--contenders is 'other'; known: transformers"),
+        (
+            ["bench", "--contenders", "treecast,treecast"],
+            "--contenders is 'treecast,treecast'; known: transformers, transformers-assisted, "
+            "treecast-plain, treecast, each at most once",
+        ),
         (["bench", "--model", "m"], "--model and --draft go together: a draft fits one model"),
         (["bench", "--speculators", "ngram"], "the comparison needs ssm in it"),
         (
@@ -212,6 +218,11 @@ def test_the_exit_code_tells_the_kind_when_a_request_is_refused(error, code):
         (["bench", "--arrivals", "even:3"], "--arrivals is 'even:3'; poisson:RATE, RATE above 0"),
         (["bench", "--arrivals", "poisson:0"], "--arrivals is 'poisson:0'; poisson:RATE"),
         (["bench", "--arrivals", "poisson:1", "--levels", "0"], "--levels is '0'; numbers from 1"),
+        (["bench", "--arrivals", "poisson:1", "--levels", "²"], "--levels is '²'; numbers from 1"),
+        (
+            ["bench", "--arrivals", "poisson:1e9"],
+            "1e+09 requests a second for 60 s are 6e+10; the limit is 100000",
+        ),
         (["bench", "--levels", "1"], "a comparison does not heed --levels"),
         (["bench", "--arrivals", "poisson:1", "--rounds", "2"], "does not heed --rounds"),
         (["bench", "--arrivals", "poisson:1", "--peer-model", "a=b"], "does not heed --peer-model"),
@@ -232,6 +243,22 @@ def test_a_command_ends_with_a_line_when_it_cannot_work(arguments, message):
     assert result.exit_code in (1, 2)
     assert result.stderr.startswith("treecast: ")
     assert message in result.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["bench", "--arrivals", "poisson:1", "--seconds", "inf"],
+        ["bench", "--arrivals", "poisson:1", "--seed", "-1"],
+        ["status", "--watch", "nan"],
+        ["status", "--watch", "1e10"],
+        ["tune", "out", "--minutes", "nan"],
+    ],
+)
+def test_an_option_is_refused_when_its_number_is_nonsense(arguments):
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert f"Invalid value for '{arguments[-2]}'" in result.stderr.replace(" / -w", "")
 
 
 def test_usage_errors_exit_with_2_when_an_option_is_unknown():

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,13 @@ from treecast.bench.families.check import save_random_model
 from treecast.errors import CorpusError, ModelError
 from treecast.tuning.batches import epoch_batches, make_batch, shared_prefix, split_records
 from treecast.tuning.boost import tune
-from treecast.tuning.corpus import Record, append_records, read_corpus, write_corpus
+from treecast.tuning.corpus import (
+    Record,
+    TopTokens,
+    append_records,
+    read_corpus,
+    write_corpus,
+)
 from treecast.tuning.cut_head import HeadRows, frequent_tokens, used_tokens
 from treecast.tuning.draft import cut_draft, default_layers
 from treecast.tuning.head_loss import frozen_head_loss
@@ -478,6 +485,16 @@ def test_run_refuses_a_corpus_when_an_id_is_beyond_the_vocabulary(settings: Tune
     with pytest.raises(CorpusError) as caught:
         tune(settings)
     assert caught.value.message == "corpus record 61 has token id 48; the vocabulary has 48"
+
+
+def test_run_refuses_a_corpus_when_a_noted_id_is_beyond_the_vocabulary(
+    settings: TuneSettings,
+) -> None:
+    top = TopTokens(np.array([[4, VOCAB + 1]], np.int32), np.array([[0.5, 0.5]], np.float16))
+    append_records(settings.corpus, [replace(ONE, top=top)])
+    with pytest.raises(CorpusError) as caught:
+        tune(settings)
+    assert caught.value.message == "corpus record 61 has token id 49; the vocabulary has 48"
 
 
 def test_run_refuses_a_corpus_when_it_has_one_record(settings: TuneSettings) -> None:

@@ -9,6 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from treecast.errors import (
+    CorpusError,
     InvalidRequest,
     ModelError,
     NotServed,
@@ -33,6 +34,7 @@ _INVALID = (
     InvalidRequest,
     SettingsError,
     ModelError,
+    CorpusError,
     NotServed,
     Unauthenticated,
     PermissionDenied,

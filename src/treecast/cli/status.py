@@ -26,7 +26,15 @@ def register(app: typer.Typer) -> None:
 def status(
     watch: Annotated[
         float | None,
-        typer.Option("--watch", "-w", metavar="SECONDS", min=0.1, help="Look again this often."),
+        typer.Option(
+            "--watch",
+            "-w",
+            metavar="SECONDS",
+            min=0.1,
+            max=86400,
+            callback=options.finite,
+            help="Look again this often.",
+        ),
     ] = None,
     router: options.Router = None,
     api_key: options.ApiKey = None,

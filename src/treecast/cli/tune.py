@@ -60,7 +60,10 @@ def tune(
         int,
         typer.Option(min=1, help="Train so many, each on what those before it miss."),
     ] = 1,
-    minutes: Annotated[float, typer.Option(min=0.01, help="Minutes of training per draft.")] = 25.0,
+    minutes: Annotated[
+        float,
+        typer.Option(min=0.01, callback=options.finite, help="Minutes of training per draft."),
+    ] = 25.0,
     max_steps: Annotated[int | None, typer.Option(min=1, help="Stop earlier.")] = None,
     layers: Annotated[
         list[str] | None,
@@ -87,7 +90,7 @@ def tune(
         Path | None, typer.Option(help="Folder for report.md and report.json. Default: OUT.")
     ] = None,
     learning_rate: Annotated[
-        float, typer.Option(help="Peak of AdamW's, with linear decay.")
+        float, typer.Option(callback=options.finite, help="Peak of AdamW's, with linear decay.")
     ] = 1e-3,
     batch_size: Annotated[int, typer.Option(min=1, help="Records in a batch.")] = 8,
     seed: Annotated[int, typer.Option(help="Of shuffling, split and self-play.")] = 0,

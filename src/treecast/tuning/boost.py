@@ -72,6 +72,8 @@ def check(settings: TuneSettings) -> None:
     """
     if settings.drafts < 1:
         raise ModelError(f"drafts is {settings.drafts}; it must be 1 or more")
+    if not 0 < settings.minutes < float("inf"):
+        raise ModelError(f"minutes is {settings.minutes}; it must be a number above 0")
     if len(settings.layers) > settings.drafts:
         raise ModelError(f"{len(settings.layers)} lists of layers for {settings.drafts} drafts")
     num_guesses = NUM_GUESSES * settings.drafts

@@ -111,7 +111,8 @@ def append_records(path: Path, records: Iterable[Record]) -> None:
 def check_vocabulary(records: Sequence[Record], vocab_size: int) -> None:
     """Raise CorpusError where a record names a token id that the target does not have."""
     for number, record in enumerate(records, start=1):
-        if (largest := max(record.token_ids)) >= vocab_size:
+        noted = -1 if record.top is None else int(record.top.ids.max(initial=-1))
+        if (largest := max(noted, *record.token_ids)) >= vocab_size:
             raise CorpusError(
                 f"corpus record {number} has token id {largest}; the vocabulary has {vocab_size}"
             )
