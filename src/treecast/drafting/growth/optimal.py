@@ -115,9 +115,9 @@ class OptimalTrees:
     def fastest(self, cost: StepCost, within: Size | None = None) -> Size:
         """The size of most expected tokens per second, the bonus token included."""
         bounds = within or self.largest
-        values = self._values[: bounds.max_depth + 1, : bounds.max_nodes + 1]
-        depth, nodes = np.indices(values.shape)
-        rates = (1 + values) / cost.seconds(nodes, depth)
+        shape = (bounds.max_depth + 1, bounds.max_nodes + 1)
+        depth, nodes = np.indices(shape)
+        rates = (1 + self._values[: shape[0], : shape[1]]) / cost.seconds(nodes, depth)
         best_depth, best_nodes = np.unravel_index(int(np.argmax(rates)), rates.shape)
         return Size(int(best_nodes), int(best_depth))
 
