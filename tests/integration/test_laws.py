@@ -201,7 +201,7 @@ async def test_output_is_distributed_as_the_targets_when_served(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(3000)
+@pytest.mark.timeout(9000)
 @pytest.mark.parametrize("name", SAMPLINGS)
 @pytest.mark.parametrize("speculation", [SpeculationParams(), MSS], ids=["replay", "mss"])
 async def test_output_is_distributed_as_the_targets_when_a_million_tokens_are_served(
