@@ -15,7 +15,7 @@ from treecast.errors import InvalidRequest, Unavailable
 from treecast.sampling.params import SamplingParams
 from treecast.sampling.stops import StopRules
 from treecast.services.router.text import ChatMessage, ModelText, TextCache
-from treecast.text.detok import DetokStream
+from treecast.text.detok import MAX_OPEN, REPLACEMENT, Decode, DetokStream
 from treecast.text.tokenizer import TokenizerFiles
 
 from ..byte_tokenizer import (
@@ -164,6 +164,80 @@ def test_few_tokens_are_decoded_at_a_time_when_the_output_is_long() -> None:
 
     assert DetokStream(decode_and_measure).push("aé€".encode() * 100) == "aé€" * 100
     assert longest <= 6
+
+
+@pytest.mark.parametrize(
+    "run", [[EOS], [0x80], [0xE2, 0x82], [0xC3, EOS]], ids=["silent", "marks", "open", "both"]
+)
+def test_work_per_token_is_bounded_when_no_text_is_whole_for_long(run: list[int]) -> None:
+    decoded = 0
+
+    def decode_and_count(ids: Sequence[int]) -> str:
+        nonlocal decoded
+        decoded += len(ids)
+        return decode(ids)
+
+    tokens = [*b"a", *run * 2000]
+    out = DetokStream(decode_and_count)
+    assert out.push(tokens) + out.finish() == decode(tokens)
+    assert decoded < 30 * len(tokens)
+
+
+class GrowingWindow:
+    """The slow oracle: as `_Pieces`, with a window that only whole text shortens."""
+
+    def __init__(self, decode: Decode) -> None:
+        self._decode = decode
+        self._window: list[int] = []
+        self._num_first = 0
+        self._given = 0
+
+    def push(self, token: int) -> str:
+        self._window.append(token)
+        text = self._decode(self._window)
+        marks = len(text) - len(text.rstrip(REPLACEMENT))
+        long = len(self._window) - self._num_first > MAX_OPEN
+        whole = len(text) - (min(marks, MAX_OPEN) if long else marks)
+        piece = text[self._given : whole]
+        self._given = max(self._given, whole)
+        if piece and whole == len(text):
+            self._window = self._window[self._num_first :]
+            self._num_first = len(self._window)
+            self._given = len(self._decode(self._window))
+        return piece
+
+    def rest(self) -> str:
+        return self._decode(self._window)[self._given :]
+
+
+PARTS = [[byte] for byte in (0x80, 0xAC, 0xC3, 0xE2, 0xF0, 0x9F, *b"ab")]
+PARTS += [list(text.encode()) for text in ("é", "€", "🙂")]
+PARTS += [[0xE2, 0x82], [0xF0, 0x9F, 0x98]]
+runs = st.tuples(st.sampled_from([*PARTS, [BOS], [EOS]]), st.sampled_from([1, 2, 3, 40]))
+runs_of_bytes = st.tuples(st.sampled_from(PARTS), st.sampled_from([1, 2, 3, 40]))
+
+
+def is_that_of_a_growing_window(decode: Decode, tokens: list[int]) -> bool:
+    out, oracle = DetokStream(decode), GrowingWindow(decode)
+    expected = "".join([*(oracle.push(token) for token in tokens), oracle.rest()])
+    return "".join([*(out.push([token]) for token in tokens), out.finish()]) == expected
+
+
+@given(st.lists(runs, max_size=6))
+def test_text_is_that_of_a_growing_window_when_a_run_is_long(
+    parts: list[tuple[list[int], int]],
+) -> None:
+    tokens = [token for part, times in parts for token in part * times]
+    assert is_that_of_a_growing_window(decode, tokens)
+
+
+@given(st.lists(runs_of_bytes, max_size=6), st.lists(st.sampled_from(["▁", "▁to", "or"])))
+def test_text_is_that_of_a_growing_window_when_a_run_of_bytes_is_one_to_the_decoder(
+    parts: list[tuple[list[int], int]], words: list[str]
+) -> None:
+    spelt = [f"<0x{byte:02X}>" for part, times in parts for byte in part * times]
+    tokens = [PIECES.token_to_id(piece) for piece in [*words, *spelt, *words, *spelt]]
+    assert is_that_of_a_growing_window(PIECES.decode, tokens)
 
 
 def test_stop_string_is_held_back_until_it_is_not_one() -> None:

@@ -18,6 +18,12 @@ MAX_OPEN = 3
 one mark, or as one for each.
 """
 
+# How much of a run of marks is decoded again with each token. Multiples of three, since a run may
+# be of bytes that spell the mark itself.
+_MOST_WAITING = 24
+_RUN_BEGINNING = 6  # shows a decoder that looks at a run of bytes as a whole that it is broken
+_RUN_END = 12  # has the marks that are held back, and before them the bytes of a character
+
 
 class DetokStream:
     """Text of one output. Characters that lack bytes, and possible stop strings, are held back."""
@@ -56,7 +62,8 @@ class _Pieces:
     """Decodes token by token through a window that starts where the text was last whole.
 
     A decoder may treat its first token in its own way, so new text is what the window's text has
-    beyond that of its first part.
+    beyond that of its first part. The window is short whatever comes: tokens without text do not
+    enter it, and of a long run of marks the middle is left out.
     """
 
     def __init__(self, decode: Decode) -> None:
@@ -73,7 +80,19 @@ class _Pieces:
         self._given = max(self._given, whole)
         if piece and whole == len(text):
             self._slide()
+        elif not piece and self._is_silent(token):
+            self._window.pop()
+        elif self._num_waiting >= _MOST_WAITING:
+            self._shorten(held=len(text) - self._given)
         return piece
+
+    @property
+    def _num_waiting(self) -> int:
+        return len(self._window) - self._num_first
+
+    def _is_silent(self, token: int) -> bool:
+        """Whether it never has text; twice, as a decoder may drop the space of its first token."""
+        return not self._decode([token, token])
 
     def _num_open(self, text: str) -> int:
         """Marks at the end that may yet turn into a character.
@@ -82,8 +101,7 @@ class _Pieces:
         last one is open. After more tokens than a character can have, marks are there to stay.
         """
         marks = len(text) - len(text.rstrip(REPLACEMENT))
-        waiting = len(self._window) - self._num_first
-        return marks if waiting <= MAX_OPEN else min(marks, MAX_OPEN)
+        return marks if self._num_waiting <= MAX_OPEN else min(marks, MAX_OPEN)
 
     def rest(self) -> str:
         """What a character that never got all its bytes decodes to."""
@@ -93,6 +111,11 @@ class _Pieces:
         self._window = self._window[self._num_first :]
         self._num_first = len(self._window)
         self._given = len(self._decode(self._window))
+
+    def _shorten(self, held: int) -> None:
+        """Leave out the middle of a run; its last `held` characters are not given out yet."""
+        self._window[self._num_first + _RUN_BEGINNING : -_RUN_END] = []
+        self._given = len(self._decode(self._window)) - held
 
 
 class _StopString:
