@@ -28,6 +28,9 @@ MAX_HEADER_CHARACTERS = 512
 
 log = structlog.get_logger()
 
+Stamp = tuple[int, int, int] | None
+"""Of a file; None of one that is not there."""
+
 TenantName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_.-]{0,62}$")]
 Limit = Annotated[int, Field(ge=1, le=2**31)]
 
@@ -200,12 +203,15 @@ class KeyRing:
         self._stamp = stamp
         read = partial(_read, self._file)
         if stamp is None or stamp[1] <= _MOST_BYTES_INLINE:
-            self._take(read)
+            self._take(stamp, read)
             return
         reading = asyncio.get_running_loop().run_in_executor(None, read)
-        reading.add_done_callback(lambda done: self._take(done.result))
+        reading.add_done_callback(lambda done: self._take(stamp, done.result))
 
-    def _take(self, result: Callable[[], dict[str, Key]]) -> None:
+    def _take(self, stamp: Stamp, result: Callable[[], dict[str, Key]]) -> None:
+        """Have a read's keys, unless a newer one has begun: that has the last word."""
+        if stamp != self._stamp:
+            return
         try:
             self._keys = self._given | result()
             log.info("keys.reloaded", file=str(self._file), count=len(self._keys))
@@ -222,7 +228,7 @@ def _bearer(authorization: str | None) -> str:
     return key
 
 
-def _stamp(file: Path) -> tuple[int, int, int] | None:
+def _stamp(file: Path) -> Stamp:
     try:
         stat = file.stat()
     except OSError:

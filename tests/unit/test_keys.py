@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import tomllib
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -120,6 +121,22 @@ async def test_a_large_file_is_read_anew_beside_the_event_loop(tmp_path: Path) -
         while len(ring._keys) < 400:
             await asyncio.sleep(0.01)
     assert ring.caller("Bearer tc_399").tenant == "many"
+
+
+async def test_keys_stay_revoked_when_a_slow_read_ends_after_a_newer_one(tmp_path: Path) -> None:
+    file = tmp_path / "keys.toml"
+    file.write_text(entry_of("tc_one", "one", {}))
+    ring = KeyRing(file)
+    thread = ThreadPoolExecutor(1)
+    asyncio.get_running_loop().set_default_executor(thread)
+    replace(file, "".join(entry_of(f"tc_{number}", "many", {}) for number in range(400)))
+    ring.caller("Bearer tc_one")
+    thread.submit(int).result()  # the large file has been read, and its keys have yet to arrive
+    replace(file, entry_of("tc_two", "two", {}))
+    assert ring.caller("Bearer tc_two").tenant == "two"
+    await asyncio.to_thread(int)
+    with pytest.raises(Unauthenticated):
+        ring.caller("Bearer tc_399")
 
 
 def test_start_is_refused_when_the_file_is_not_there(tmp_path: Path) -> None:
