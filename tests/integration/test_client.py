@@ -241,6 +241,17 @@ async def test_the_deadline_holds_when_the_router_hangs(caller):
         assert router.ended.wait(5)
 
 
+async def test_the_deadline_is_told_at_once_when_it_comes_before_the_next_attempt(caller):
+    crowded = fail(Overloaded("queue is full", 60.0), started(), delta("Hel", 10))
+    with ScriptedRouter(crowded) as router:
+        async with asyncio.timeout(15):
+            with pytest.raises(
+                DeadlineExceeded, match=r"in 60\.\d s; the last one .*queue is full$"
+            ):
+                await caller(router.address).run("x", timeout_s=30)
+        assert len(router.requests) == 1
+
+
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [

@@ -65,6 +65,7 @@ class Attempts:
             beyond the time that a crowded router asked for.
         Raises:
             TreecastError: `error` itself, when another attempt cannot help or all are spent.
+            DeadlineExceeded: there is no time for another attempt.
         """
         # A router that lives on may hold the broken stream's request for a moment longer.
         released = isinstance(error, DuplicateRequest) and self.total_failures > 0
@@ -82,4 +83,11 @@ class Attempts:
         self.total_failures += 1
         backoff_s = policy.first_backoff_s * 2.0 ** (self._failures - 1)
         wait_s = min(backoff_s, policy.max_backoff_s) * random.uniform(0.5, 1.0)
-        return wait_s + error.retry_after_s if isinstance(error, Overloaded) else wait_s
+        if isinstance(error, Overloaded):
+            wait_s += error.retry_after_s
+        if self._deadline is not None and time.monotonic() + wait_s >= self._deadline:
+            raise DeadlineExceeded(
+                f"the request's deadline comes before its next attempt, in {wait_s:.1f} s; "
+                f"the last one failed: {error}"
+            ) from error
+        return wait_s
