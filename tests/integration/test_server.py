@@ -95,6 +95,14 @@ async def test_client_gets_the_error_when_a_handler_raises_it(
         assert (str(error), error.retry_after_s) == ("queue is full", 2.5)
 
 
+@pytest.mark.parametrize("character", ["x", "%", "é", "日", "🙂"])
+async def test_client_gets_the_error_when_its_message_is_long(character: str) -> None:
+    async with serving(Router(InvalidRequest(character * 9000))) as (_, address):
+        error = await error_of(address, unary)
+        assert type(error) is InvalidRequest
+        assert set(str(error)) == {character}
+
+
 @pytest.mark.parametrize("call", [unary, streaming])
 async def test_nothing_leaks_when_a_handler_fails(
     call: Callable[[Any], Awaitable[None]],

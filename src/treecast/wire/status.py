@@ -44,7 +44,10 @@ from treecast.wire.frames import BadFrame
 DOMAIN = "treecast"
 
 _DETAILS_KEY = "grpc-status-details-bin"
-_MAX_MESSAGE_CHARACTERS = 2000  # trailing metadata has 8 KB in all
+_MAX_MESSAGE_BYTES = 1200
+"""Trailing metadata has 8 KB in all, and a message is in it twice: three bytes for each that is not
+printable ASCII, and in base64.
+"""
 _MAX_RETRY_S = 3600.0
 
 log = structlog.get_logger()
@@ -100,13 +103,17 @@ def code_of(error: BaseException) -> grpc.StatusCode:
 def to_rpc_status(error: BaseException) -> Status:
     """Translate an error; one that is not ours becomes "internal error", whatever it says."""
     ours = _ours(error)
-    status = Status(code=code_of(ours).value[0], message=ours.message[:_MAX_MESSAGE_CHARACTERS])
+    status = Status(code=code_of(ours).value[0], message=_cut(ours.message))
     status.details.add().Pack(ErrorInfo(reason=ours.reason, domain=DOMAIN))
     if isinstance(ours, RetryableError):
         delay = Duration()
         delay.FromMilliseconds(round(ours.retry_after_s * 1000))
         status.details.add().Pack(RetryInfo(retry_delay=delay))
     return status
+
+
+def _cut(message: str) -> str:
+    return message.encode()[:_MAX_MESSAGE_BYTES].decode(errors="ignore")
 
 
 def _ours(error: BaseException) -> TreecastError:
@@ -125,7 +132,7 @@ def from_rpc_status(status: Status) -> TreecastError:
         _unpack(detail, retry)
     known = _BY_REASON.get(info.reason) if info.domain == DOMAIN else None
     kind = known or _kind_of(status.code, status.message)
-    message = status.message[:_MAX_MESSAGE_CHARACTERS]
+    message = _cut(status.message)
     if issubclass(kind, RetryableError):
         return kind(message, _bounded(retry.retry_delay))
     return kind(message)
