@@ -13,7 +13,7 @@ from treecast.errors import InvalidFrame, TreecastError, Unavailable
 from treecast.sampling.params import Law
 from treecast.v1.verifier_pb2_grpc import VerifierServiceStub
 from treecast.wire.breaker import Breaker
-from treecast.wire.channel import MAX_ANSWER_BYTES, open_channel
+from treecast.wire.channel import MAX_ANSWER_BYTES, is_cancelled, open_channel
 from treecast.wire.frames import (
     BadFrame,
     Completed,
@@ -126,9 +126,7 @@ async def answer(call: Awaitable[T]) -> T:
     except grpc.RpcError as error:
         raise from_rpc_error(error) from None
     except asyncio.CancelledError:
-        # gRPC cancels the calls of a channel that closes; that is not a cancellation of ours.
-        task = asyncio.current_task()
-        if task is None or task.cancelling():
+        if is_cancelled():
             raise
         raise Unavailable("verifier's stream closed") from None
 

@@ -330,6 +330,29 @@ async def test_the_request_is_cancelled_when_the_reading_task_is():
             assert await asyncio.to_thread(router.ended.wait, 5)
 
 
+async def test_the_stream_ends_by_name_when_the_async_client_is_closed():
+    with ScriptedRouter(hang(started(), delta("Hel", 10))) as router:
+        client = AsyncClient(router.address, QUICK)
+        stream = client.generate("x")
+        await anext(stream)
+        reading = asyncio.create_task(anext(stream))
+        await asyncio.sleep(0)
+        await client.aclose()
+        with pytest.raises(Cancelled, match=r"^the client was closed$"):
+            await reading
+        assert not reading.cancelled()
+
+
+async def test_a_call_ends_by_name_when_the_async_client_is_closed():
+    with ScriptedRouter(HELLO) as router:
+        client = AsyncClient(router.address, QUICK)
+        asking = asyncio.create_task(client.status())
+        await asyncio.sleep(0)
+        await client.aclose()
+        with pytest.raises(Cancelled, match=r"^the client was closed$"):
+            await asking
+
+
 def test_status_and_models_are_told_when_asked_of_a_router():
     with ScriptedRouter(HELLO) as router, Client(router.address) as client:
         status, (model,) = client.status(), client.models()

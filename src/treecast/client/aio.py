@@ -12,7 +12,7 @@ import grpc
 from treecast.errors import Cancelled, TreecastError, Unavailable
 from treecast.sampling.params import Law, Proposal, SamplingParams, SpeculationParams
 from treecast.v1 import router_pb2, router_pb2_grpc
-from treecast.wire.channel import PROMPT, open_channel
+from treecast.wire.channel import PROMPT, is_cancelled, open_channel
 from treecast.wire.status import from_rpc_error
 from treecast.wire.tls import Tls, TlsFiles
 
@@ -119,7 +119,7 @@ class AsyncClient:
         await self.aclose()
 
     async def aclose(self) -> None:
-        """Close the connections; running streams end with an error."""
+        """Close the connections; running streams and calls end with Cancelled."""
         for channel in self._routers.take_all():
             await channel.close()
 
@@ -209,6 +209,8 @@ class AsyncClient:
                 if attempt == len(self._routers) or not isinstance(ours, Unavailable):
                     raise ours from error
                 self._routers.leave(address)
+            except asyncio.CancelledError as error:
+                raise _closed(error) from None
         raise AssertionError("there is at least one router")
 
 
@@ -248,10 +250,17 @@ async def _receive(
                 yield chunk
     except grpc.aio.AioRpcError as error:
         raise name_router(from_rpc_error(error), address) from error
+    except asyncio.CancelledError as error:
+        raise _closed(error) from None
     finally:
         call.cancel()
     if not transcript.complete:
         raise Unavailable(f"router {address} ended the stream before the request had finished")
+
+
+def _closed(error: asyncio.CancelledError) -> BaseException:
+    """What to raise for it: itself, if it is this task's, else the end of its channel."""
+    return error if is_cancelled() else Cancelled("the client was closed")
 
 
 def _dial(address: str, tls: Tls | None) -> grpc.aio.Channel:

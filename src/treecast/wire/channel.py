@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import grpc
 
 from treecast.wire.tls import Tls, server_name
@@ -93,3 +95,11 @@ def open_channel(
     name = server_name(peer_role) if peer_role and tls.mutual else ""
     options = channel_options(address, max_message_bytes, pings, name)
     return grpc.aio.secure_channel(address, tls.channel_credentials(), options=options)
+
+
+def is_cancelled() -> bool:
+    """Whether this task was asked to end: gRPC raises the same in those who wait for the calls of a
+    channel that closes.
+    """
+    task = asyncio.current_task()
+    return task is None or task.cancelling() > 0

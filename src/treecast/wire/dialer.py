@@ -17,7 +17,7 @@ from treecast.errors import (
     TreecastError,
     Unavailable,
 )
-from treecast.wire.channel import open_channel
+from treecast.wire.channel import is_cancelled, open_channel
 from treecast.wire.frames import Heartbeat, Hello
 from treecast.wire.greeting import receive_greeting
 from treecast.wire.hop import Hop
@@ -111,7 +111,7 @@ class Dialer(Generic[Out, In]):
         except TreecastError as error:
             return error
         except asyncio.CancelledError:
-            if _is_cancelled():
+            if is_cancelled():
                 raise
             return Cancelled("call was cancelled")
         except Exception as error:
@@ -153,12 +153,6 @@ class Dialer(Generic[Out, In]):
         link = await asyncio.shield(opened)
         async for message in link.outgoing():
             yield message
-
-
-def _is_cancelled() -> bool:
-    """Whether this task was asked to end; a call that gRPC cancels raises the same exception."""
-    task = asyncio.current_task()
-    return task is None or task.cancelling() > 0
 
 
 def retry_pause_s(failures: int, problem: TreecastError | None) -> float:
