@@ -9,7 +9,7 @@ from treecast.errors import InvalidFrame
 from treecast.sampling.logprobs import TokenLogprobs
 from treecast.text.detok import DetokStream
 from treecast.v1 import router_pb2 as pb
-from treecast.wire.frames import Completed, Cost, Progress
+from treecast.wire.frames import Completed, Cost, Failed, Progress
 from treecast.wire.rounds import Round
 
 from . import messages
@@ -92,19 +92,23 @@ class Relay:
     async def follow(self, seat: Seat) -> SeatEnd:
         """Write what comes from one placement until it ends, one way or another.
 
-        Raises:
-            InvalidFrame: the verifier's tokens do not fit what it, or an earlier one, sent.
+        It fails where the verifier's tokens do not fit what it, or an earlier one, sent.
         """
         cost = Cost()
         while True:
             piece = Piece()
             end: SeatEnd | None = None
             for frame in await seat.take():
-                if isinstance(frame, Progress):
-                    self.output.take(frame, piece)
-                    cost += frame.cost
-                else:
+                if not isinstance(frame, Progress):
                     end = frame
+                    break
+                try:
+                    self.output.take(frame, piece)
+                except InvalidFrame as error:
+                    seat.fail(error)
+                    end = Failed(seat.handle, error)
+                    break
+                cost += frame.cost
             if piece.tokens:
                 await self._pass_on(piece)
             if end is not None:

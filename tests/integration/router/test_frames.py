@@ -9,6 +9,7 @@ import pytest
 
 from treecast.errors import InvalidFrame
 from treecast.sampling.logprobs import TokenLogprobs
+from treecast.services.router.fleet import BREAKER_THRESHOLD
 from treecast.wire.frames import Completed, FinishReason, Progress
 
 from ..scripted_verifier import ScriptedVerifier, output_of
@@ -31,6 +32,32 @@ async def test_request_fails_alone_when_its_tokens_have_a_gap(
     assert verifier.cancelled == [verifier.started[1].handle]
     verifier.allow(10)
     assert (await good.read_all()).tokens() == output_of(HELLO, 5)
+
+
+async def test_verifier_gets_a_rest_when_its_tokens_never_fit(
+    verifier: ScriptedVerifier, client: RouterClient
+) -> None:
+    async def skip(link: Any, start: Any) -> None:
+        link.send(Progress(start.handle, 1, (97,)))
+
+    verifier.run = skip
+    for _ in range(BREAKER_THRESHOLD):
+        assert not client.router.fleet.verifiers[0].breaker.tripped
+        with pytest.raises(InvalidFrame, match="progress begins at token 1"):
+            await client.generate().read_all()
+    assert client.router.fleet.verifiers[0].breaker.tripped
+
+
+async def test_request_fails_when_its_end_comes_together_with_tokens_that_do_not_fit(
+    verifier: ScriptedVerifier, client: RouterClient
+) -> None:
+    async def skip_and_end(link: Any, start: Any) -> None:
+        link.send(Progress(start.handle, 1, (97,)))
+        link.send(Completed(start.handle, FinishReason.LENGTH))
+
+    verifier.run = skip_and_end
+    with pytest.raises(InvalidFrame, match="progress begins at token 1"):
+        await client.generate().read_all()
 
 
 async def test_request_fails_alone_when_a_frame_of_its_is_malformed(
