@@ -78,6 +78,11 @@ class LocalMesh:
         return self.processes["router"].address
 
     @property
+    def client_files(self) -> TlsFiles:
+        """What a client of it needs, whatever the environment says; none without TLS."""
+        return self.certificates.get("client", TlsFiles())
+
+    @property
     def can_serve(self) -> bool:
         """The router and a verifier run; speculators and Valkey only make things better."""
         verifiers = [p for name, p in self.processes.items() if name.startswith("verifier-")]
@@ -120,8 +125,8 @@ class LocalMesh:
         """
         deadline = time.monotonic() + timeout_s
         missing = "the router does not answer"
-        retry, files = RetryPolicy(attempts_to_start=1), self.certificates.get("client")
-        with Client(self.router_address, retry, tls=files) as client:
+        retry = RetryPolicy(attempts_to_start=1)
+        with Client(self.router_address, retry, tls=self.client_files) as client:
             while time.monotonic() < deadline:
                 try:
                     missing = self._missing(client.status())

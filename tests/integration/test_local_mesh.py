@@ -74,6 +74,13 @@ def test_the_router_sees_all_of_it_when_the_mesh_is_whole(mesh):
     assert len(verifier.speculators) == 2
 
 
+def test_a_plaintext_mesh_is_whole_when_the_environment_names_certificates(mesh, monkeypatch):
+    monkeypatch.setenv("TREECAST_TLS_CA", "/none/ca.pem")
+    mesh.wait_whole(10)
+    with Client(mesh.router_address, tls=mesh.client_files) as client:
+        assert client.models()
+
+
 def test_nothing_is_left_when_the_mesh_is_stopped(tmp_path):
     settings = toy(tmp_path, speculators=("ngram",))
     with LocalMesh(settings) as mesh:

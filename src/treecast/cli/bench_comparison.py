@@ -93,7 +93,7 @@ def _measure(
 
     with (
         running_mesh(settings) as mesh,
-        Client(mesh.router_address) as client,
+        Client(mesh.router_address, tls=mesh.client_files) as client,
         transformers_peer(mesh.settings) as peer,
         ExitStack() as others,
     ):

@@ -81,7 +81,10 @@ def _profile_mesh(settings: MeshSettings, asked: dict[str, Any]) -> MeshProfile:
     from treecast.sampling.params import SpeculationParams
 
     prompts = read_prompts(asked["prompts"] or DEFAULT_PROMPTS, asked["limit"])
-    with running_mesh(settings) as mesh, Client(mesh.router_address) as client:
+    with (
+        running_mesh(settings) as mesh,
+        Client(mesh.router_address, tls=mesh.client_files) as client,
+    ):
 
         def answer_all() -> None:
             for prompt in prompts:

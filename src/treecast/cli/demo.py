@@ -93,7 +93,10 @@ def _client(settings: MeshSettings, router: str | None, api_key: str | None) -> 
         with Client(router, api_key=api_key) as client:
             yield client
         return
-    with running_mesh(settings) as mesh, Client(mesh.router_address) as client:
+    with (
+        running_mesh(settings) as mesh,
+        Client(mesh.router_address, tls=mesh.client_files) as client,
+    ):
         yield client
 
 

@@ -48,9 +48,9 @@ def read_access(api_key: str | None, tls: TlsFiles | None) -> Access:
         raise InvalidRequest("API key has characters that are not printable ASCII")
     metadata = (("authorization", f"Bearer {key}"),) if key else ()
     files = _files_of_environment() if tls is None else tls
-    return Access(metadata, Tls(files) if files else None)
+    return Access(metadata, Tls(files) if files != TlsFiles() else None)
 
 
-def _files_of_environment() -> TlsFiles | None:
+def _files_of_environment() -> TlsFiles:
     given = [Path(text) if (text := os.environ.get(name)) else None for name in TLS_VARIABLES]
-    return TlsFiles(*given) if any(given) else None
+    return TlsFiles(*given)

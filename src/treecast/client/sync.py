@@ -98,8 +98,8 @@ class Client:
         retry: how hard to try when a router is lost.
         timeout_s: for every call but `generate`.
         api_key: by default that in TREECAST_API_KEY; none for a router that is open.
-        tls: by default the files in TREECAST_TLS_CA, TREECAST_TLS_CERT and TREECAST_TLS_KEY; none
-            connects in plaintext.
+        tls: by default the files in TREECAST_TLS_CA, TREECAST_TLS_CERT and TREECAST_TLS_KEY; no
+            file, as in TlsFiles(), connects in plaintext.
     Raises:
         InvalidRequest: an address is malformed. Connecting waits for the first call.
         SettingsError: the TLS files are unreadable or do not fit.
