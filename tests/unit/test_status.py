@@ -12,6 +12,7 @@ from treecast import errors
 from treecast.errors import (
     Cancelled,
     DeadlineExceeded,
+    InvalidFrame,
     InvalidRequest,
     InvalidTree,
     NotServed,
@@ -55,6 +56,7 @@ def test_error_keeps_type_and_message_when_it_crosses(kind: type[TreecastError])
         (Unavailable("x"), grpc.StatusCode.UNAVAILABLE),
         (RetryableError("x"), grpc.StatusCode.UNAVAILABLE),
         (TreecastError("x"), grpc.StatusCode.INTERNAL),
+        (InvalidFrame("x"), grpc.StatusCode.INTERNAL),
         (KeyError("x"), grpc.StatusCode.INTERNAL),
         (BadFrame(1, InvalidRequest("x")), grpc.StatusCode.INVALID_ARGUMENT),
     ],

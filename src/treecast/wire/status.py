@@ -56,7 +56,7 @@ _CODES: dict[type[TreecastError], grpc.StatusCode] = {
     InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
     PromptTooLong: grpc.StatusCode.INVALID_ARGUMENT,
     InvalidTree: grpc.StatusCode.INVALID_ARGUMENT,
-    InvalidFrame: grpc.StatusCode.INVALID_ARGUMENT,
+    InvalidFrame: grpc.StatusCode.INTERNAL,  # of our own processes, never of a client
     NotServed: grpc.StatusCode.NOT_FOUND,
     DuplicateRequest: grpc.StatusCode.ALREADY_EXISTS,
     PeerMismatch: grpc.StatusCode.FAILED_PRECONDITION,
