@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from dataclasses import dataclass, replace
 
 from treecast.errors import SettingsError, TreecastError
@@ -22,6 +23,11 @@ class Address:
 
     def __str__(self) -> str:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    @property
+    def family(self) -> socket.AddressFamily:
+        """Of a socket that listens there."""
+        return socket.AF_INET6 if ":" in self.host else socket.AF_INET
 
     def with_port(self, port: int) -> Address:
         """The same host with the port that was bound for 0."""

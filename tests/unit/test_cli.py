@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from treecast import __version__
 from treecast.cli.app import app
 from treecast.cli.output import stderr, stdout
 from treecast.cli.status import render
+from treecast.cli.up import check_free
 from treecast.client import Status, VerifierStatus
 from treecast.errors import CorpusError, InvalidRequest, Overloaded, Unauthenticated
 from treecast.tree import ROOT, TokenTree
@@ -272,6 +274,12 @@ def test_up_names_address_and_flag_when_the_address_is_in_use(router):
         f"treecast: cannot listen on {router.address}: address already in use; "
         "choose another address with --listen HOST:PORT (port 0 picks one)\n"
     )
+
+
+def test_up_finds_an_address_free_when_it_is_an_ipv6_one():
+    if not socket.has_dualstack_ipv6():
+        pytest.skip("this machine has no IPv6")
+    check_free("[::1]:0", "--listen")
 
 
 def test_status_exits_with_3_when_no_router_is_there():

@@ -62,13 +62,12 @@ class HttpListener:
         return str(bound)
 
     def _bind(self) -> socket.socket:
-        host, port = self._address.host, self._address.port
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        at = self._address
         try:
-            listening = socket.create_server((host, port), family=family, backlog=_BACKLOG)
+            listening = socket.create_server((at.host, at.port), family=at.family, backlog=_BACKLOG)
         except OSError as error:
             why = error.strerror or str(error)
-            raise SettingsError(f"http_listen {self._address} cannot be bound: {why}") from error
+            raise SettingsError(f"http_listen {at} cannot be bound: {why}") from error
         listening.setblocking(False)
         return listening
 

@@ -236,7 +236,7 @@ def check_free(listen: str, option: str) -> None:
     """
     address = parse_address(listen, option)
     try:
-        with socket.create_server((address.host, address.port)):
+        with socket.create_server((address.host, address.port), family=address.family):
             pass
     except OSError as error:
         # Not its strerror, to which create_server adds the address once more.
