@@ -198,11 +198,13 @@ def check_tokens(ask: Ask, prompt: tuple[int, ...], model: Hello) -> None:
     """What can be checked once the model is known; the verifier has the last word.
 
     Raises:
-        InvalidRequest: an unknown token id.
+        InvalidRequest: no token at all, or an unknown one.
         PromptTooLong: the prompt alone is longer than the context, or the output that is taken up
             again may not fit beside it.
     """
     limit, max_tokens = model.context_tokens, ask.sampling.max_tokens
+    if not prompt:
+        raise InvalidRequest("prompt is empty")
     if len(prompt) > limit:
         raise PromptTooLong(f"prompt has {len(prompt)} tokens; the limit is {limit}")
     least = 1 if ask.truncate_prompt else len(prompt)

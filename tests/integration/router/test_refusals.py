@@ -174,3 +174,12 @@ async def test_verifiers_refusal_reaches_the_client_as_it_is(
     with pytest.raises(Overloaded, match=r"^pool has 3 free pages; 5 are needed$") as refusal:
         await client.generate().read_all()
     assert refusal.value.retry_after_s == 2.5
+
+
+async def test_prompt_is_refused_when_the_template_makes_nothing_of_it(
+    verifier: ScriptedVerifier, client: RouterClient
+) -> None:
+    verifier.files.chat_template = "{{ '' }}"
+    chat = {"messages": [{"role": "user", "content": "x"}]}
+    with pytest.raises(InvalidRequest, match=r"^prompt is empty$"):
+        await client.generate(chat=chat).read_all()
