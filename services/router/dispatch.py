@@ -108,12 +108,21 @@ class Dispatcher:
         try:
             return await ticket.turn
         except asyncio.CancelledError:
-            _give_back(ticket)
+            self._give_back(ticket)
             raise
         finally:
             ticket.stop_timers()
             self._queue.leave(ticket)
             self._metrics.queued.set(len(self._queue))
+
+    def _give_back(self, ticket: Ticket) -> None:
+        """Seats that came in the very moment in which their request was cancelled."""
+        if ticket.turn.cancelled() or ticket.turn.exception() is not None:
+            return
+        for seat in ticket.turn.result():
+            seat.leave()
+        if ticket.share is not CHARGED:
+            self.settle(ticket.share, 0)
 
     def _pump_soon(self) -> None:
         """Have the queue looked through, once however much has changed. Called whenever somebody
@@ -159,11 +168,3 @@ class Dispatcher:
             )
             loop = asyncio.get_running_loop()
             ticket.grace = loop.call_later(self._grace_s, ticket.fail, gone)
-
-
-def _give_back(ticket: Ticket) -> None:
-    """Seats that came in the very moment in which their request was cancelled."""
-    if ticket.turn.cancelled() or ticket.turn.exception() is not None:
-        return
-    for seat in ticket.turn.result():
-        seat.leave()

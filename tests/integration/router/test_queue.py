@@ -118,6 +118,24 @@ async def test_place_is_given_back_when_its_request_is_cancelled_as_it_comes(
         assert [candidate.free for candidate in fleet.candidates()] == [1]
 
 
+async def test_tenant_pays_nothing_when_its_request_is_cancelled_as_its_seat_comes(
+    start: Callable[..., Any],
+) -> None:
+    verifier = await start(capacity=1)
+    async with routing([verifier]) as client:
+        dispatcher = Dispatcher(client.router.fleet, 10, 10.0, RouterMetrics())
+        wanted = Wanted("bytes", "r1", "r")
+        [seat] = await dispatcher.admit(wanted, Share("t", cost=10), None)
+        waiting = asyncio.create_task(dispatcher.admit(wanted, Share("t", cost=100), None))
+        await asyncio.sleep(0)
+        seat.leave()
+        await asyncio.sleep(0)  # seated, and not told yet
+        assert dispatcher._queue._levels[0].served["t"] == 110
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+        assert dispatcher._queue._levels[0].served["t"] == 10
+
+
 async def test_request_is_refused_when_the_queue_is_full(start: Callable[..., Any]) -> None:
     verifier = await start(capacity=1, budget=1)
     async with routing([verifier], queue_limit=2) as client:
