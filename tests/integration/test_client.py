@@ -16,6 +16,7 @@ from treecast.errors import (
     Overloaded,
     PromptTooLong,
     QuotaExceeded,
+    TreecastError,
     Unavailable,
 )
 
@@ -205,9 +206,11 @@ async def test_every_sample_goes_on_when_the_router_is_lost_with_several(caller)
 async def test_samples_are_not_patched_together_when_their_tokens_come_out_otherwise(caller):
     lost = fail(Unavailable("gone"), started(), started(sample_index=1), delta("a", 1))
     other = play(started(), started(sample_index=1), delta("z", 9), finished(1))
-    expected = pytest.raises(Unavailable, match="its tokens came out otherwise")
-    with ScriptedRouter(lost, other) as router, expected:
-        await caller(router.address).run("x", num_samples=2)
+    with ScriptedRouter(lost, other) as router:
+        with pytest.raises(TreecastError, match="its tokens came out otherwise") as caught:
+            await caller(router.address).run("x", num_samples=2)
+        assert len(router.requests) == 2
+    assert type(caught.value) is TreecastError
 
 
 async def test_attempts_are_bounded_when_no_router_answers(caller):

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from treecast.errors import InvalidFrame, TreecastError, Unavailable
+from treecast.errors import InvalidFrame, TreecastError
 from treecast.sampling.logprobs import TokenLogprobs
 from treecast.v1 import router_pb2
 from treecast.wire import codec
@@ -95,7 +95,8 @@ class Transcript:
         """Take in one response; returns what is new to the caller, if anything.
 
         Raises:
-            Unavailable: a repeated stream said something else than the first one.
+            TreecastError: a repeated stream said something else than the first one, as it would
+                again; or the response is no answer to this request.
         """
         if response.sample_index >= len(self._samples):
             raise TreecastError(
@@ -132,7 +133,7 @@ class Transcript:
         if again := min(sample.skip_tokens, len(ids)):
             at = len(sample.token_ids) - sample.skip_tokens
             if tuple(sample.token_ids[at : at + again]) != ids[:again]:
-                raise Unavailable("the stream cannot go on: its tokens came out otherwise")
+                raise TreecastError("the stream cannot go on: its tokens came out otherwise")
             ids, logprobs = ids[again:], logprobs[again:]
             sample.skip_tokens -= again
         skipped = min(sample.skip_characters, len(text))
