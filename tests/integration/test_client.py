@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 
 import pytest
 
@@ -274,6 +275,16 @@ def test_a_prompt_is_refused_when_it_is_of_no_known_kind(prompt, message):
 def test_a_request_is_refused_when_a_number_does_not_fit():
     with Client("127.0.0.1:1") as client, pytest.raises(InvalidRequest, match="out of range"):
         client.generate("x", priority=2**40)
+
+
+@pytest.mark.parametrize("after_s", [-1, 2**32, float("nan")])
+async def test_a_drain_is_refused_when_its_time_does_not_fit(after_s):
+    message = f"hand_over_after_s is {after_s:g}; allowed: 0..4294967"
+    with Client("127.0.0.1:1") as client, pytest.raises(InvalidRequest, match=re.escape(message)):
+        client.drain(hand_over_after_s=after_s)
+    async with AsyncClient("127.0.0.1:1") as client:
+        with pytest.raises(InvalidRequest, match=re.escape(message)):
+            await client.drain(hand_over_after_s=after_s)
 
 
 @pytest.mark.parametrize("address", ["nowhere", "", "host:", ("a:1", "b")])

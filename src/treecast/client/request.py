@@ -10,6 +10,7 @@ from treecast.errors import InvalidRequest
 from treecast.sampling.params import SamplingParams, SpeculationParams
 from treecast.v1 import router_pb2
 from treecast.wire import codec
+from treecast.wire.codec.bounds import UINT32_MAX
 
 
 class ChatMessage(TypedDict):
@@ -78,6 +79,18 @@ def build_request(
     except ValueError as error:  # protobuf's, for a number out of its field's range
         raise InvalidRequest(f"a value of the request is out of range: {error}") from error
     return request
+
+
+def build_drain(target: str, hand_over_after_s: float | None) -> router_pb2.DrainRequest:
+    """Raises InvalidRequest: the time is below 0, or does not fit its field."""
+    if hand_over_after_s is None:
+        return router_pb2.DrainRequest(target=target)
+    most_s = UINT32_MAX // 1000
+    if not 0 <= hand_over_after_s <= most_s:
+        raise InvalidRequest(f"hand_over_after_s is {hand_over_after_s:g}; allowed: 0..{most_s}")
+    return router_pb2.DrainRequest(
+        target=target, hand_over_after_ms=round(1000 * hand_over_after_s)
+    )
 
 
 def _set_prompt(request: router_pb2.GenerateRequest, prompt: Prompt) -> None:

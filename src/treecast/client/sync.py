@@ -19,7 +19,7 @@ from treecast.wire.tls import Tls, TlsFiles
 from .access import CallOptions, read_access
 from .connections import Connections, name_router, router_addresses
 from .replies import read_models, read_status
-from .request import Prompt, RequestOptions, build_request
+from .request import Prompt, RequestOptions, build_drain, build_request
 from .results import Chunk, Model, Result, Status
 from .retry import Attempts, RetryPolicy
 from .trace_context import caller_trace
@@ -202,9 +202,10 @@ class Client:
             hand_over_after_s: a verifier hands over what still runs then; None lets it finish.
         Returns:
             How many requests still run there.
+        Raises:
+            InvalidRequest: `hand_over_after_s` is below 0, or over 49 days.
         """
-        after_ms = None if hand_over_after_s is None else round(1000 * hand_over_after_s)
-        request = router_pb2.DrainRequest(target=target, hand_over_after_ms=after_ms)
+        request = build_drain(target, hand_over_after_s)
         return (self._call(lambda stub, given: stub.Drain(request, **given))).running
 
     def resume(self, target: str = "") -> None:
