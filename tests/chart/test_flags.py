@@ -194,6 +194,17 @@ def test_metrics_exist_when_pods_are_scaled_by_them(name: str) -> None:
 
 
 @pytest.mark.slow
+def test_other_releases_do_not_count_when_pods_are_scaled() -> None:
+    for scaled in [m for m in rendered("large-mixed") if m["kind"] == "ScaledObject"]:
+        name = scaled["metadata"]["name"]
+        for trigger in scaled["spec"]["triggers"]:
+            [pods_of] = set(re.findall(r'pod=~"([^"]+)"', trigger["metadata"]["query"]))
+            assert re.fullmatch(pods_of, f"{name}-0")
+            other = name.replace("tc-treecast-", "tc-treecast-staging-")
+            assert not re.fullmatch(pods_of, f"{other}-0")
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")
 def test_queries_parse_when_pods_are_scaled_by_them(tmp_path: Path) -> None:
     triggers = [
