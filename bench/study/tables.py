@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import groupby
+
+import numpy as np
+
+from treecast.drafting.growth.optimal import OptimalTrees, Size
+from treecast.tree import MAX_DEPTH
 
 from .folder import Finding, Origin
 from .results import NUM_GUESSES, Estimate, Guesses, Reliability, StepTime, Trial
@@ -96,6 +102,18 @@ def success(rows: Sequence[Guesses]) -> list[Estimate]:
     return [Estimate.of([row.rate(count) for row in rows]) for count in counts]
 
 
+def best_tokens(row: Guesses, max_nodes: int) -> float:
+    """Tokens per step of the best tree for one answer, if at every node its guesses were worth what
+    they were on average (Sequoia, section 3.1).
+    """
+    counts = range(1, NUM_GUESSES + 1)
+    sizes = [0.0, *(row.size(count) for count in counts)]
+    hits = [0.0, *(row.rate(count) for count in counts)]
+    reached = np.interp(np.arange(math.ceil(sizes[-1]) + 1), sizes, hits)
+    trees = OptimalTrees(np.diff(reached).tolist(), Size(max_nodes, min(max_nodes, MAX_DEPTH)))
+    return 1 + float(trees.expected_tokens[-1, -1])
+
+
 def _success(found: Finding) -> list[str]:
     rows: list[list[object]] = []
     for (setting, proposer), some in guess_series(found.measured.guesses).items():
@@ -103,7 +121,32 @@ def _success(found: Finding) -> list[str]:
         if proposer == "union":
             sizes = (Estimate.of([row.size(k) for row in some]) for k in range(1, NUM_GUESSES + 1))
             rows.append([setting, "distinct guesses of the union", *sizes])
-    return table(["decoding", "proposer", *(f"top {k}" for k in range(1, NUM_GUESSES + 1))], rows)
+    max_nodes = int(found.origin.settings["max_nodes"])
+    return [
+        *table(["decoding", "proposer", *(f"top {k}" for k in range(1, NUM_GUESSES + 1))], rows),
+        "",
+        f"Tokens per step of the best tree of {max_nodes} nodes, if all proposers' guesses were "
+        "worth at every node what they were at an answer's tokens on average:",
+        "",
+        *_optimum(found.measured.guesses, max_nodes),
+    ]
+
+
+def _optimum(rows: Sequence[Guesses], max_nodes: int) -> list[str]:
+    """By category, of all proposers together."""
+    together = rows[-1].proposer  # the union, where there are several
+    best: dict[str, dict[str, list[float]]] = {}
+    for row in rows:
+        if row.proposer == together:
+            found = best_tokens(row, max_nodes)
+            for category in (row.category, "all prompts"):
+                best.setdefault(category, {}).setdefault(row.setting, []).append(found)
+    overall = best.pop("all prompts")
+    lines = [
+        [category, *(Estimate.of(own[setting]) for setting in overall)]
+        for category, own in (*best.items(), ("all prompts", overall))
+    ]
+    return table(["category", *overall], lines)
 
 
 def _width(found: Finding) -> list[str]:

@@ -32,7 +32,7 @@ from treecast.bench.study.results import (
     Trial,
 )
 from treecast.bench.study.sections import CHAIN, TREE, Section, trial_of
-from treecast.bench.study.tables import markdown
+from treecast.bench.study.tables import best_tokens, markdown
 from treecast.bench.study.timing import BATCHES, ROUNDS, parents_of, shape_times
 from treecast.cli.app import app
 from treecast.decoding.local import Generation, generate
@@ -291,9 +291,23 @@ def page_of(section: Section, **measured) -> list[str]:
     return [line for line in body if line.startswith("|")]
 
 
+def test_best_tree_is_worked_out_by_hand_when_a_guess_is_right_half_the_time():
+    def guessed(hits: tuple[int, ...], sizes: tuple[int, ...]) -> Guesses:
+        return Guesses("greedy", "union", "q", "c", 4, hits, sizes)
+
+    chain = guessed((2,) * 5, (4, 8, 12, 16, 20))
+    assert best_tokens(chain, 2) == pytest.approx(1 + 1 / 2 + 1 / 4)
+    # Two guesses at once, of which one is right half the time: a quarter each.
+    pairs = guessed((2,) * 5, (8, 16, 24, 32, 40))
+    assert best_tokens(pairs, 2) == pytest.approx(1 + 1 / 4 + 1 / 4)
+    assert best_tokens(guessed((0,) * 5, (0,) * 5), 2) == 1
+
+
 def test_success_is_a_row_per_proposer_when_it_is_shown():
     hits = Guesses("greedy", "union", "q", "c", 4, (1, 2, 2, 3, 4), (4, 8, 10, 12, 14))
-    assert page_of(Section.SUCCESS, guesses=(hits, replace(hits, hits=(2, 2, 2, 3, 4)))) == [
+    page = page_of(Section.SUCCESS, guesses=(hits, replace(hits, hits=(2, 2, 2, 3, 4))))
+    assert [line.partition(" ")[2].partition(" ")[0] for line in page[5:]] == ["---", "c", "all"]
+    assert page[:4] == [
         "| decoding | proposer | top 1 | top 2 | top 3 | top 4 | top 5 |",
         "| --- | --- | --- | --- | --- | --- | --- |",
         "| greedy | union | 0.38 ± 0.12 | 0.50 ± 0.00 | 0.50 ± 0.00 | 0.75 ± 0.00 | 1.00 ± 0.00 |",
