@@ -265,7 +265,9 @@ class StepLoop:
         trees = [self._speculation.tree(request, room.for_tree(request)) for request in running]
         price = self._price * len(running)
         batch = plan(running, trees, self.curve, self._settings.max_rows, price)
-        self._metrics.steps.planned(sum(map(len, trees)), (work.tree for work in batch))
+        sampled = {work.request for work in batch if work.samples}
+        at_hand = sum(len(t) for r, t in zip(running, trees, strict=True) if r in sampled)
+        self._metrics.steps.planned(at_hand, (work.tree for work in batch))
         return batch
 
     async def _forward(self, batch: Sequence[Work]) -> list[LogitRows]:

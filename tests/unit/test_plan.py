@@ -91,6 +91,13 @@ def test_decoding_goes_on_when_a_long_prompt_arrives() -> None:
     assert [work.num_rows for work in works] == [3, 29]
 
 
+def test_prompts_get_all_rows_when_the_only_trees_wait_for_prompts_too() -> None:
+    requests = [FakeRequest(list(range(1000)), 0) for _ in range(2)]
+    trees = [TokenTree(), TokenTree.chain(range(8), confidence=0.9)]
+    works = plan(requests, trees, flat, 32, 1.0)  # type: ignore[arg-type]
+    assert [work.num_rows for work in works] == [32]
+
+
 def test_a_step_never_exceeds_its_rows() -> None:
     requests = [decoding() for _ in range(10)] + [FakeRequest(list(range(50)), 0)]
     trees = [TokenTree.chain(range(8)) for _ in range(10)] + [TokenTree()]
