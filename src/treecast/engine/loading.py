@@ -307,7 +307,7 @@ def fingerprint(revision: str, options: LoadOptions) -> str:
         "numerics": options.numerics,
         "kv": f"{options.kv_dtype} of {options.kv_format.dtype}",
         "kernels": _triton_version() if options.uses_triton else "torch",
-        "device": options.device,
+        "device": torch.device(options.device).type,
         "processor": _processor() if options.on_cpu else torch.cuda.get_device_name(options.device),
         "threads": torch.get_num_threads() if options.on_cpu else 0,
         "group": f"tp {options.group.tp}, pp {options.group.pp}",
