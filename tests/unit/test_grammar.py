@@ -190,6 +190,33 @@ def test_a_malformed_constraint_is_refused_by_name(
     assert draft_matcher(grammars, sampling) is None
 
 
+AMBIGUOUS = 'start: s\ns: s s | s s s | "a" | \n'
+
+
+def test_a_text_is_refused_by_name_when_its_grammar_is_too_ambiguous(grammars: Grammars) -> None:
+    sampling = SamplingParams(grammar=AMBIGUOUS)
+    with pytest.raises(InvalidRequest, match=r"cannot be followed in its grammar: .*; max is 500"):
+        Context(PROMPT, b"a" * 110, grammars.matcher(sampling))
+    matcher = grammars.matcher(sampling)
+    with pytest.raises(InvalidRequest, match=r"cannot be followed in its grammar: .*; max is 500"):
+        matcher.allowed(b"a" * 110)
+    with pytest.raises(InvalidRequest, match="cannot be followed"):
+        matcher.allowed()
+
+
+@pytest.mark.parametrize("num_optional", [10, 100])
+def test_large_objects_can_be_followed_when_their_properties_are_optional(
+    num_optional: int, grammars: Grammars
+) -> None:
+    names = [f"property_{k}" for k in range(num_optional)]
+    schema = {"type": "object", "properties": {name: {"type": "string"} for name in names}}
+    matcher = grammars.matcher(SamplingParams(json_schema=schema))
+    for token in json.dumps(dict.fromkeys(names, "x")).encode():
+        assert matcher.allowed()[token]
+        matcher.accept(token)
+    assert matcher.allowed()[EOS]
+
+
 @pytest.mark.parametrize(
     ("constraint", "message"),
     [

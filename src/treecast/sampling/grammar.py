@@ -23,6 +23,10 @@ _MAX_REASON_CHARACTERS = 400
 _JSON_DEFAULTS = {"whitespace_pattern": r"[ \n\t]{0,16}"}
 """Some space between tokens of JSON, but no more: a small model may never leave it."""
 
+_LIMITS = {"max_items_in_row": 500, "step_max_items": 20_000, "step_lexer_fuel": 50_000}
+"""Of one mask, which holds up the whole process: some 20 ms at the limit. An object of a hundred
+optional properties has 400 items in a row, an ambiguous grammar one more with every token."""
+
 
 class Matcher:
     """Where one text stands in its grammar. One thread at a time."""
@@ -41,11 +45,12 @@ class Matcher:
         """Take the output's next token.
 
         Raises:
-            InvalidRequest: the grammar does not allow it.
+            InvalidRequest: the grammar does not allow it, or is too ambiguous to follow.
         """
         if token in self._eos_token_ids and self._matcher.is_accepting():
             return  # the matcher has stopped by itself where nothing else may follow
         if not self._matcher.try_consume_tokens([token]):
+            self._check_limits()
             raise InvalidRequest(f"token {token} does not follow the text in its grammar")
 
     def allowed(self, path: Sequence[int] = ()) -> NDArray[np.bool_]:
@@ -53,16 +58,26 @@ class Matcher:
 
         The end of the output is among them where the grammar may end. None may follow a path that
         the grammar does not allow.
+
+        Raises:
+            InvalidRequest: the grammar is too ambiguous to follow.
         """
         taken = self._matcher.try_consume_tokens(list(path))
         try:
-            if taken < len(path):
-                return np.zeros(self._vocab_size, dtype=np.bool_)
-            bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
+            mask = self._matcher.compute_bitmask() if taken == len(path) else None
+            self._check_limits()
         finally:
             self._matcher.rollback(taken)
+        if mask is None:
+            return np.zeros(self._vocab_size, dtype=np.bool_)
+        bits = np.frombuffer(mask, dtype=np.uint8)
         unpacked = np.unpackbits(bits, count=self._vocab_size, bitorder="little")
         return unpacked.astype(np.bool_)
+
+    def _check_limits(self) -> None:
+        if self._matcher.is_error():
+            reason = self._matcher.get_error()[:_MAX_REASON_CHARACTERS]
+            raise InvalidRequest(f"the text cannot be followed in its grammar: {reason}")
 
 
 class Grammars:
@@ -102,7 +117,7 @@ class Grammars:
         Raises:
             InvalidRequest: the constraint is malformed or too complex, by name.
         """
-        from llguidance import LLMatcher
+        from llguidance import LLMatcher, LLParserLimits
 
         kind, text = sampling.constraint
         compilers = {
@@ -111,7 +126,8 @@ class Grammars:
             "grammar": LLMatcher.grammar_from_lark,
         }
         try:
-            matcher = LLMatcher(self._tokenizer, compilers[kind](text), log_level=0)
+            limits = LLParserLimits(**_LIMITS)
+            matcher = LLMatcher(self._tokenizer, compilers[kind](text), log_level=0, limits=limits)
             if matcher.is_error():
                 raise ValueError(matcher.get_error())
         except ValueError as error:
