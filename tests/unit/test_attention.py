@@ -14,7 +14,7 @@ from torch import Tensor
 
 from treecast.kernels.exact import NORM_COLUMNS, ExactAttention
 from treecast.kernels.fast import FastAttention
-from treecast.kernels.grouping import BLOCK, MAX_TAIL, group_rows, leading_blocks
+from treecast.kernels.grouping import BLOCK, MAX_TAIL, _Splitter, group_rows, leading_blocks
 from treecast.kernels.oracle import OracleAttention
 from treecast.kernels.plan import LayerAttention, SegmentLayout
 from treecast.kernels.scores import PLAIN, ScoreRule
@@ -338,6 +338,34 @@ def test_every_row_is_in_one_group_with_all_that_it_sees(shape: str) -> None:
         for row, visible in zip(group.rows, group.visible, strict=True):
             seen = [slot for slot, sees in zip(group.slots, visible, strict=True) if sees]
             assert seen == layout.path_slots(row)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_groups_are_those_without_whole_blocks_before_when_a_text_is_long(seed: int) -> None:
+    """The oracle has less than a block of committed text, of which nothing is left out."""
+    rng = random.Random(seed)
+    length, behind = rng.randrange(BLOCK), BLOCK * rng.randint(1, 30)
+    parents = random_parents(rng.randint(MAX_TAIL, 400), seed)
+    num_rows = rng.randint(len(parents) // 2, len(parents))
+    long = group_rows(layout_of(behind + length, parents, num_rows))
+    short = group_rows(layout_of(length, parents, num_rows))
+    assert len(long) == len(short) > 1
+    for one, oracle in zip(long, short, strict=True):
+        assert one.rows == oracle.rows
+        assert one.slots == [*range(behind), *(slot + behind for slot in oracle.slots)]
+        assert one.positions.tolist() == layout_positions(behind, oracle.positions)
+        assert one.visible[:, :behind].all()
+        assert (one.visible[:, behind:] == oracle.visible).all()
+
+
+def layout_positions(behind: int, positions: NDArray[np.int64]) -> list[int]:
+    return [*range(behind), *(positions + behind).tolist()]
+
+
+def test_paths_are_as_short_as_without_committed_text_when_rows_are_split() -> None:
+    layout = layout_of(2100, random_parents(256, 2))
+    splitter = _Splitter(layout, layout.positions())
+    assert max(map(len, splitter._paths.values())) < BLOCK + 256
 
 
 def test_a_segment_is_not_split_when_its_keys_fit_one_product() -> None:

@@ -79,13 +79,17 @@ def group_rows(layout: SegmentLayout) -> list[KeyGroup]:
 
 
 class _Splitter:
-    """Groups of a segment whose rows do not fit one product. Rows are numbered by their slots."""
+    """Groups of a segment whose rows do not fit one product. Rows are numbered by their slots.
+
+    Whole committed blocks lead every row's path; they are left out until the groups are made.
+    """
 
     def __init__(self, layout: SegmentLayout, positions: NDArray[np.int64]) -> None:
         self._layout = layout
         self._positions = positions
+        self._num_whole = layout.length // BLOCK * BLOCK
         self._paths = {
-            slot: layout.path_slots(slot - layout.length)
+            slot: layout.path_slots(slot - layout.length, self._num_whole)
             for slot in range(layout.first_new_slot, layout.num_slots)
         }
 
@@ -107,12 +111,14 @@ class _Splitter:
         return [*groups, self._group(sorted(members), sorted(keys))]
 
     def _tail(self, slots: Iterable[int]) -> int:
-        return _num_tail(self._positions[sorted(slots)])
+        return _num_tail(self._positions[sorted(slots)] - self._num_whole)
 
-    def _group(self, members: list[int], slots: list[int]) -> KeyGroup:
-        layout = self._layout
-        column = {slot: i for i, slot in enumerate(slots)}
+    def _group(self, members: list[int], keys: list[int]) -> KeyGroup:
+        layout, whole = self._layout, self._num_whole
+        slots = [*range(whole), *keys]
+        column = {slot: i for i, slot in enumerate(keys, whole)}
         visible = np.zeros((len(members), len(slots)), dtype=np.bool_)
+        visible[:, :whole] = True
         for i, slot in enumerate(members):
             visible[i, [column[seen] for seen in self._paths[slot]]] = True
         rows = [layout.first_row + slot - layout.first_new_slot for slot in members]

@@ -64,13 +64,13 @@ class SegmentLayout:
         behind = self.length + np.array(depths, dtype=np.int64)
         return np.concatenate((np.arange(self.length), behind))
 
-    def path_slots(self, row: int) -> list[int]:
-        """Slots that uncommitted row `row` sees, by position."""
+    def path_slots(self, row: int, first: int = 0) -> list[int]:
+        """Slots that uncommitted row `row` sees, by position, from a committed one on."""
         rows: list[int] = []
         while row >= 0:
             rows.append(self.length + row)
             row = self.parents[row]
-        return [*range(self.length), *reversed(rows)]
+        return [*range(first, self.length), *reversed(rows)]
 
 
 class LayerAttention(Protocol):
