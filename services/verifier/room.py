@@ -7,7 +7,7 @@ from contextlib import suppress
 from typing import TypeVar
 
 from treecast.engine.base import Engine
-from treecast.errors import Overloaded
+from treecast.errors import Overloaded, PromptTooLong
 
 from .requests import Request, Roster
 from .sessions import SessionStore
@@ -49,11 +49,11 @@ class KVRoom:
         """Refuse what the pool could not hold alone.
 
         Raises:
-            Overloaded: with what it needs and what there is.
+            PromptTooLong: with what it needs and what there is; waiting cannot help.
         """
         needed, usage = _last(request), self._engine.usage
         if needed > usage.total * usage.page_tokens:
-            raise Overloaded(
+            raise PromptTooLong(
                 f"the request needs room for {needed} positions; the KV pool has "
                 f"{usage.total * usage.page_tokens}"
             )

@@ -65,7 +65,8 @@ class Scheduler:
         """Queue a request for the next step.
 
         Raises:
-            Overloaded: too many are there, or the pool is too small for it.
+            Overloaded: too many are there.
+            PromptTooLong: the pool is too small for it.
         """
         self.room.check_fits(request)
         self.check_places()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -202,15 +203,24 @@ class SessionStore:
 
     def _best_source(self, request: Request, siblings: Iterable[Request]) -> Source | None:
         """Who has most of the request's prompt, among running siblings and its tenant's texts."""
-        text = request.tokens[:-1]
-        mine = [one for one in siblings if _are_siblings(one, request)]
-        found = [Source(one, _common(one.tokens, text)) for one in mine if one is not request]
+        mine = [one for one in siblings if one is not request and _are_siblings(one, request)]
+        found = [Source(one, self._common(one, request)) for one in mine]
         page_tokens = self._engine.usage.page_tokens
-        names = self._names_of(request)[: len(text) // page_tokens]
+        names = self._names_of(request)[: (len(request.tokens) - 1) // page_tokens]
         holder, num_pages = self._prefixes.longest(names)
         if holder is not None:
             found.append(Source(holder, num_pages * page_tokens))
         return max(found, key=lambda source: source.promised, default=None)
+
+    def _common(self, one: Request, request: Request) -> int:
+        """Tokens that a sibling's text and a request's have in common, its last one aside: whole
+        pages by their names, each of which stands for the text up to there, the rest one by one.
+        """
+        pairs = list(zip(self._names_of(one), self._names_of(request), strict=False))
+        num_pages = bisect_left(pairs, True, key=lambda pair: pair[0] != pair[1])
+        named = num_pages * self._engine.usage.page_tokens
+        behind = _common(one.tokens[named:], request.tokens[named:])
+        return min(named + behind, len(request.tokens) - 1)
 
     def _names_of(self, request: Request) -> Sequence[bytes]:
         """Of the beginnings that it could share, named once: it may ask at every step."""

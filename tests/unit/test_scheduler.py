@@ -16,13 +16,14 @@ from treecast.bench.schedules import Foretold
 from treecast.bench.schedules import serve as serve_all
 from treecast.bench.schedules import traffic as arrivals
 from treecast.engine.toy import toy_logits
-from treecast.errors import Overloaded
+from treecast.errors import Overloaded, PromptTooLong
 from treecast.sampling.pick import Picker
 from treecast.sampling.stops import FinishReason, Stop
 from treecast.sampling.transforms import Context
 from treecast.services.verifier.requests import Request
 from treecast.services.verifier.room import KVRoom
 from treecast.services.verifier.scheduler import Scheduler
+from treecast.services.verifier.sessions import _common
 from treecast.wire.frames import Completed, SessionKey
 
 SYSTEM = [token % VOCAB for token in range(100)]
@@ -112,7 +113,7 @@ def serve(loop: Loop, given_traffic: Sequence[Traffic]) -> list[Request]:
             traffic = coming.pop(0)
             try:
                 submitted.append((traffic, loop.send(traffic)))
-            except Overloaded:
+            except (Overloaded, PromptTooLong):
                 refused += 1
         for traffic, request in submitted:
             if traffic.cancel_after is not None and loop.ran[request.handle] > traffic.cancel_after:
@@ -273,6 +274,36 @@ def test_pages_that_are_there_go_before_more_of_a_sibling_that_is_paused_without
     assert (source.length, source.complete) == (128, True)
     assert source.holder is not sibling
     assert retained.tokens[:128] == late.tokens[:128]
+
+
+@given(st.integers(0, 140), st.integers(1, 70), st.integers(1, 70), st.sampled_from(["t", ""]))
+@settings(max_examples=40, deadline=None, derandomize=True)
+def test_siblings_have_in_common_what_they_have_token_by_token(
+    common: int, one_behind: int, other_behind: int, tenant: str
+) -> None:
+    loop, session = Loop(64 * 32), SessionKey("t", "s", 1)
+    text = [token % VOCAB for token in range(common)]
+    one = loop.submit([*text, *[1] * one_behind], 1, session, tenant=tenant)
+    other = loop.submit([*text, *[2] * (other_behind - 1), 1], 1, session, tenant=tenant)
+    assert loop.sessions._common(one, other) == _common(one.tokens, other.tokens[:-1])
+
+
+def test_whole_pages_are_not_compared_when_siblings_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    compared = []
+
+    def counted(a: Sequence[int], b: Sequence[int]) -> int:
+        compared.append(min(len(a), len(b)))
+        return _common(a, b)
+
+    monkeypatch.setattr("treecast.services.verifier.sessions._common", counted)
+    loop, session = Loop(64 * 32), SessionKey("t", "s", 1)
+    text = [token % VOCAB for token in range(1000)]
+    siblings = [loop.submit(text, 5, session, tenant="t") for _ in range(4)]
+    while len(loop.roster):
+        loop.step(0)
+    assert [sibling.cached_tokens for sibling in siblings] == [0, 999, 999, 999]
+    assert compared
+    assert max(compared) < 64
 
 
 def test_a_slot_that_came_free_may_admit_at_once() -> None:
