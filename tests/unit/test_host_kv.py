@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -201,3 +202,24 @@ def test_the_fingerprint_is_that_of_before_when_nothing_is_lost() -> None:
     options = LoadOptions("float32", "fast", "cpu", None)
     lossy = LoadOptions("float32", "fast", "cpu", None, swap_dtype="int8")
     assert fingerprint("r", options) != fingerprint("r", lossy)
+
+
+def test_the_engine_is_lost_when_the_device_fails_but_not_when_its_memory_is_full(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine: Any = HFEngine.load(folder, dtype="float32", pool_tokens=256, threads=1)
+    sequence = engine.allocate(8)
+    for error, raised in (
+        (torch.OutOfMemoryError("full"), torch.OutOfMemoryError),
+        (torch.AcceleratorError("an illegal memory access"), EngineLost),
+    ):
+        monkeypatch.setattr(engine._executor, "_runner", failing(error))
+        with pytest.raises(raised, match=str(error)):
+            engine.forward([Segment(sequence, [1], [-1], [0])])
+
+
+def failing(error: Exception) -> Callable[..., Tensor]:
+    def run(*args: object) -> Tensor:
+        raise error
+
+    return run

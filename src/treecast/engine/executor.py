@@ -97,7 +97,8 @@ class Executor(Protocol):
         """Compute a pass; its keys and values are in the pool then. Blocks.
 
         Raises:
-            EngineLost: the pool does not hold any more what its sequences believe.
+            EngineLost: the pool does not hold any more what its sequences believe, or the device
+                computes nothing any more.
         """
 
     def read(self, places: Sequence[int]) -> list[Tensor]:
@@ -209,6 +210,12 @@ class LocalExecutor:
         return self._tensors.read(places)
 
     def run(self, packed: PackedPass) -> PassOutput:
+        try:
+            return self._run(packed)
+        except torch.AcceleratorError as error:  # every later call to the device would fail too
+            raise EngineLost(f"the device {self._device} is lost: {error}") from error
+
+    def _run(self, packed: PackedPass) -> PassOutput:
         self._settle()
         layouts = _layouts(packed.segments)
         with torch.inference_mode():
