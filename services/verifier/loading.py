@@ -122,6 +122,11 @@ def _member(settings: VerifierSettings, folder: Path, place: Place) -> Member:
 
     if settings.pool_tokens == "auto":
         raise SettingsError("--pool-tokens auto is not for a group: all ranks must have as many")
+    if settings.device not in ("cpu", "cuda"):
+        raise SettingsError(
+            f"--device {settings.device} is not for a group (--tp {settings.tp}, --pp "
+            f"{settings.pp}): each rank takes the GPU of its own number; allowed: cpu, cuda"
+        )
     threads = place.threads(settings.torch_threads)
     device = settings.device if settings.device == "cpu" else f"cuda:{place.local_rank}"
     return Member(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
 from pydantic_settings import NoDecode
 
 from treecast.adapter import MAX_ADAPTERS, NAME_FORM, is_adapter_name
@@ -23,6 +23,13 @@ def _check_adapters(given: tuple[str, ...]) -> tuple[str, ...]:
         if names.count(name) > 1:
             raise ValueError(f"adapter {name!r} is given {names.count(name)} times")
     return given
+
+
+def _leaves_rows_for_prompts(max_rows: int, given: ValidationInfo) -> int:
+    max_running = given.data.get("max_running")
+    if max_running is not None and max_rows <= max_running:
+        raise ValueError(f"it must exceed --max-running, {max_running}, or no prompt has its turn")
+    return max_rows
 
 
 AdapterFolders = Annotated[
@@ -141,7 +148,13 @@ class VerifierSettings(ModelSettings):
         "have, until it ends",
     )
     max_nodes: int = Field(24, ge=0, le=256, description="tree nodes of one request in one step")
-    max_rows: int = Field(128, ge=2, description="rows of one step: prefill chunks and trees")
+    max_rows: Annotated[int, AfterValidator(_leaves_rows_for_prompts)] = Field(
+        128,
+        ge=2,
+        validate_default=True,
+        description="rows of one step: prefill chunks and trees; more than --max-running, since "
+        "each running request needs one",
+    )
     grammar_s: float = Field(
         10,
         gt=0,

@@ -148,7 +148,9 @@ async def test_trees_are_cut_before_anybody_is_paused_for_them() -> None:
     """Two texts of 64 positions fill both pages to the last place."""
     drafter = ScriptedSpeculator(Drafting(Clairvoyant()))
     engine = ToyEngine(vocab_size=VOCAB, pool_tokens=192, step_s=0.01)
-    settings: dict[str, Any] = {"planner": "full", "max_rows": 24, "max_nodes": 16}
+    settings: dict[str, Any] = {
+        "planner": "full", "max_rows": 24, "max_running": 8, "max_nodes": 16
+    }  # fmt: skip
     sampling = SamplingParams(temperature=0, max_tokens=60)
     async with (
         speculator(drafter) as address,

@@ -51,7 +51,8 @@ async def test_a_session_keeps_its_own_text_when_that_is_longer() -> None:
 
 async def test_the_prefix_is_waited_for_when_it_is_being_computed() -> None:
     """Five sessions at once: the common pages are computed by the first alone."""
-    async with verifier_rig(ToyEngine(vocab_size=VOCAB, step_s=0.002), max_rows=32) as rig:
+    engine = ToyEngine(vocab_size=VOCAB, step_s=0.002)
+    async with verifier_rig(engine, max_rows=32, max_running=8) as rig:
         prompts = [[*SYSTEM, k, k] for k in range(5)]
         outcomes = await asyncio.gather(
             *(

@@ -37,6 +37,7 @@ from treecast.engine.sharding.orders import (
 from treecast.engine.sharding.shape import ALONE, GroupShape, Place, check_divides
 from treecast.engine.sharding.stages import check_passes_on
 from treecast.errors import EngineLost, ModelError, SettingsError
+from treecast.services.verifier.loading import _member
 from treecast.services.verifier.settings import VerifierSettings
 from treecast.settings import as_environment
 
@@ -163,6 +164,13 @@ def test_a_child_reads_the_same_settings_from_its_environment(
     for name, value in as_environment(settings).items():
         monkeypatch.setenv(name, value)
     assert VerifierSettings.load([], "test").model_dump() == settings.model_dump()
+
+
+def test_a_gpu_by_number_is_refused_when_ranks_take_their_own() -> None:
+    settings = VerifierSettings(tp=2, device="cuda:1", pool_tokens=256)
+    message = r"^--device cuda:1 is not for a group \(--tp 2, --pp 1\)"
+    with pytest.raises(SettingsError, match=message):
+        _member(settings, Path("model"), Place(0, settings.group))
 
 
 def test_the_fingerprint_is_another_when_the_model_is_divided() -> None:

@@ -35,3 +35,10 @@ def test_more_requests_are_sent_than_run_when_their_order_is_by_length() -> None
     assert VerifierSettings(max_running=32).capacity == 32
     assert VerifierSettings(max_running=32, schedule="length").capacity == 64
     assert VerifierSettings(max_running=32, max_waiting=5, schedule="length").capacity == 37
+
+
+@pytest.mark.parametrize("flags", [["--max-rows=32"], ["--max-running=128"]])
+def test_rows_are_refused_when_running_requests_would_leave_none(flags: list[str]) -> None:
+    with pytest.raises(SettingsError, match=r"^--max-rows .* must exceed --max-running, (32|128)"):
+        VerifierSettings.load(flags, "verifier")
+    assert VerifierSettings(max_rows=33).max_rows == 33

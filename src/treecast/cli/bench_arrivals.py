@@ -124,7 +124,8 @@ def _offer(
     from treecast.bench.prompts import DEFAULT_PROMPTS, read_prompts
 
     prompts = [p.text for p in read_prompts(asked["prompts"] or DEFAULT_PROMPTS, asked["limit"])]
-    with running_mesh(replace(settings, verifier_flags={"max_running": level})) as mesh:
+    flags = {"max_running": level, "max_rows": max(128, 2 * level)}
+    with running_mesh(replace(settings, verifier_flags=flags)) as mesh:
 
         def run(at: Sequence[float]) -> list[Any]:
             return asyncio.run(
