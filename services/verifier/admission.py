@@ -7,6 +7,7 @@ import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import structlog
 
@@ -153,8 +154,7 @@ class Admission:
 
     def _submit(self, link: RouterLink, start: Start, arrived_at: float) -> None:
         try:
-            request = self._request(link, start, arrived_at, None)
-            self._begin(request, _first_stop(request.stops, start.committed))
+            self._begin(*self._taken_up(link, start, arrived_at, None))
         except TreecastError as error:
             _refuse(link, start, error)
 
@@ -162,12 +162,15 @@ class Admission:
         """Other requests go on meanwhile; its deadline does too."""
         try:
             grammar = await self._grammars.matcher(start.sampling)
-            request = self._request(link, start, arrived_at, grammar)
-            stop = await asyncio.to_thread(_first_stop, request.stops, start.committed)
+            taking = partial(self._taken_up, link, start, arrived_at, grammar)
+            request, stop = await asyncio.to_thread(taking)
             request.retain = self._preparing.pop((link, start.handle)).retain
             self._begin(request, stop)
         except TreecastError as error:
             _refuse(link, start, error)
+        except Exception as error:
+            log.error("request.not_prepared", request_id=start.request_id, exc_info=error)
+            _refuse(link, start, TreecastError("internal error"))
 
     def _begin(self, request: Request, stop: Stop | None) -> None:
         """Raises TreecastError: the step loop has no place for it."""
@@ -180,6 +183,16 @@ class Admission:
         mine = self._requests[link]
         mine[start.handle] = request
         request.on_end = lambda: _ended(mine, request)
+
+    def _taken_up(
+        self, link: RouterLink, start: Start, arrived_at: float, grammar: Matcher | None
+    ) -> tuple[Request, Stop | None]:
+        """A request that stands behind its earlier output, and whether that was complete.
+
+        On any thread: much output takes long to be read, by a grammar above all.
+        """
+        request = self._request(link, start, arrived_at, grammar)
+        return request, _first_stop(request.stops, start.committed)
 
     def _request(
         self, link: RouterLink, start: Start, arrived_at: float, grammar: Matcher | None

@@ -12,6 +12,8 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 
+import structlog
+
 from treecast.engine.base import Engine, LogitRows
 from treecast.engine.curve import StepCurve
 from treecast.errors import EngineLost, TreecastError
@@ -34,6 +36,8 @@ from .sessions import SessionStore
 from .settings import VerifierSettings
 from .spans import RequestSpans
 from .speculation import Speculation
+
+log = structlog.get_logger()
 
 
 class StepLoop:
@@ -96,7 +100,8 @@ class StepLoop:
         """Queue a request for the next step.
 
         Raises:
-            Overloaded: too many are waiting, or the pool is too small for it.
+            Overloaded: too many are waiting.
+            PromptTooLong: the pool is too small for it.
             StaleLease: the session has moved on.
         """
         if request.start.session is not None:
@@ -356,8 +361,11 @@ def _walk_one(work: Work, rows: LogitRows) -> Walk | TreecastError | None:
     """One request's walk; a row that the model broke down on is that request's error alone."""
     if not work.samples:
         return None
+    request = work.request
     try:
-        request = work.request
         return walk(work.tree, rows, request.picker, request.stops.check, request.law)
     except TreecastError as error:
         return error
+    except Exception as error:
+        log.error("walk.failed", request_id=request.start.request_id, exc_info=error)
+        return TreecastError("internal error")

@@ -181,6 +181,36 @@ async def test_a_grammar_that_is_not_compiled_in_time_is_refused_by_name(gate: G
         assert len((await rig.router.run([5, 6], FREE)).tokens) == 16
 
 
+async def test_earlier_output_is_followed_in_its_grammar_off_the_event_loop(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    threads, accept = [], Matcher.accept
+
+    def seen(self: Matcher, token: int) -> None:
+        threads.append(threading.current_thread())
+        accept(self, token)
+
+    monkeypatch.setattr(Matcher, "accept", seen)
+    async with verifier_rig(engine(), FILES) as rig:
+        rig.router.offsets[1] = 2
+        rest = (await rig.router.run([5, 6], HELD, committed=(97, 98))).tokens
+    assert len(rest) == 2  # its last letter, and the end
+    assert len(threads) >= 3
+    assert threading.main_thread() not in threads
+
+
+async def test_a_request_is_answered_when_the_preparing_of_it_breaks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def breaking(self: Grammars, sampling: SamplingParams) -> Matcher:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(Grammars, "matcher", breaking)
+    async with verifier_rig(engine(), FILES) as rig:
+        assert str((await rig.router.run([5, 6], HELD)).error) == "internal error"
+        assert len((await rig.router.run([5, 6], FREE)).tokens) == 16
+
+
 async def test_verifiers_tell_whether_they_keep_grammars() -> None:
     async with verifier_rig(engine(), FILES) as rig:
         assert rig.router.link.peer.keeps_grammars

@@ -9,8 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import grpc
+import numpy as np
 import pytest
 import structlog
+from numpy.typing import NDArray
 
 from treecast.draws import Draws, Proposal
 from treecast.engine.base import Segment
@@ -25,6 +27,7 @@ from treecast.errors import (
     StaleLease,
 )
 from treecast.sampling.params import Law, SamplingParams, SpeculationParams
+from treecast.sampling.pick import Picker
 from treecast.sampling.stops import FinishReason
 from treecast.services.verifier.loading import read_tokenizer
 from treecast.text.tokenizer import TokenizerFiles
@@ -108,7 +111,7 @@ async def test_output_is_plain_decoding_when_nobody_drafts(sampling: SamplingPar
 
 async def test_prompt_is_computed_in_chunks_when_it_exceeds_a_step() -> None:
     prompt = [token % VOCAB for token in range(300)]
-    async with verifier_rig(max_rows=32) as rig:
+    async with verifier_rig(max_rows=32, max_running=8) as rig:
         outcome = await rig.router.run(prompt, GREEDY)
     assert outcome.tokens == plain(prompt, GREEDY)
 
@@ -385,7 +388,7 @@ async def test_trees_are_waited_for_while_a_sibling_waits_for_a_long_prompt() ->
     """300 tokens take 28 steps; the other request's 48 take 11, were every tree waited for."""
     drafter = ScriptedSpeculator(Drafting(Clairvoyant()))
     prompt, engine = [4] * 300, ToyEngine(vocab_size=VOCAB, step_s=0.002)
-    settings = {"planner": "full", "max_rows": 16}
+    settings = {"planner": "full", "max_rows": 16, "max_running": 8}
     async with (
         speculator(drafter) as address,
         verifier_rig(engine, speculators=[address], **settings) as rig,
@@ -707,6 +710,26 @@ async def test_bad_request_is_refused_by_name(
     assert neighbour.tokens == plain(PROMPT, GREEDY)
 
 
+async def test_others_go_on_when_the_walk_of_one_request_breaks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    broken = SamplingParams(temperature=0, max_tokens=24, logit_bias={5: 1.0})
+    pick = Picker.pick
+
+    def breaking(self: Picker, logits: NDArray[np.float32]) -> int:
+        if self.sampling.logit_bias:
+            raise RuntimeError("a bug")
+        return pick(self, logits)
+
+    monkeypatch.setattr(Picker, "pick", breaking)
+    async with verifier_rig(ToyEngine(vocab_size=VOCAB, step_s=0.005)) as rig:
+        _, neighbour = rig.router.start(PROMPT, GREEDY)
+        outcome = await rig.router.run(PROMPT, broken)
+        await neighbour.end()
+    assert str(outcome.error) == "internal error"
+    assert neighbour.tokens == plain(PROMPT, GREEDY)
+
+
 async def test_long_prompt_is_cut_at_its_front_when_asked_to() -> None:
     prompt = [token % VOCAB for token in range(1010)]
     async with verifier_rig() as rig:
@@ -721,7 +744,7 @@ async def test_request_is_refused_when_it_can_never_fit_the_pool() -> None:
             "the request needs room for 274 positions; the KV pool has 256"
         )
         assert (await rig.router.run(PROMPT, GREEDY)).tokens == plain(PROMPT, GREEDY)
-    assert isinstance(outcome.error, Overloaded)
+    assert isinstance(outcome.error, PromptTooLong)
 
 
 async def test_request_waits_when_pages_are_taken_and_ends_at_its_deadline() -> None:
