@@ -14,7 +14,7 @@ from prometheus_client import generate_latest
 from treecast import AsyncClient, SamplingParams
 from treecast.client import RetryPolicy
 from treecast.errors import TreecastError
-from treecast.services.router import server as router_server
+from treecast.services.router import service as router_service
 from treecast.services.router.keys import entry_of
 from treecast.services.router.messages import Ask, parse_ask
 from treecast.telemetry.logs import configure_logs
@@ -115,7 +115,7 @@ async def test_search_finds_a_prompt_when_it_is_logged(
         log.info("request", prompt=message.text)
         return parse_ask(message)
 
-    monkeypatch.setattr(router_server, "parse_ask", careless)
+    monkeypatch.setattr(router_service, "parse_ask", careless)
     with logs_at(level) as kept:
         await run_marked()
     assert (MARKER in found(kept.getvalue())) is seen
