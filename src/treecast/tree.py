@@ -219,7 +219,10 @@ class TokenTree:
         return rest
 
     def limit(self, max_nodes: int, max_depth: int = MAX_DEPTH) -> TokenTree:
-        """A tree within bounds: draws are cut by position, other nodes by path confidence."""
+        """A tree within bounds: draws are cut by position, other nodes by path confidence.
+
+        It may be this very one, so it is not to be changed.
+        """
         return self._cut(max_nodes, max_depth) if self.groups else self.prune(max_nodes, max_depth)
 
     def _cut(self, max_nodes: int, max_depth: int) -> TokenTree:

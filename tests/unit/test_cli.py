@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -21,7 +22,13 @@ from treecast.cli.output import stderr, stdout
 from treecast.cli.status import render
 from treecast.cli.up import check_free
 from treecast.client import Status, VerifierStatus
-from treecast.errors import CorpusError, InvalidRequest, Overloaded, Unauthenticated
+from treecast.errors import (
+    CorpusError,
+    InvalidRequest,
+    Overloaded,
+    SettingsError,
+    Unauthenticated,
+)
 from treecast.tree import ROOT, TokenTree
 from treecast.wire import codec
 from treecast.wire.rounds import Round, RoundDraft
@@ -280,6 +287,10 @@ def test_up_finds_an_address_free_when_it_is_an_ipv6_one():
     if not socket.has_dualstack_ipv6():
         pytest.skip("this machine has no IPv6")
     check_free("[::1]:0", "--listen")
+    with socket.create_server(("::1", 0), family=socket.AF_INET6) as taken:
+        address = f"[::1]:{taken.getsockname()[1]}"
+        with pytest.raises(SettingsError, match=f"^cannot listen on {re.escape(address)}: address"):
+            check_free(address, "--listen")
 
 
 def test_status_exits_with_3_when_no_router_is_there():

@@ -16,14 +16,16 @@ from ..scripted_verifier import ScriptedVerifier, output_of
 from .rig import HELLO, RouterClient
 
 
+async def skip(link: Any, start: Any) -> None:
+    """Begin at the second token."""
+    link.send(Progress(start.handle, 1, (97,)))
+
+
 async def test_request_fails_alone_when_its_tokens_have_a_gap(
     verifier: ScriptedVerifier, client: RouterClient
 ) -> None:
     verifier.budget = 1
     good = await client.generate().read_tokens(1)
-
-    async def skip(link: Any, start: Any) -> None:
-        link.send(Progress(start.handle, 1, (97,)))
 
     verifier.run = skip
     with pytest.raises(InvalidFrame, match=r"^progress begins at token 1; 0 tokens came before$"):
@@ -37,9 +39,6 @@ async def test_request_fails_alone_when_its_tokens_have_a_gap(
 async def test_verifier_gets_a_rest_when_its_tokens_never_fit(
     verifier: ScriptedVerifier, client: RouterClient
 ) -> None:
-    async def skip(link: Any, start: Any) -> None:
-        link.send(Progress(start.handle, 1, (97,)))
-
     verifier.run = skip
     for _ in range(BREAKER_THRESHOLD):
         assert not client.router.fleet.verifiers[0].breaker.tripped
@@ -52,7 +51,7 @@ async def test_request_fails_when_its_end_comes_together_with_tokens_that_do_not
     verifier: ScriptedVerifier, client: RouterClient
 ) -> None:
     async def skip_and_end(link: Any, start: Any) -> None:
-        link.send(Progress(start.handle, 1, (97,)))
+        await skip(link, start)
         link.send(Completed(start.handle, FinishReason.LENGTH))
 
     verifier.run = skip_and_end
