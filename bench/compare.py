@@ -6,7 +6,9 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from .run import Contender, Run
+from treecast.errors import InvalidRequest
+
+from .run import Contender, Prompts, Run
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +30,7 @@ class Spread:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """One contender over all prompts and rounds.
+    """One contender over all prompts and rounds, so many prompts at once.
 
     Attributes:
         overall_tokens_per_s: all tokens by all seconds, so that long answers weigh more.
@@ -37,6 +39,7 @@ class Summary:
     """
 
     contender: str
+    at_once: int
     tokens_per_s: Spread
     overall_tokens_per_s: float
     step_ms: Spread | None
@@ -46,38 +49,69 @@ class Summary:
     num_prompts: int
 
 
+def check_sizes(sizes: Sequence[int], num_prompts: int) -> None:
+    """See that there are prompts enough to ask so many at once.
+
+    Raises:
+        InvalidRequest: there are not.
+    """
+    if max(sizes) > num_prompts:
+        raise InvalidRequest(
+            f"{max(sizes)} prompts at once need as many different ones; there are {num_prompts}"
+        )
+
+
+def in_groups(prompts: Prompts, at_once: int) -> list[Prompts]:
+    """All prompts, so many in each group; the last one is filled up from the beginning."""
+    names = [*prompts, *prompts]
+    return [
+        {name: prompts[name] for name in names[begin : begin + at_once]}
+        for begin in range(0, len(prompts), at_once)
+    ]
+
+
 def interleave(
     contenders: Sequence[Contender],
-    prompts: Mapping[str, Sequence[int]],
+    groups: Sequence[Prompts],
     max_tokens: int,
     rounds: int,
     progress: Callable[[Run], None] = lambda run: None,
 ) -> list[Run]:
-    """Let all answer each prompt in turn, whoever begins rotating; nothing runs at the same time.
+    """Let all answer each group in turn, whoever begins rotating; nothing runs at the same time.
 
-    Each contender answers the first prompt once beforehand, uncounted. A slow moment of the
-    machine so falls on all of them alike.
+    Each contender answers the first group once beforehand, uncounted. A slow moment of the
+    machine so falls on all of them alike. Those that answer one prompt at a time take no part in
+    groups of several.
     """
-    first_id, first_ids = next(iter(prompts.items()))
-    for contender in contenders:
-        contender.answer(first_id, first_ids, max_tokens)
+    field = [one for one in contenders if one.batches or len(groups[0]) == 1]
+    for contender in field:
+        contender.answer(groups[0], max_tokens)
     runs = []
     for number in range(rounds):
-        for place, (prompt_id, prompt_ids) in enumerate(prompts.items()):
-            shift = (number + place) % len(contenders)
-            for contender in (*contenders[shift:], *contenders[:shift]):
-                runs.append(contender.answer(prompt_id, prompt_ids, max_tokens))
+        for place, group in enumerate(groups):
+            shift = (number + place) % max(len(field), 1)
+            for contender in (*field[shift:], *field[:shift]):
+                runs.append(contender.answer(group, max_tokens))
                 progress(runs[-1])
     return runs
 
 
 def summarize(runs: Sequence[Run], contenders: Sequence[str]) -> list[Summary]:
-    """One summary per contender, in the order given."""
-    by_name = {name: [run for run in runs if run.contender == name] for name in contenders}
-    return [_summarize(name, by_name) for name in contenders]
+    """By how many prompts were asked at once, one summary per contender, in the order given."""
+    sizes = dict.fromkeys(len(run.answers) for run in runs)
+    summaries = []
+    for size in sizes:
+        of_size = [run for run in runs if len(run.answers) == size]
+        by_name = {
+            name: mine
+            for name in contenders
+            if (mine := [run for run in of_size if run.contender == name])
+        }
+        summaries += [_summarize(name, size, by_name) for name in by_name]
+    return summaries
 
 
-def _summarize(name: str, by_name: Mapping[str, Sequence[Run]]) -> Summary:
+def _summarize(name: str, at_once: int, by_name: Mapping[str, Sequence[Run]]) -> Summary:
     runs = by_name[name]
     mine = _last_answers(runs)
     others = {other: theirs for other, theirs in by_name.items() if other != name}
@@ -94,8 +128,9 @@ def _summarize(name: str, by_name: Mapping[str, Sequence[Run]]) -> Summary:
     step_ms = [run.step_ms for run in runs if run.step_ms is not None]
     return Summary(
         contender=name,
+        at_once=at_once,
         tokens_per_s=Spread.of([run.tokens_per_s for run in runs]),
-        overall_tokens_per_s=sum(len(r.token_ids) for r in runs) / sum(r.seconds for r in runs),
+        overall_tokens_per_s=sum(r.num_tokens for r in runs) / sum(r.seconds for r in runs),
         step_ms=Spread.of(step_ms) if step_ms else None,
         tokens_per_step=Spread.of([run.tokens_per_step for run in runs]),
         same_tokens_as=same,
@@ -105,4 +140,4 @@ def _summarize(name: str, by_name: Mapping[str, Sequence[Run]]) -> Summary:
 
 
 def _last_answers(runs: Sequence[Run]) -> dict[str, tuple[int, ...]]:
-    return {run.prompt_id: run.token_ids for run in runs}
+    return {answer.prompt_id: answer.token_ids for run in runs for answer in run.answers}

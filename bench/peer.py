@@ -19,7 +19,7 @@ from treecast.default_target import find_gguf
 from treecast.errors import InvalidRequest, TreecastError
 from treecast.services.local import MeshSettings
 
-from .run import Run
+from .run import Answer, Prompts, Run
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,17 +29,22 @@ class PeerKind:
     Attributes:
         script: in the folder `peers`; runs in the Python that has its package.
         takes_gguf: whether it reads a GGUF file rather than a folder as transformers does.
+        batches: whether it answers several prompts at once.
     """
 
     script: str
     takes_gguf: bool
+    batches: bool
 
 
 PEERS = {
-    "vllm": PeerKind("vllm_peer.py", takes_gguf=False),
-    "openvino": PeerKind("openvino_genai_peer.py", takes_gguf=True),
-    "llama_cpp": PeerKind("llama_cpp_peer.py", takes_gguf=True),
+    "vllm": PeerKind("vllm_peer.py", takes_gguf=False, batches=True),
+    "openvino": PeerKind("openvino_genai_peer.py", takes_gguf=True, batches=True),
+    "llama_cpp": PeerKind("llama_cpp_peer.py", takes_gguf=True, batches=False),
 }
+
+
+PEER_DTYPES = ("bfloat16", "float32")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,28 +54,49 @@ class PeerChoice:
     Attributes:
         python: the interpreter that has its package.
         model: its weights; None for those of the mesh's model.
+        dtype: its weights and activations; None for the mesh's.
     """
 
     name: str
     python: str
     model: str | None = None
+    dtype: str | None = None
 
     @classmethod
-    def parse(cls, peers: Sequence[str], models: Sequence[str]) -> list[PeerChoice]:
-        """Of NAME=PYTHON and NAME=MODEL.
+    def parse(
+        cls, peers: Sequence[str], models: Sequence[str], dtypes: Sequence[str] = ()
+    ) -> list[PeerChoice]:
+        """Of NAME=PYTHON, NAME=MODEL and NAME=DTYPE.
 
         Raises:
-            InvalidRequest: an unknown name, one given twice, or a model of no peer.
+            InvalidRequest: an unknown name, one given twice, another type, or a model or type of
+                no peer.
         """
-        pythons, paths = (_by_name(*each) for each in (("--peer", peers), ("--peer-model", models)))
-        idle = [name for name in paths if name not in pythons]
-        if idle:
-            raise InvalidRequest(f"--peer-model names {idle[0]}, which no --peer names")
-        return [cls(name, python, paths.get(name)) for name, python in pythons.items()]
+        pythons, paths, types = (
+            _by_name(*each)
+            for each in (("--peer", peers), ("--peer-model", models), ("--peer-dtype", dtypes))
+        )
+        for flag, given in (("--peer-model", paths), ("--peer-dtype", types)):
+            if idle := [name for name in given if name not in pythons]:
+                raise InvalidRequest(f"{flag} names {idle[0]}, which no --peer names")
+        for name, dtype in types.items():
+            if dtype not in PEER_DTYPES:
+                known = " or ".join(PEER_DTYPES)
+                raise InvalidRequest(f"--peer-dtype is '{name}={dtype}'; the type is {known}")
+        return [
+            cls(name, python, paths.get(name), types.get(name)) for name, python in pythons.items()
+        ]
 
-    def process(self, settings: MeshSettings) -> PeerProcess:
+    @property
+    def batches(self) -> bool:
+        """Whether it answers several prompts at once."""
+        return PEERS[self.name].batches
+
+    def process(self, settings: MeshSettings, at_once: int = 1) -> PeerProcess:
         """The process that will run it on what the mesh runs on.
 
+        Args:
+            at_once: most prompts at once; one that does not batch is only asked one by one.
         Raises:
             InvalidRequest: it reads GGUF files, and none is known for the model.
         """
@@ -78,7 +104,9 @@ class PeerChoice:
         model = self.model or (gguf_of(settings, self.name) if kind.takes_gguf else settings.model)
         script = Path(__file__).resolve().parent / "peers" / kind.script
         threads = settings.torch_threads
-        flags = ["--model", model, "--dtype", settings.dtype, "--threads", str(threads)]
+        dtype = self.dtype or settings.dtype
+        flags = ["--model", model, "--dtype", dtype, "--threads", str(threads)]
+        flags += ["--at-once", str(at_once if kind.batches else 1)]
         return PeerProcess(self.name, [self.python, str(script), *flags], threads)
 
 
@@ -167,9 +195,12 @@ class PeerProcess:
         """Token ids of a chat with one user turn."""
         return list(self._ask({"encode": text})["prompt_ids"])
 
-    def answer(self, mode: str, prompt_ids: Sequence[int], max_tokens: int) -> dict[str, Any]:
-        request = {"mode": mode, "prompt_ids": list(prompt_ids), "max_tokens": max_tokens}
-        return self._ask(request)
+    def answer(
+        self, mode: str, prompts: Sequence[Sequence[int]], max_tokens: int
+    ) -> dict[str, Any]:
+        """Prompts asked at once: for each its `token_ids` and `steps`; `seconds` and `first_s`."""
+        asked = [list(prompt_ids) for prompt_ids in prompts]
+        return self._ask({"mode": mode, "prompts": asked, "max_tokens": max_tokens})
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
         assert self._process.stdin is not None
@@ -212,18 +243,18 @@ def transformers_peer(settings: MeshSettings) -> PeerProcess:
 class PeerContender:
     """A peer, or one mode of it: `generate` or `assisted` of transformers."""
 
-    def __init__(self, name: str, peer: PeerProcess, mode: str = "generate") -> None:
+    def __init__(
+        self, name: str, peer: PeerProcess, mode: str = "generate", batches: bool = True
+    ) -> None:
         self.name = name
+        self.batches = batches
         self._peer = peer
         self._mode = mode
 
-    def answer(self, prompt_id: str, prompt_ids: Sequence[int], max_tokens: int) -> Run:
-        said = self._peer.answer(self._mode, prompt_ids, max_tokens)
-        return Run(
-            self.name,
-            prompt_id,
-            tuple(said["token_ids"]),
-            said["steps"],
-            said["seconds"],
-            said["first_s"],
+    def answer(self, prompts: Prompts, max_tokens: int) -> Run:
+        said = self._peer.answer(self._mode, list(prompts.values()), max_tokens)
+        answers = tuple(
+            Answer(prompt_id, tuple(one["token_ids"]), one["steps"])
+            for prompt_id, one in zip(prompts, said["answers"], strict=True)
         )
+        return Run(self.name, answers, said["seconds"], said["first_s"])

@@ -1,71 +1,108 @@
-"""One timed answer, whoever gave it."""
+"""Timed answers, whoever gave them."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
 from treecast.client import Client, Prompt, Result, SamplingParams
 from treecast.sampling.params import SpeculationParams
 
+Prompts = Mapping[str, Sequence[int]]
+"""Token ids by the name of a prompt."""
+
 
 @dataclass(frozen=True, slots=True)
-class Run:
-    """What one contender needed for one prompt.
+class Answer:
+    """What was said to one prompt.
 
     Attributes:
-        seconds: from asking to the last token, prefill included.
-        first_s: from asking to the first token.
         steps: passes of the LLM that gave tokens; the prefill's last one counts.
     """
 
-    contender: str
     prompt_id: str
     token_ids: tuple[int, ...]
     steps: int
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What one contender needed for prompts that were asked at once.
+
+    Attributes:
+        seconds: from asking to the last token of all, prefill included.
+        first_s: from asking to the first token of any.
+    """
+
+    contender: str
+    answers: tuple[Answer, ...]
     seconds: float
     first_s: float
 
     @property
     def tokens_per_s(self) -> float:
-        return len(self.token_ids) / self.seconds
+        return self.num_tokens / self.seconds
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(answer.token_ids) for answer in self.answers)
 
     @property
     def tokens_per_step(self) -> float:
-        return len(self.token_ids) / self.steps
+        """Of one prompt, on average: prompts that share a pass count it each."""
+        return self.num_tokens / sum(answer.steps for answer in self.answers)
 
     @property
     def step_ms(self) -> float | None:
-        """Time of one step after the first, drafting included; None if there was but one."""
-        return 1e3 * (self.seconds - self.first_s) / (self.steps - 1) if self.steps > 1 else None
+        """Time of one step after the first, drafting included; None if there was but one.
+
+        Of several prompts, steps are those of the one that took most.
+        """
+        steps = max(answer.steps for answer in self.answers)
+        return 1e3 * (self.seconds - self.first_s) / (steps - 1) if steps > 1 else None
 
 
 class Contender(Protocol):
-    """Something that answers prompts, greedily, one at a time."""
+    """Something that answers prompts, greedily."""
 
     @property
     def name(self) -> str: ...
 
-    def answer(self, prompt_id: str, prompt_ids: Sequence[int], max_tokens: int) -> Run:
-        """Answer one prompt. Blocks."""
+    @property
+    def batches(self) -> bool:
+        """Whether it answers several prompts at once."""
+        ...
+
+    def answer(self, prompts: Prompts, max_tokens: int) -> Run:
+        """Answer all prompts at once. Blocks."""
 
 
 class MeshContender:
     """treecast through a router; trees of at most 0 nodes are plain decoding."""
+
+    batches = True
 
     def __init__(self, name: str, client: Client, speculation: SpeculationParams) -> None:
         self.name = name
         self._client = client
         self._speculation = speculation
 
-    def answer(self, prompt_id: str, prompt_ids: Sequence[int], max_tokens: int) -> Run:
-        timed = time_answer(self._client, prompt_ids, max_tokens, self._speculation)
-        result = timed.result
-        return Run(
-            self.name, prompt_id, result.token_ids, result.usage.steps, timed.seconds, timed.first_s
+    def answer(self, prompts: Prompts, max_tokens: int) -> Run:
+        def timed(prompt_ids: Sequence[int]) -> TimedResult:
+            return time_answer(self._client, prompt_ids, max_tokens, self._speculation)
+
+        begun = time.perf_counter()
+        with ThreadPoolExecutor(len(prompts)) as pool:
+            every = list(pool.map(timed, prompts.values()))
+        seconds = time.perf_counter() - begun
+        answers = tuple(
+            Answer(prompt_id, one.result.token_ids, one.result.usage.steps)
+            for prompt_id, one in zip(prompts, every, strict=True)
         )
+        return Run(self.name, answers, seconds, min(one.first_s for one in every))
 
 
 @dataclass(frozen=True, slots=True)

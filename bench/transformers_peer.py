@@ -2,7 +2,8 @@
 
 Run as `python -m treecast.bench.transformers_peer --model PATH --draft PATH ...`. It says
 {"event": "ready", ...} when loaded. {"encode": text} is answered with the chat's token ids,
-{"mode": "generate" | "assisted", "prompt_ids": [...], "max_tokens": n} with a timed answer.
+{"mode": "generate" | "assisted", "prompts": [[...], ...], "max_tokens": n} with timed answers;
+"assisted" takes one prompt alone.
 """
 
 from __future__ import annotations
@@ -60,24 +61,32 @@ class Peer:
 
     def answer(self, request: dict[str, Any]) -> dict[str, object]:
         """Generate greedily; with the draft as assistant, by transformers' own defaults."""
-        prompt = torch.tensor([request["prompt_ids"]], device=self._device)
+        prompts = request["prompts"]
+        length = max(map(len, prompts))
+        filled = torch.tensor([[0] * (length - len(each)) + each for each in prompts])
+        mask = torch.tensor([[0] * (length - len(each)) + [1] * len(each) for each in prompts])
         assistant = {"assistant_model": self.draft} if request["mode"] == "assisted" else {}
         self._step_ends.clear()
         begun = time.perf_counter()
         output = self.target.generate(
-            prompt,
-            attention_mask=torch.ones_like(prompt),
+            filled.to(self._device),
+            attention_mask=mask.to(self._device),
             max_new_tokens=request["max_tokens"],
             do_sample=False,
             **assistant,
         )
         seconds = time.perf_counter() - begun
-        return {
-            "token_ids": output[0, prompt.shape[1] :].tolist(),
-            "steps": len(self._step_ends),
-            "seconds": seconds,
-            "first_s": self._step_ends[0] - begun,
-        }
+        said = [self._until_end(ids) for ids in output[:, length:].tolist()]
+        steps = len(self._step_ends)
+        answers = [{"token_ids": ids, "steps": steps if assistant else len(ids)} for ids in said]
+        return {"answers": answers, "seconds": seconds, "first_s": self._step_ends[0] - begun}
+
+    def _until_end(self, ids: list[int]) -> list[int]:
+        """One output of several: those that end early are filled up."""
+        ends = self.target.generation_config.eos_token_id
+        last = set(ends) if isinstance(ends, list) else {ends}
+        place = next((i for i, token in enumerate(ids) if token in last), len(ids))
+        return ids[: place + 1]
 
 
 def _say(answer: dict[str, object]) -> None:

@@ -12,7 +12,8 @@ def load(flags):
     )  # fmt: skip
     ends = {model.token_eos(), llama_cpp.llama_vocab_eot(model._model.vocab)}
 
-    def answer(prompt_ids, max_tokens, first):
+    def answer(prompts, max_tokens, first):
+        (prompt_ids,) = prompts
         model.reset()
         said = []
         for token in model.generate(prompt_ids, temp=0.0, top_k=1, repeat_penalty=1.0):
@@ -20,7 +21,7 @@ def load(flags):
             said.append(int(token))
             if token in ends or len(said) == max_tokens:
                 break
-        return said
+        return [said]
 
     return llama_cpp.__version__, answer
 

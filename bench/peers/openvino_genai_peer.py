@@ -29,17 +29,28 @@ def load(flags):
         def end(self):
             pass
 
-    def answer(prompt_ids, max_tokens, first):
+    def answer(prompts, max_tokens, first):
         config = openvino_genai.GenerationConfig()
         config.max_new_tokens, config.do_sample = max_tokens, False
         config.apply_chat_template = False
-        config.eos_token_id = pipeline.get_generation_config().eos_token_id
-        prompt = openvino.Tensor(np.array([prompt_ids], dtype=np.int64))
-        return [
-            int(token) for token in pipeline.generate(prompt, config, Streamer(first)).tokens[0]
-        ]
+        config.eos_token_id = end = pipeline.get_generation_config().eos_token_id
+        longest = max(len(prompt_ids) for prompt_ids in prompts)
+        filled = [[end] * (longest - len(each)) + each for each in prompts]
+        masks = [[0] * (longest - len(each)) + [1] * len(each) for each in prompts]
+        inputs = openvino_genai.TokenizedInputs(
+            *(openvino.Tensor(np.array(each, dtype=np.int64)) for each in (filled, masks))
+        )
+        # It streams one prompt alone: of several, the first token is not told from the last.
+        watch = Streamer(first) if len(prompts) == 1 else None
+        return [_until(end, ids) for ids in pipeline.generate(inputs, config, watch).tokens]
 
     return openvino_genai.__version__, answer
+
+
+def _until(end, ids):
+    """One output of several: those that end early are filled up."""
+    said = [int(token) for token in ids]
+    return said[: said.index(end) + 1] if end in said else said
 
 
 serve("openvino_genai", load)

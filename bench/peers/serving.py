@@ -1,8 +1,8 @@
 """What every peer's script does: load, say so, and answer JSON lines. Imports nothing of treecast.
 
 Scripts run in the Python that has their package, with this folder as the first on its path. One
-that is loaded says {"event": "ready", NAME: VERSION}; {"mode", "prompt_ids", "max_tokens"} is
-answered with a timed, greedy answer. A package that is missing is said by name.
+that is loaded says {"event": "ready", NAME: VERSION}; {"mode", "prompts", "max_tokens"} is
+answered with timed, greedy answers to all prompts. A package that is missing is said by name.
 """
 
 import argparse
@@ -17,13 +17,15 @@ def serve(package, load):
 
     Args:
         package: what must be there to import.
-        load: of parsed flags, gives (version, answer); `answer` of prompt ids, most tokens and a
-            function to be called at the first token gives the output's ids.
+        load: of parsed flags, gives (version, answer); `answer` of prompts, a list of token ids
+            each, most tokens and a function to be called at the first token gives the outputs' ids
+            in the same order. There are at most `at_once` prompts.
     """
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", required=True)
     parser.add_argument("--dtype", required=True)
     parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--at-once", type=int, default=1)
     flags = parser.parse_args()
     sys.stdout, said = sys.stderr, sys.stdout  # packages may print; the answers are ours
     try:
@@ -40,12 +42,13 @@ def serve(package, load):
 def _timed(answer, request):
     firsts = []
     began = time.perf_counter()
-    ids = answer(
-        request["prompt_ids"], request["max_tokens"], lambda: firsts.append(time.perf_counter())
+    outputs = answer(
+        request["prompts"], request["max_tokens"], lambda: firsts.append(time.perf_counter())
     )
     seconds = time.perf_counter() - began
     first_s = firsts[0] - began if firsts else seconds
-    return {"token_ids": ids, "steps": len(ids), "seconds": seconds, "first_s": first_s}
+    answers = [{"token_ids": ids, "steps": len(ids)} for ids in outputs]
+    return {"answers": answers, "seconds": seconds, "first_s": first_s}
 
 
 def _say(said, answer):

@@ -180,9 +180,19 @@ class Assignments:
             free = [s for s in self._speculators.values() if s not in taken and s.has_room]
             if not free:
                 return
-            self._attach(request, self.policy.choose(request, free, taken))
+            speculator = self.policy.choose(request, free, taken)
+            self._attach(request, speculator, speculator.pace.first_turn(self._pays(speculator)))
 
-    def _attach(self, request: Request, speculator: Speculator) -> Attachment:
+    def _pays(self, speculator: Speculator) -> bool:
+        """Whether to have a text read at once: the quickest costs least, others what they add."""
+        if not speculator.shares_cores:
+            return True
+        pace = speculator.pace
+        quickest = min(self._speculators.values(), key=lambda each: each.pace.latency_s)
+        price = self.tokens_per_s * pace.latency_s
+        return speculator is quickest or pace.gain.pays(price, first=False)
+
+    def _attach(self, request: Request, speculator: Speculator, turn: Turn) -> Attachment:
         attached = self._attachments[request.handle]
         free = set(range(len(attached) + 1)) - {a.place for a in attached}
         calibration = Calibration(self._calibration, speculator.link.peer.proposers)
@@ -190,7 +200,7 @@ class Assignments:
         attached.append(attachment)
         speculator.sessions.add(request.handle)
         speculator.breaker.trying()
-        self.sync(request, attachment)
+        self.sync(request, attachment, turn)
         return attachment
 
     def _may_draft(self, speculator: Speculator, request: Request) -> bool:
@@ -201,9 +211,10 @@ class Assignments:
         turned_down = request.handle in speculator.refused or request.handle in speculator.put_off
         return serves and not turned_down
 
-    def sync(self, request: Request, attachment: Attachment) -> None:
+    def sync(self, request: Request, attachment: Attachment, turn: Turn = Turn.CATCH_UP) -> None:
         """Send a speculator the whole text, from which it goes on."""
-        attachment.asked_at, attachment.turn = time.monotonic(), Turn.CATCH_UP
+        asked = turn is not Turn.SIT_OUT
+        attachment.asked_at, attachment.turn = time.monotonic() if asked else None, turn
         attachment.speculator.link.send(
             Attach(
                 request.handle,
@@ -211,11 +222,12 @@ class Assignments:
                 request.prompt_len,
                 request.start.sampling,
                 request.start.noise_key,
-                self.budget(request),
+                self.budget(request) if asked else 0,
                 request.start.speculation,
                 self.tokens_per_s,
                 request.span.traceparent,
-            )
+            ),
+            waits=not asked,
         )
 
     # --- switches ---------------------------------------------------------------------------
@@ -247,7 +259,7 @@ class Assignments:
                 self.drop(request, late.speculator)
         elif speculator.has_room and self._may_draft(speculator, request):
             old = attached[0] if attached else None
-            self._attach(request, speculator).replaces = old
+            self._attach(request, speculator, Turn.CATCH_UP).replaces = old
             if old is not None:
                 self.policy.switched("begun")
 

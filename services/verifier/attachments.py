@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
 from treecast.tree import TokenTree
@@ -22,8 +22,12 @@ PROBE_EVERY = 8
 """Commits between trees that are asked for only so that their worth stays known."""
 _RAREST_PROBE = 64
 """The same, of a speculator that goes on being worth too little."""
-_HALF_LIFE_STEPS = 16
-_DECAY = 0.5 ** (1 / _HALF_LIFE_STEPS)
+_TRIED_EVERY = 4
+"""Of requests that begin while it does not pay, one in so many has their text read at once."""
+_DECAY = 0.5 ** (1 / 16)
+"""What a mean keeps in a step: half of it in sixteen."""
+_DECAY_OF_ONE = 0.5 ** (1 / 8)
+"""The same of one request's: texts differ more than what a speculator is worth over all of them."""
 
 
 class Turn(Enum):
@@ -35,38 +39,58 @@ class Turn(Enum):
 
 
 @dataclass(slots=True)
+class Gain:
+    """Accepted nodes per step that a speculator proposed, as running means.
+
+    Less what verifying its nodes takes, in tokens.
+
+    Attributes:
+        alone: as far as they follow one another.
+        added: those that would not have been reached without it.
+    """
+
+    alone: float
+    added: float
+
+    def saw(self, alone: float, added: float, decay: float = _DECAY) -> None:
+        self.alone += (1 - decay) * (alone - self.alone)
+        self.added += (1 - decay) * (added - self.added)
+
+    def pays(self, price: float, *, first: bool) -> bool:
+        """Whether the trees add more tokens than would be committed while they are made.
+
+        Args:
+            price: those tokens.
+            first: there is nobody quicker whose trees hold some of the same tokens.
+        """
+        return (self.alone if first else self.added) >= price
+
+
+@dataclass(slots=True)
 class Pace:
-    """What waiting for a speculator costs and gains, as running means.
+    """What waiting for a speculator costs and gains.
 
     It begins hopeful, so that the first waits show the truth.
 
     Attributes:
-        latency_s: from commit to tree, of trees that were waited for.
-        alone_tokens: accepted nodes per step that it proposed, as far as they follow one another.
-        added_tokens: those that would not have been reached without it.
-        probe_every: commits that it sits out at a time while it does not pay.
+        latency_s: from commit to tree, of trees that were waited for, as a running mean.
+        gain: over all requests.
+        num_begun: requests that began while it did not pay.
     """
 
     latency_s: float = 0.0
-    alone_tokens: float = 2.0
-    added_tokens: float = 1.0
-    probe_every: int = PROBE_EVERY
+    gain: Gain = field(default_factory=lambda: Gain(alone=2.0, added=1.0))
+    num_begun: int = 0
 
-    def pays(self, tokens_per_s: float, *, alone: bool) -> bool:
-        """Whether its trees add more tokens than would be committed while they are made.
-
-        Args:
-            alone: there is nobody cheaper whose trees hold some of the same tokens.
-        """
-        gain = self.alone_tokens if alone else self.added_tokens
-        return gain >= tokens_per_s * self.latency_s
+    def first_turn(self, pays: bool) -> Turn:
+        """What a request's whole text asks for: reading it takes time too; changes the count."""
+        if pays:
+            return Turn.CATCH_UP
+        self.num_begun += 1
+        return Turn.CATCH_UP if self.num_begun % _TRIED_EVERY == 1 else Turn.SIT_OUT
 
     def saw_latency(self, latency_s: float) -> None:
         self.latency_s += (1 - _DECAY) * (latency_s - self.latency_s)
-
-    def saw_gain(self, alone: int, added: int) -> None:
-        self.alone_tokens += (1 - _DECAY) * (alone - self.alone_tokens)
-        self.added_tokens += (1 - _DECAY) * (added - self.added_tokens)
 
 
 @dataclass(slots=True, eq=False)
@@ -123,8 +147,10 @@ class Attachment:
         offered: that tree as it was when the running step was planned.
         answered: whether it was grown for the text as it was then, not re-rooted from an older one.
         asked_at: when the tree was asked for that has not come; None if nothing is owed.
+        gain: for this request; begins as that for all.
         turn: what was asked for last.
         num_sat_out: commits in a row that asked for nothing.
+        probe_every: commits that it sits out at a time while it does not pay.
         base_len: committed length that the newest tree hung off when it came.
         origin: when that tree came, and what it took.
         offered_origin: the same of `offered`.
@@ -138,27 +164,36 @@ class Attachment:
     offered: TokenTree = field(default_factory=TokenTree)
     answered: bool = False
     asked_at: float | None = None
+    gain: Gain = field(init=False)
     turn: Turn = Turn.CATCH_UP
     num_sat_out: int = 0
+    probe_every: int = PROBE_EVERY
     base_len: int = -1
     origin: Origin = Origin()
     offered_origin: Origin = Origin()
     replaces: Attachment | None = None
+
+    def __post_init__(self) -> None:
+        self.gain = replace(self.speculator.pace.gain)
+
+    def saw_gain(self, alone: float, added: float) -> None:
+        """What its tree brought in a step."""
+        self.gain.saw(alone, added, _DECAY_OF_ONE)
+        self.speculator.pace.gain.saw(alone, added)
 
     def next_turn(self, pays: bool) -> Turn:
         """What to ask for, if its trees pay or not; changes the counts.
 
         Who does not pay has two turns now and then, one to catch up and one to be measured.
         """
-        pace = self.speculator.pace
         if pays:
-            self.num_sat_out, pace.probe_every = 0, PROBE_EVERY
+            self.num_sat_out, self.probe_every = 0, PROBE_EVERY
             return Turn.DRAFT
         if self.turn is Turn.CATCH_UP:
-            self.num_sat_out, pace.probe_every = 0, min(2 * pace.probe_every, _RAREST_PROBE)
+            self.num_sat_out, self.probe_every = 0, min(2 * self.probe_every, _RAREST_PROBE)
             return Turn.DRAFT
         self.num_sat_out += 1
-        return Turn.SIT_OUT if self.num_sat_out < pace.probe_every else Turn.CATCH_UP
+        return Turn.SIT_OUT if self.num_sat_out < self.probe_every else Turn.CATCH_UP
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,13 +212,12 @@ class Owed:
 
     @classmethod
     def of(cls, attachments: Sequence[Attachment]) -> Owed | None:
-        owing = [a.speculator for a in attachments if a.asked_at is not None]
+        owing = [a for a in attachments if a.asked_at is not None]
         if not owing:
             return None
-        late = [speculator.pace for speculator in owing]
-        added = sorted(pace.added_tokens for pace in late)
+        added = sorted(a.gain.added for a in owing)
         gain = sum(added)
         if not any(attachment.tree.tokens for attachment in attachments):
-            gain = max(pace.alone_tokens for pace in late) + sum(added[:-1])
-        beside = any(speculator.shares_cores for speculator in owing)
-        return cls(gain, max(pace.latency_s for pace in late), beside)
+            gain = max(a.gain.alone for a in owing) + sum(added[:-1])
+        beside = any(a.speculator.shares_cores for a in owing)
+        return cls(gain, max(a.speculator.pace.latency_s for a in owing), beside)

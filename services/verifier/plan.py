@@ -19,11 +19,13 @@ class Work:
     Attributes:
         num_pending: how many of the request's pending tokens are computed, in order.
         tree: nodes below the last of them; empty while the prompt is not finished.
+        tree_price: tokens that would be committed elsewhere in the time that its nodes take.
     """
 
     request: Request
     num_pending: int
     tree: TokenTree
+    tree_price: float = 0.0
 
     @property
     def samples(self) -> bool:
@@ -81,8 +83,14 @@ def plan(
     sampling = [tree if counts[id(r)] == len(r.pending) else TokenTree() for r, tree in planned]
     base_rows = sum(counts.values())
     chosen = choose_nodes(sampling, base_rows, step_s, max_rows - base_rows, tokens_per_s)
+    rows = base_rows + sum(map(len, chosen))
     return [
-        Work(request, counts[id(request)], tree)
+        Work(
+            request,
+            counts[id(request)],
+            tree,
+            tokens_per_s * (step_s(rows) - step_s(rows - len(tree))),
+        )
         for (request, _), tree in zip(planned, chosen, strict=True)
     ]
 

@@ -34,8 +34,7 @@ class Reporter:
         self._count(work, walked)
         self._spans.stepped(work, walked, times)
         rounds = _report(work, walked, begin, times) if request.start.report_rounds else ()
-        proposers = [work.tree.proposers[node] for node in walked.accepted]
-        self._speculation.committed(request, walked.tokens, proposers)
+        self._speculation.committed(work, walked)
         cost = Cost(1, len(work.tree), len(walked.accepted))
         tokens, logprobs = tuple(walked.tokens), tuple(walked.logprobs)
         request.link.send(Progress(request.start.handle, begin, tokens, logprobs, cost, rounds))

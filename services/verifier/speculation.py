@@ -14,6 +14,7 @@ from dataclasses import replace
 
 import structlog
 
+from treecast.sampling.laws import Walk
 from treecast.tree import MAX_DEPTH, TokenTree
 from treecast.wire.codec.bounds import MAX_PROPOSERS
 from treecast.wire.frames import (
@@ -32,6 +33,7 @@ from .attachments import Attachment, Origin, Owed, SpeculatorLink, Turn
 from .choice import Offer
 from .choice.vote import voter_names
 from .metrics.trees import TreeMetrics
+from .plan import Work
 from .requests import Request
 
 log = structlog.get_logger()
@@ -91,17 +93,14 @@ class Speculation:
                 if attachment.asked_at is not None:
                     attachment.speculator.pace.saw_latency(2 * waited_s)
 
-    def committed(self, request: Request, tokens: Sequence[int], proposers: Sequence[int]) -> None:
-        """Tokens were committed: learn, re-root, tell the speculators.
-
-        Args:
-            proposers: bits of those who proposed each accepted node, in order.
-        """
+    def committed(self, work: Work, walked: Walk) -> None:
+        """Tokens were committed: learn, re-root, tell the speculators."""
+        request, tokens = work.request, walked.tokens
         attachments = self._assignments.of(request)
         for attachment in attachments:
             attachment.calibration.learn(attachment.offered, tokens)
             if attachment.answered:
-                attachment.speculator.pace.saw_gain(*gain_of(attachment, proposers))
+                attachment.saw_gain(*gain_of(attachment, work, walked.accepted))
         self._assignments.policy.committed(request, attachments, tokens)
         self._choose_turns(attachments)
         for attachment in attachments:
@@ -115,7 +114,8 @@ class Speculation:
                     tuple(tokens),
                     self._assignments.budget(request) if asked else 0,
                     self._assignments.tokens_per_s,
-                )
+                ),
+                waits=not asked,
             )
 
     def _choose_turns(self, attachments: Iterable[Attachment]) -> None:
@@ -126,7 +126,8 @@ class Speculation:
         ranked = sorted(attachments, key=lambda each: each.speculator.pace.latency_s)
         for rank, attachment in enumerate(ranked):
             speculator = attachment.speculator
-            pays = speculator.pace.pays(self._assignments.tokens_per_s, alone=rank == 0)
+            price = self._assignments.tokens_per_s * speculator.pace.latency_s
+            pays = attachment.gain.pays(price, first=rank == 0)
             attachment.turn = attachment.next_turn(pays or not speculator.shares_cores)
 
     # --- PairHandler: frames from speculators ---------------------------------------------------
@@ -193,12 +194,20 @@ class Speculation:
             self._metrics.run_ahead_hits.inc()
 
 
-def gain_of(attachment: Attachment, proposers: Sequence[int]) -> tuple[int, int]:
-    """Accepted nodes that it proposed, up to the first gap, and those not reached without it."""
+def gain_of(attachment: Attachment, work: Work, accepted: Sequence[int]) -> tuple[float, float]:
+    """Accepted nodes that it proposed, up to the first gap, and those not reached without it.
+
+    Less what its nodes, and those that nobody else proposed, took of the step's time, in tokens.
+    """
     own = ((1 << MAX_PROPOSERS) - 1) << (attachment.place * MAX_PROPOSERS)
-    alone = itertools.takewhile(lambda bits: bits & own, proposers)
-    without = itertools.takewhile(lambda bits: bits & ~own, proposers)
-    return sum(1 for _ in alone), len(proposers) - sum(1 for _ in without)
+    nodes = work.tree.proposers
+    path = [nodes[node] for node in accepted]
+    alone = sum(1 for _ in itertools.takewhile(lambda bits: bits & own, path))
+    without = sum(1 for _ in itertools.takewhile(lambda bits: bits & ~own, path))
+    node_price = work.tree_price / max(1, len(nodes))
+    mine = sum(1 for bits in nodes if bits & own)
+    only_mine = sum(1 for bits in nodes if not bits & ~own)
+    return alone - node_price * mine, len(path) - without - node_price * only_mine
 
 
 def _offer(attachment: Attachment) -> Offer:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from treecast.services.verifier.attachments import Attachment, Pace, Speculator, Turn
+from treecast.services.verifier.attachments import Attachment, Gain, Pace, Speculator, Turn
 from treecast.services.verifier.calibration import Calibration, PodCalibration
+from treecast.services.verifier.plan import Work
 from treecast.services.verifier.speculation import gain_of
+from treecast.tree import TokenTree
 
 
 def attachment(place: int = 0) -> Attachment:
@@ -15,11 +17,22 @@ def attachment(place: int = 0) -> Attachment:
 
 
 def test_a_tree_pays_when_it_adds_more_than_its_time_is_worth() -> None:
-    pace = Pace(latency_s=0.010, alone_tokens=0.9, added_tokens=0.5)
-    assert pace.pays(80.0, alone=True)  # 0.8 tokens in its time, 0.9 in its trees
-    assert not pace.pays(100.0, alone=True)
-    assert not pace.pays(80.0, alone=False)  # others have most of it
-    assert pace.pays(0.0, alone=False)
+    gain = Gain(alone=0.9, added=0.5)
+    assert gain.pays(0.8, first=True)
+    assert not gain.pays(1.0, first=True)
+    assert not gain.pays(0.8, first=False)  # others have most of it
+    assert gain.pays(0.0, first=False)
+
+
+def test_a_request_knows_better_than_the_average_what_its_trees_bring() -> None:
+    first, second = attachment(), attachment()
+    second.speculator = first.speculator
+    for _ in range(8):
+        first.saw_gain(0.0, 0.0)
+    assert (first.gain.alone, first.gain.added) == pytest.approx((1.0, 0.5))  # halved in eight
+    assert first.speculator.pace.gain.alone == pytest.approx(2 * 0.5**0.5)  # in sixteen
+    assert second.gain.alone == 2.0
+    assert Attachment(first.speculator, 0, first.calibration).gain == first.speculator.pace.gain
 
 
 def test_who_does_not_pay_sits_out_more_and_more_commits_between_probes() -> None:
@@ -36,12 +49,25 @@ def test_who_does_not_pay_sits_out_more_and_more_commits_between_probes() -> Non
     assert turns.count(Turn.SIT_OUT) == len(turns) - 1 - 2 * 4
 
 
+def test_one_request_in_four_is_read_at_once_by_who_does_not_pay() -> None:
+    pace = Pace()
+    turns = [pace.first_turn(pays=False) for _ in range(8)]
+    assert turns == [Turn.CATCH_UP, *[Turn.SIT_OUT] * 3] * 2
+    assert pace.first_turn(pays=True) is Turn.CATCH_UP
+
+
 def test_who_pays_again_has_every_turn() -> None:
     each = attachment()
     for _ in range(40):
         each.turn = each.next_turn(pays=False)
     assert each.next_turn(pays=True) is Turn.DRAFT
-    assert (each.num_sat_out, each.speculator.pace.probe_every) == (0, 8)
+    assert (each.num_sat_out, each.probe_every) == (0, 8)
+
+
+def verified(proposers: list[int], price: float = 0.0) -> Work:
+    tree = TokenTree.chain(range(len(proposers)))
+    tree.proposers = proposers
+    return Work(None, 1, tree, price)  # type: ignore[arg-type]  # whose it is does not matter
 
 
 @pytest.mark.parametrize(
@@ -56,5 +82,12 @@ def test_who_pays_again_has_every_turn() -> None:
 def test_gain_is_told_apart_by_who_proposed_the_accepted_path(
     proposers: list[int], first: tuple[int, int], second: tuple[int, int]
 ) -> None:
-    assert gain_of(attachment(0), proposers) == first
-    assert gain_of(attachment(1), proposers) == second
+    work, accepted = verified(proposers), range(len(proposers))
+    assert gain_of(attachment(0), work, accepted) == first
+    assert gain_of(attachment(1), work, accepted) == second
+
+
+def test_what_verifying_nodes_takes_is_taken_off_the_gain_of_those_who_proposed_them() -> None:
+    work = verified([0x101, 0x1, 0x1, 0x100], price=0.8)  # .2 a node; the first is accepted
+    assert gain_of(attachment(0), work, [0]) == pytest.approx((1 - 0.6, 0 - 0.4))
+    assert gain_of(attachment(1), work, [0]) == pytest.approx((1 - 0.4, 0 - 0.2))

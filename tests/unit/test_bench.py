@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 
 import pytest
 from typer.testing import CliRunner
 
 from tests.scripted_router import ScriptedRouter, delta, finished, play, started
-from treecast.bench.compare import Spread, interleave, summarize
+from treecast.bench.compare import Spread, in_groups, interleave, summarize
 from treecast.bench.demonstrate import acceptance_by_depth
 from treecast.bench.prompts import DEFAULT_PROMPTS, read_prompts
 from treecast.bench.report import Report, report_file
-from treecast.bench.run import Run
+from treecast.bench.run import Answer, Prompts, Run
 from treecast.cli.app import app
 from treecast.cli.bench_comparison import render
 from treecast.client import Usage
@@ -23,25 +22,60 @@ from treecast.services.local import MeshSettings
 
 
 class Echo:
-    """Answers with the prompt's own ids, and notes when it was asked."""
+    """Answers with the prompts' own ids, and notes when it was asked."""
 
-    def __init__(self, name: str, asked: list[tuple[str, str]]) -> None:
+    def __init__(self, name: str, asked: list[tuple[str, str]], batches: bool = True) -> None:
         self.name = name
+        self.batches = batches
         self._asked = asked
 
-    def answer(self, prompt_id: str, prompt_ids: Sequence[int], max_tokens: int) -> Run:
-        self._asked.append((self.name, prompt_id))
-        return Run(self.name, prompt_id, tuple(prompt_ids), 1, 1.0, 1.0)
+    def answer(self, prompts: Prompts, max_tokens: int) -> Run:
+        self._asked.append((self.name, "".join(prompts)))
+        answers = tuple(Answer(name, tuple(ids), 1) for name, ids in prompts.items())
+        return Run(self.name, answers, 1.0, 1.0)
 
 
 def run_of(contender: str, prompt: str, tokens: int, steps: int, seconds: float) -> Run:
-    return Run(contender, prompt, tuple(range(tokens)), steps, seconds, first_s=1.0)
+    return Run(contender, (Answer(prompt, tuple(range(tokens)), steps),), seconds, first_s=1.0)
 
 
 def test_a_run_knows_its_rates():
     run = run_of("a", "p", tokens=12, steps=5, seconds=3.0)
     assert (run.tokens_per_s, run.tokens_per_step, run.step_ms) == (4.0, 2.4, 500.0)
     assert run_of("a", "p", tokens=1, steps=1, seconds=1.0).step_ms is None
+
+
+def test_a_run_of_several_prompts_counts_all_tokens_and_the_longest_steps():
+    answers = (Answer("p", tuple(range(12)), 5), Answer("q", tuple(range(3)), 1))
+    run = Run("a", answers, seconds=3.0, first_s=1.0)
+    assert (run.tokens_per_s, run.tokens_per_step, run.step_ms) == (5.0, 2.5, 500.0)
+
+
+def test_the_last_group_is_filled_up_from_the_beginning():
+    prompts = {name: [place] for place, name in enumerate("abcde")}
+    assert ["".join(group) for group in in_groups(prompts, 1)] == [*"abcde"]
+    assert ["".join(group) for group in in_groups(prompts, 3)] == ["abc", "dea"]
+    assert ["".join(group) for group in in_groups(prompts, 5)] == ["abcde"]
+
+
+def test_more_prompts_at_once_than_there_are_are_refused():
+    done = CliRunner().invoke(app, ["bench", "--at-once", "1,9"])
+    assert done.exit_code == 2
+    assert "9 prompts at once need as many different ones; there are 8" in done.stderr
+    done = CliRunner().invoke(app, ["bench", "--at-once", "1,0"])
+    assert "--at-once is '1,0'; numbers from 1 to 256" in done.stderr
+
+
+def test_those_that_take_one_prompt_are_left_out_of_groups():
+    asked: list[tuple[str, str]] = []
+    field = [Echo("a", asked), Echo("b", asked, batches=False)]
+    prompts = {"p": [1], "q": [2]}
+    runs = interleave(field, in_groups(prompts, 1), max_tokens=4, rounds=1)
+    runs += interleave(field, in_groups(prompts, 2), max_tokens=4, rounds=1)
+    assert asked[-2:] == [("a", "pq"), ("a", "pq")]
+    summaries = summarize(runs, ["a", "b"])
+    assert [(one.at_once, one.contender) for one in summaries] == [(1, "a"), (1, "b"), (2, "a")]
+    assert (summaries[2].num_prompts, summaries[2].same_tokens_as) == (2, {})
 
 
 def test_the_spread_is_median_and_quartiles():
@@ -53,14 +87,14 @@ def test_the_spread_is_median_and_quartiles():
 def test_contenders_take_turns_when_they_are_interleaved():
     asked: list[tuple[str, str]] = []
     field = [Echo("a", asked), Echo("b", asked)]
-    runs = interleave(field, {"p": [1], "q": [2]}, max_tokens=4, rounds=2)
+    runs = interleave(field, in_groups({"p": [1], "q": [2]}, 1), max_tokens=4, rounds=2)
     warm_up, timed = asked[:2], asked[2:]
     assert warm_up == [("a", "p"), ("b", "p")]
     assert timed == [
         *(("a", "p"), ("b", "p"), ("b", "q"), ("a", "q")),
         *(("b", "p"), ("a", "p"), ("a", "q"), ("b", "q")),
     ]
-    assert [(run.contender, run.prompt_id) for run in runs] == timed
+    assert [(run.contender, run.answers[0].prompt_id) for run in runs] == timed
 
 
 def test_summaries_compare_each_with_the_others():
@@ -93,7 +127,7 @@ def test_the_report_can_be_read_back_when_it_was_saved(tmp_path):
     read = json.loads(saved.read_text())
     assert read["settings"]["model"] == "llm"
     assert read["versions"]["torch"] == "2"
-    assert read["runs"][0]["token_ids"] == list(range(10))
+    assert read["runs"][0]["answers"][0]["token_ids"] == list(range(10))
     assert read["machine"]["cores"] >= 1
     assert render(report).row_count == 2
 

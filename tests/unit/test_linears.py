@@ -42,6 +42,32 @@ def test_a_rows_bits_are_its_own_when_others_are_beside_it(dtype: torch.dtype) -
         assert torch.equal(packed.forward(x[:rows]), together[:rows])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_norm_is_torchs_and_a_rows_bits_are_its_own(dtype: torch.dtype) -> None:
+    norm = linears.packed_layers(1).rms_norm
+    torch.manual_seed(0)
+    x, weight = 30 * torch.randn(130, 576), torch.randn(576)
+    x[7] = 0
+    x, weight = x.to(dtype), weight.to(dtype)
+    together = norm(x, weight, 1e-5)
+    expected = nn.functional.rms_norm(x, (576,), weight, 1e-5)
+    torch.testing.assert_close(together, expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+    for begin, end in ((0, 1), (3, 8), (100, 130)):
+        assert torch.equal(norm(x[begin:end], weight, 1e-5), together[begin:end])
+
+
+def test_a_pass_is_filled_up_where_bits_would_depend_on_the_number_of_rows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    exact, fast = (LoadOptions("float32", numerics, "cpu", 1) for numerics in ("exact", "fast"))
+    monkeypatch.setattr(linears, "has_fbgemm", lambda: True)
+    assert [fast.filled(rows) for rows in (1, 2, 24)] == [1, 2, 24]
+    monkeypatch.setattr(linears, "multiplies_bfloat16", lambda: False)
+    assert [exact.filled(rows) for rows in (1, 3, 4, 24, 25)] == [3, 3, 6, 24, 27]
+    monkeypatch.setattr(linears, "multiplies_bfloat16", lambda: True)
+    assert [exact.filled(rows) for rows in (1, 2, 25)] == [2, 2, 25]
+
+
 def test_bfloat16_is_multiplied_in_float32_when_the_processor_cannot(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -169,6 +169,23 @@ async def test_take_waits_when_there_is_nothing() -> None:
     assert await asyncio.wait_for(taking, 5) == [Detach(1)]
 
 
+async def test_a_frame_that_may_wait_goes_with_the_next_that_may_not() -> None:
+    outbox: Outbox[Commit | Heartbeat] = Outbox()
+    taken = asyncio.ensure_future(outbox.take())
+    for at in (4, 5, 6):
+        outbox.put(1, commit(at, at, budget=0), waits=True)
+        await asyncio.sleep(0)
+    assert not taken.done()
+    outbox.put("Heartbeat", Heartbeat())
+    assert await taken == [commit(4, 4, 5, 6, budget=0), Heartbeat()]
+    outbox.put(1, commit(7, 7, budget=0), waits=True)
+    taken = asyncio.ensure_future(outbox.take())
+    await asyncio.wait_for(outbox.sent(), 1)  # it is not due, so nobody waits for it
+    assert not taken.done()
+    outbox.put(1, commit(8, 8))
+    assert await taken == [commit(7, 7, 8)]
+
+
 async def test_take_is_empty_when_closed() -> None:
     outbox: Outbox[object] = Outbox()
     taking = asyncio.create_task(outbox.take())

@@ -9,6 +9,7 @@ import pytest
 
 from treecast.bench import peer as peers
 from treecast.bench.peer import PEERS, PeerChoice, PeerContender, PeerProcess
+from treecast.bench.run import Answer
 from treecast.errors import InvalidRequest, TreecastError
 from treecast.services.local import MeshSettings
 
@@ -20,11 +21,13 @@ sys.path.insert(0, {scripts!r})
 from serving import serve
 
 def load(flags):
-    def answer(prompt_ids, max_tokens, first):
-        said = []
-        for token in range(prompt_ids[-1] + 1, prompt_ids[-1] + 1 + max_tokens):
+    def answer(prompts, max_tokens, first):
+        assert len(prompts) <= flags.at_once
+        said = [[] for _ in prompts]
+        for place in range(max_tokens):
             first()
-            said.append(token)
+            for ids, prompt_ids in zip(said, prompts):
+                ids.append(prompt_ids[-1] + 1 + place)
         return said
     return "1.0 " + flags.dtype, answer
 
@@ -35,10 +38,11 @@ serve("json", load)
 def test_a_peer_answers_from_a_process_of_its_own(tmp_path: Path) -> None:
     script = tmp_path / "counting.py"
     script.write_text(COUNTING.format(scripts=str(SCRIPTS)))
-    with PeerProcess("counting", [sys.executable, str(script), *FLAGS], 1) as process:
+    command = [sys.executable, str(script), *FLAGS, "--at-once", "2"]
+    with PeerProcess("counting", command, 1) as process:
         assert process.versions == {"json": "1.0 float32"}
-        run = PeerContender("counting", process).answer("p", [3, 4], 3)
-    assert (run.token_ids, run.steps) == ((5, 6, 7), 3)
+        run = PeerContender("counting", process).answer({"p": [3, 4], "q": [9]}, 3)
+    assert run.answers == (Answer("p", (5, 6, 7), 3), Answer("q", (10, 11, 12), 3))
     assert 0 < run.first_s <= run.seconds
 
 
@@ -64,6 +68,17 @@ def test_a_peer_that_reads_gguf_asks_for_a_file_where_none_is_known() -> None:
     (choice,) = PeerChoice.parse(["openvino=/x"], [])
     with pytest.raises(InvalidRequest, match=r"--peer-model openvino=FILE\.gguf"):
         choice.process(MeshSettings(model="/models/other"))
+
+
+def test_a_peer_takes_the_type_that_suits_it() -> None:
+    (choice,) = PeerChoice.parse(["vllm=/x"], [], ["vllm=bfloat16"])
+    assert choice.dtype == "bfloat16"
+    with pytest.raises(
+        InvalidRequest, match="--peer-dtype is 'vllm=int8'; the type is bfloat16 or"
+    ):
+        PeerChoice.parse(["vllm=/x"], [], ["vllm=int8"])
+    with pytest.raises(InvalidRequest, match="--peer-dtype names vllm, which no --peer names"):
+        PeerChoice.parse([], [], ["vllm=float32"])
 
 
 @pytest.mark.parametrize(

@@ -98,6 +98,12 @@ def test_prompts_get_all_rows_when_the_only_trees_wait_for_prompts_too() -> None
     assert [work.num_rows for work in works] == [32]
 
 
+def test_a_trees_price_is_what_its_rows_add_to_the_step() -> None:
+    trees = [TokenTree.chain(range(size), confidence=1.0) for size in (2, 3)]
+    works = plan([decoding(), decoding()], trees, linear, 32, 0.5)  # type: ignore[list-item]
+    assert [work.tree_price for work in works] == pytest.approx([0.5 * 0.2, 0.5 * 0.3])
+
+
 def test_a_step_never_exceeds_its_rows() -> None:
     requests = [decoding() for _ in range(10)] + [FakeRequest(list(range(50)), 0)]
     trees = [TokenTree.chain(range(8)) for _ in range(10)] + [TokenTree()]

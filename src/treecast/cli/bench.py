@@ -50,6 +50,23 @@ def bench(
             show_default=False,
         ),
     ] = None,
+    peer_dtype: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=TYPE",
+            help="A peer's type, bfloat16 or float32, where another suits it better than the "
+            "mesh's.",
+            show_default=False,
+        ),
+    ] = None,
+    at_once: Annotated[
+        str,
+        typer.Option(
+            metavar="A,B",
+            help="Ask for so many prompts at a time. Of several, transformers-assisted and "
+            "llama_cpp, which take one, are left out.",
+        ),
+    ] = "1",
     model: options.Model = "default",
     draft: options.Draft = "default",
     speculators: options.Speculators = "ssm,ngram",
@@ -77,7 +94,7 @@ def bench(
 ) -> None:
     """Measure transformers and treecast on the same prompts, data type and threads.
 
-    Four contenders, greedy, one at a time and interleaved: transformers' generate, its assisted
+    Four contenders, greedy, in turn and interleaved: transformers' generate, its assisted
     generation with the same draft, treecast without trees, and treecast with them, through a real
     mesh. Times are what a caller sees, prefill and drafting included; medians, with quartiles.
 
@@ -92,6 +109,8 @@ def bench(
         treecast bench --report trees/ --prompts specbench.jsonl --limit 26 --max-tokens 80
 
         treecast bench --peer openvino=/opt/openvino/bin/python --weights int4
+
+        treecast bench --peer vllm=/opt/vllm/bin/python --at-once 1,2,4,8 --limit 8
 
         treecast bench --profile --weights int8
 

@@ -14,7 +14,14 @@ import typer
 from treecast.errors import InvalidRequest
 
 from . import options
-from .bench_options import OF_A_MESH, check_options, is_given, mesh_settings
+from .bench_options import (
+    OF_A_MESH,
+    check_options,
+    is_given,
+    mesh_settings,
+    parse_sizes,
+    running_at_most,
+)
 from .output import stderr, stdout, write_json
 from .up import running_mesh, termination_as_interrupt
 
@@ -63,7 +70,7 @@ def write_arrivals(context: typer.Context, arrivals: str) -> None:
 
     check_options(context, "--arrivals", (*OF_A_MESH, *_HEEDED))
     asked, plain = context.params, _is_plain(context)
-    poisson, levels = Poisson.parse(arrivals), parse_levels(asked["levels"])
+    poisson, levels = Poisson.parse(arrivals), parse_sizes("--levels", asked["levels"])
     planned = poisson.plan(asked["seconds"], asked["seed"])
     if asked["out"] is not None:
         check_matplotlib()
@@ -89,18 +96,6 @@ def write_arrivals(context: typer.Context, arrivals: str) -> None:
         _save(report, summaries, arrivals, asked["out"])
 
 
-def parse_levels(text: str) -> list[int]:
-    """Of comma-separated numbers.
-
-    Raises:
-        InvalidRequest: none, or one that is no number from 1 to 256.
-    """
-    parts = [part.strip() for part in text.split(",") if part.strip()]
-    if not parts or any(not part.isdecimal() or not 1 <= int(part) <= 256 for part in parts):
-        raise InvalidRequest(f"--levels is {text!r}; numbers from 1 to 256, commas between")
-    return [int(part) for part in parts]
-
-
 def _is_plain(context: typer.Context) -> bool:
     """Whether the load is for decoding without trees."""
     if not is_given(context, "contenders"):
@@ -124,8 +119,7 @@ def _offer(
     from treecast.bench.prompts import DEFAULT_PROMPTS, read_prompts
 
     prompts = [p.text for p in read_prompts(asked["prompts"] or DEFAULT_PROMPTS, asked["limit"])]
-    flags = {"max_running": level, "max_rows": max(128, 2 * level)}
-    with running_mesh(replace(settings, verifier_flags=flags)) as mesh:
+    with running_mesh(replace(settings, verifier_flags=running_at_most(level))) as mesh:
 
         def run(at: Sequence[float]) -> list[Any]:
             return asyncio.run(

@@ -12,7 +12,13 @@ import typer
 from treecast.errors import InvalidRequest
 
 from . import options
-from .bench_options import OF_A_MESH, check_options, mesh_settings
+from .bench_options import (
+    OF_A_MESH,
+    check_options,
+    mesh_settings,
+    parse_sizes,
+    running_at_most,
+)
 from .output import stderr, stdout, write_json
 from .up import parse_speculators, running_mesh, termination_as_interrupt
 
@@ -32,7 +38,8 @@ PLAIN = ("transformers", "treecast-plain")
 """Decoding without speculation: what the others should agree with."""
 
 _HEEDED = (
-    "contenders", "rounds", "law", "proposal", "growth", "peer", "peer_model", "out",
+    "contenders", "rounds", "law", "proposal", "growth", "peer", "peer_model", "peer_dtype",
+    "at_once", "out",
 )  # fmt: skip
 
 CONTENDERS = ("transformers", "transformers-assisted", "treecast-plain", "treecast")
@@ -43,8 +50,9 @@ def write_comparison(context: typer.Context) -> None:
 
     Raises:
         InvalidRequest: an option that a comparison does not heed, an unknown contender, a peer
-            that cannot be read, no draft model, or a file that cannot be written.
+            that cannot be read, no draft model, too few prompts, or a file that cannot be written.
     """
+    from treecast.bench.compare import check_sizes
     from treecast.bench.peer import PeerChoice
     from treecast.bench.prompts import DEFAULT_PROMPTS, read_prompts
     from treecast.bench.report import report_file
@@ -54,18 +62,33 @@ def write_comparison(context: typer.Context) -> None:
     check_options(context, "a comparison", (*OF_A_MESH, *_HEEDED))
     asked = context.params
     names = _check_names(asked["contenders"])
-    choices = PeerChoice.parse(asked["peer"] or (), asked["peer_model"] or ())
+    choices = PeerChoice.parse(
+        *(asked[name] or () for name in ("peer", "peer_model", "peer_dtype"))
+    )
     check_draft(asked["model"], asked["draft"], asked["speculators"])
     prompts = read_prompts(asked["prompts"] or DEFAULT_PROMPTS, asked["limit"])
+    sizes = parse_sizes("--at-once", asked["at_once"])
+    check_sizes(sizes, len(prompts))
     settings = mesh_settings(asked)
-    settings = replace(settings, dtype=resolve_dtype(settings.dtype, settings.device))
+    settings = replace(
+        settings,
+        dtype=resolve_dtype(settings.dtype, settings.device),
+        verifier_flags=running_at_most(max(sizes)),
+    )
     speculation = SpeculationParams.of(
         options.law_of(asked["law"]), options.proposal_of(asked["proposal"]), asked["growth"]
     )
     file = None if asked["out"] is None else report_file(asked["out"])
     with termination_as_interrupt():
         compared = _measure(
-            settings, speculation, names, prompts, asked["max_tokens"], asked["rounds"], choices
+            settings,
+            speculation,
+            names,
+            prompts,
+            sizes,
+            asked["max_tokens"],
+            asked["rounds"],
+            choices,
         )
     if asked["as_json"]:
         write_json(compared)
@@ -81,12 +104,13 @@ def _measure(
     speculation: SpeculationParams,
     names: Sequence[str],
     prompts: Sequence[BenchPrompt],
+    sizes: Sequence[int],
     max_tokens: int,
     rounds: int,
     choices: Sequence[PeerChoice],
 ) -> Report:
     """Start the mesh and the peers' processes, and let the contenders answer."""
-    from treecast.bench.compare import interleave
+    from treecast.bench.compare import in_groups, interleave
     from treecast.bench.peer import PeerContender, transformers_peer
     from treecast.bench.report import Report
     from treecast.client import Client
@@ -100,11 +124,14 @@ def _measure(
         prompt_ids = {prompt.id: peer.encode(prompt.text) for prompt in prompts}
         field, versions = _contenders(names, client, peer, speculation), dict(peer.versions)
         for choice in choices:
-            other = others.enter_context(choice.process(mesh.settings))
-            field.append(PeerContender(choice.name, other))
+            other = others.enter_context(choice.process(mesh.settings, max(sizes)))
+            field.append(PeerContender(choice.name, other, batches=choice.batches))
             versions |= other.versions
-        with _progress(len(prompts) * len(field) * rounds) as show:
-            runs = interleave(field, prompt_ids, max_tokens, rounds, show)
+        groups = {size: in_groups(prompt_ids, size) for size in sizes}
+        runs: list[Run] = []
+        with _progress(sum(map(len, groups.values())) * len(field) * rounds) as show:
+            for size in sizes:
+                runs += interleave(field, groups[size], max_tokens, rounds, show)
         every = [one.name for one in field]
         return Report.of(mesh.settings, speculation, max_tokens, rounds, every, runs, versions)
 
@@ -141,7 +168,7 @@ def _contenders(
 
     make: dict[str, Callable[[str], Contender]] = {
         "transformers": lambda name: PeerContender(name, peer, "generate"),
-        "transformers-assisted": lambda name: PeerContender(name, peer, "assisted"),
+        "transformers-assisted": lambda name: PeerContender(name, peer, "assisted", batches=False),
         "treecast-plain": lambda name: MeshContender(name, client, plain),
         "treecast": lambda name: MeshContender(name, client, speculation),
     }
@@ -157,14 +184,15 @@ def _progress(total: int) -> Iterator[Callable[[Run], None]]:
         task = progress.add_task("running", total=total)
 
         def show(run: Run) -> None:
-            said = f"{run.prompt_id}: {run.contender} {run.tokens_per_s:.0f} tokens/s"
+            asked = ", ".join(answer.prompt_id for answer in run.answers)
+            said = f"{asked}: {run.contender} {run.tokens_per_s:.0f} tokens/s"
             progress.update(task, advance=1, description=escape(said))
 
         yield show
 
 
 def render(report: Report) -> Table:
-    """One row per contender."""
+    """One row per contender and number of prompts at once."""
     from rich.table import Table
 
     settings = report.settings
@@ -172,8 +200,11 @@ def render(report: Report) -> Table:
         f"{settings['model']}, {settings['dtype']}, treecast numerics {settings['numerics']}, "
         f"{settings['threads']} threads; median (quartiles)"
     )
-    references = [one.contender for one in report.summaries if one.contender in PLAIN]
+    references = list(
+        dict.fromkeys(one.contender for one in report.summaries if one.contender in PLAIN)
+    )
     table = Table(title=title)
+    table.add_column("at once", justify="right")
     table.add_column("contender")
     agreement = [f"same as {name}" for name in references]
     first = report.summaries[0].contender
@@ -181,6 +212,7 @@ def render(report: Report) -> Table:
         table.add_column(name, justify="right")
     for summary in report.summaries:
         table.add_row(
+            str(summary.at_once),
             summary.contender,
             _spread(summary.tokens_per_s, 1),
             _spread(ratio, 2) if (ratio := summary.times_as_fast_as.get(first)) else "",
@@ -193,7 +225,7 @@ def render(report: Report) -> Table:
 
 
 def _same(summary: Summary, reference: str) -> str:
-    if summary.contender == reference:
+    if reference not in summary.same_tokens_as:
         return ""
     return f"{summary.same_tokens_as[reference]} of {summary.num_prompts}"
 

@@ -55,3 +55,20 @@ def is_given(context: typer.Context, name: str) -> bool:
     """Whether an option is on the command line."""
     source = context.get_parameter_source(name)
     return source is not None and source.name == "COMMANDLINE"
+
+
+def parse_sizes(flag: str, text: str) -> list[int]:
+    """Of comma-separated numbers.
+
+    Raises:
+        InvalidRequest: none, or one that is no number from 1 to 256.
+    """
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not parts or any(not part.isdecimal() or not 1 <= int(part) <= 256 for part in parts):
+        raise InvalidRequest(f"{flag} is {text!r}; numbers from 1 to 256, commas between")
+    return [int(part) for part in parts]
+
+
+def running_at_most(requests: int) -> dict[str, int]:
+    """A verifier's flags for so many requests in one step, with room for their trees."""
+    return {"max_running": requests, "max_rows": max(128, 2 * requests)}

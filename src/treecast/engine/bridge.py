@@ -50,7 +50,8 @@ class KernelPass:
     ) -> Tensor:
         rows, heads = query.shape[2], query.shape[1]
         out = value.new_empty((1, rows, heads, value.shape[-1]))
-        out[0, self._num_rows :] = 0
+        if rows > self._num_rows:
+            out[0, self._num_rows :] = 0
         keys, values = self._tensors.layer(layer)
         self._kernel(query[0], key[0], value[0], keys, values, scaling, out[0], rule)
         return out

@@ -242,8 +242,8 @@ class LocalExecutor:
     ) -> Tensor:  # [wanted, vocab]
         tokens, positions = packed.tokens, packed.positions
         tree = self._tree_pass(layouts, len(tokens))
-        if len(tokens) < self._options.min_rows:
-            tokens, positions = tokens * 2, positions * 2
+        missing = self._options.filled(len(tokens)) - len(tokens)
+        tokens, positions = tokens + tokens[:1] * missing, positions + positions[:1] * missing
         rows = torch.tensor((tokens, positions), device=self._device)
         wanted = torch.tensor(packed.wanted, dtype=torch.long, device=self._device)
         with self._marked(packed.adapters, len(tokens)):

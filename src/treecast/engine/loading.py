@@ -23,6 +23,7 @@ from treecast.engine.linears import (
     RowLayers,
     auto_quantizes,
     cpu_layers,
+    filled_rows,
     fixed_layers,
     plain_layers,
     product_dtype,
@@ -40,7 +41,7 @@ WEIGHTS = get_args(Weights)
 Kernels = Literal["auto", "torch", "triton"]
 SwapDType = Literal["same", "int8"]
 
-_COMPUTATION = 4
+_COMPUTATION = 5
 """Raised whenever our own kernels or runners come to give other bits."""
 
 _BLOOM_CONTEXT = 2048
@@ -117,9 +118,13 @@ class LoadOptions:
         return not self.on_cpu if self.kernels == "auto" else self.kernels == "triton"
 
     @property
-    def min_rows(self) -> int:
-        """Rows that a linear layer computes at least; a lone row may take another code path."""
-        return 2 if self.numerics == "exact" and not self.uses_triton else 1
+    def fills_rows(self) -> bool:
+        """Whether linear layers fill up few rows, which may take another code path."""
+        return self.numerics == "exact" and not self.uses_triton
+
+    def filled(self, num_rows: int) -> int:
+        """Rows that a pass is to compute so that no linear layer has to fill them up by itself."""
+        return filled_rows(num_rows) if self.fills_rows else num_rows
 
     @property
     def lossless(self) -> LoadOptions:
@@ -142,7 +147,7 @@ class LoadOptions:
             return fixed_layers()
         if not self.on_cpu:
             return plain_layers()
-        return cpu_layers(self.kept_weights, DTYPES[self.dtype], self.min_rows > 1)
+        return cpu_layers(self.kept_weights, DTYPES[self.dtype], self.fills_rows)
 
     @property
     def kv_format(self) -> KVFormat:

@@ -66,8 +66,11 @@ class HalfLinear(nn.Module):
         """[..., in_features] to [..., out_features]."""
         rows = x.reshape(-1, self.in_features).float() * self._scale
         count = len(rows)
-        rows = F.pad(rows, (0, 0, 0, -count % self._row_step))
-        y: Tensor = _OPS.linear_dynamic_fp16(rows, self._packed)[:count]
+        if missing := -count % self._row_step:
+            rows = F.pad(rows, (0, 0, 0, missing))
+        y: Tensor = _OPS.linear_dynamic_fp16(rows, self._packed)
+        if missing:
+            y = y[:count]
         return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
 

@@ -103,12 +103,16 @@ class Link(Generic[Out, In]):
     def alive(self) -> bool:
         return not self._over.is_set()
 
-    def send(self, frame: Out) -> None:
+    def send(self, frame: Out, waits: bool = False) -> None:
         """Queue a frame, merged with what waits for its session. Never blocks; no-op once closed.
 
         A peer that lets too many sessions pile up loses the link.
+
+        Args:
+            waits: it goes with whatever is sent next, a heartbeat at the latest: waking the peer
+                for it would cost more than it tells.
         """
-        self._put(frame)
+        self._put(frame, waits)
 
     async def sent(self) -> None:
         """Wait until all that was queued has been written; `close` drops what has not."""
@@ -166,9 +170,9 @@ class Link(Generic[Out, In]):
 
     # --- out ----------------------------------------------------------------------------------
 
-    def _put(self, frame: Out | Heartbeat) -> None:
+    def _put(self, frame: Out | Heartbeat, waits: bool = False) -> None:
         try:
-            self._outbox.put(slot_key(frame), frame)
+            self._outbox.put(slot_key(frame), frame, waits)
         except TreecastError as error:
             self.close(error.message, error)
 

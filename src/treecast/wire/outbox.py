@@ -43,6 +43,7 @@ class Outbox(Generic[F]):
     def __init__(self, max_slots: int = MAX_SLOTS) -> None:
         self._max_slots = max_slots
         self._slots: dict[Hashable, list[F]] = {}
+        self._due = False
         self._changed = asyncio.Event()
         self._sent = asyncio.Event()
         self._closed = False
@@ -51,9 +52,11 @@ class Outbox(Generic[F]):
         """Slots in use."""
         return len(self._slots)
 
-    def put(self, key: Hashable, frame: F) -> None:
+    def put(self, key: Hashable, frame: F, waits: bool = False) -> None:
         """Merge a frame into its slot. Never blocks; dropped after `close`.
 
+        Args:
+            waits: it goes with the next one that does not, and wakes nobody.
         Raises:
             Overloaded: the peer has let too many slots pile up.
         """
@@ -64,23 +67,26 @@ class Outbox(Generic[F]):
                 f"{len(self._slots)} sessions wait to be sent; the limit is {self._max_slots}"
             )
         self._slots[key] = merge_waiting(self._slots.get(key, []), frame)
-        self._sent.clear()
-        self._changed.set()
+        if not waits:
+            self._due = True
+            self._sent.clear()
+            self._changed.set()
 
     async def take(self) -> list[F]:
         """Wait for frames and drain them all, sessions in the order they came; empty once closed.
 
         One taker at a time.
         """
-        while not self._slots and not self._closed:
+        while not self._due and not self._closed:
             self._changed.clear()
             self._sent.set()
             await self._changed.wait()
+        self._due = False
         slots, self._slots = self._slots, {}
         return [frame for waiting in slots.values() for frame in waiting]
 
     async def sent(self) -> None:
-        """Wait until whoever takes has come back for more and there is none, or it is closed."""
+        """Wait until whoever takes has come back for more and none is due, or it is closed."""
         await self._sent.wait()
 
     def close(self) -> None:
