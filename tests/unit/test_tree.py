@@ -13,9 +13,6 @@ from hypothesis import strategies as st
 from treecast.errors import InvalidTree
 from treecast.tree import ROOT, TokenTree, merge
 
-settings.register_profile("unhurried", deadline=None)
-settings.load_profile("unhurried")
-
 Sequences = dict[tuple[int, ...], tuple[float, int]]
 """The oracle's tree: confidence and proposers of each node by its token sequence."""
 
