@@ -189,7 +189,7 @@ class Assignments:
             return True
         pace = speculator.pace
         quickest = min(self._speculators.values(), key=lambda each: each.pace.latency_s)
-        price = self.tokens_per_s * pace.latency_s
+        price = pace.price(self.tokens_per_s)
         return speculator is quickest or pace.gain.pays(price, first=False)
 
     def _attach(self, request: Request, speculator: Speculator, turn: Turn) -> Attachment:

@@ -89,6 +89,10 @@ class Pace:
         self.num_begun += 1
         return Turn.CATCH_UP if self.num_begun % _TRIED_EVERY == 1 else Turn.SIT_OUT
 
+    def price(self, tokens_per_s: float) -> float:
+        """Tokens that would be committed while it makes a tree."""
+        return tokens_per_s * self.latency_s
+
     def saw_latency(self, latency_s: float) -> None:
         self.latency_s += (1 - _DECAY) * (latency_s - self.latency_s)
 

@@ -126,7 +126,7 @@ class Speculation:
         ranked = sorted(attachments, key=lambda each: each.speculator.pace.latency_s)
         for rank, attachment in enumerate(ranked):
             speculator = attachment.speculator
-            price = self._assignments.tokens_per_s * speculator.pace.latency_s
+            price = speculator.pace.price(self._assignments.tokens_per_s)
             pays = attachment.gain.pays(price, first=rank == 0)
             attachment.turn = attachment.next_turn(pays or not speculator.shares_cores)
 
