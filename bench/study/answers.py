@@ -4,21 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
-from treecast.decoding.local import check_prompt, prefill
-from treecast.engine.base import Engine, KVSequence, Segment
+from treecast.decoding.local import Request, generate_together
+from treecast.engine.base import Engine
 from treecast.engine.kv_pool import PAGE_TOKENS, num_pages
 from treecast.sampling.noise import derived_key
 from treecast.sampling.params import SamplingParams
-from treecast.sampling.pick import Picker
-from treecast.sampling.stops import StopRules
-from treecast.sampling.transforms import Context
 from treecast.tuning.corpus import Record, append_records, read_begun
 
 PREFILL_TOKENS = 256
@@ -80,58 +73,27 @@ def record_answers(
 ) -> list[Answer]:
     """Let the target answer, to all at once: a pass of many texts costs little more than of one.
 
-    Blocks. Under `exact` numerics nobody's answer depends on the others.
+    Blocks.
 
     Raises:
         Overloaded: too few free pages; see `in_batches`.
     """
-    with ExitStack() as sequences:
-        answers = []
-        for question in questions:
-            sampling = decoding.sampling(max_tokens)
-            check_prompt(question.token_ids, sampling, target.info)
-            sequence = target.allocate(len(question.token_ids) + max_tokens)
-            sequences.callback(target.free, sequence)
-            prefill(target, sequence, question.token_ids[:-1], PREFILL_TOKENS)
-            picker = Picker(sampling, key_of(question), Context(question.token_ids))
-            stops = StopRules(target.info.eos_token_ids, sampling, None)
-            answers.append(_Answering(sequence, picker, stops, [question.token_ids[-1]]))
-        while going := [each for each in answers if not each.ended]:
-            roots = [Segment.chain(each.sequence, each.tokens[-1:], wanted=[0]) for each in going]
-            for each, rows in zip(going, target.forward(roots), strict=True):
-                target.commit(each.sequence, [0])
-                each.take(rows[0])
+    asked = [Request(q.token_ids, decoding.sampling(max_tokens), key_of(q)) for q in questions]
+    answers = generate_together(target, asked, max_nodes=0, chunk_tokens=PREFILL_TOKENS)
     return [
-        Answer(question, decoding, tuple(each.tokens[1:]))
-        for question, each in zip(questions, answers, strict=True)
+        Answer(question, decoding, tuple(done.tokens))
+        for question, done in zip(questions, answers, strict=True)
     ]
 
 
-@dataclass(slots=True)
-class _Answering:
-    """One of the texts that are decoded together: the prompt's last token and what follows."""
-
-    sequence: KVSequence
-    picker: Picker
-    stops: StopRules
-    tokens: list[int]
-    ended: bool = False
-
-    def take(self, logits: NDArray[np.float32]) -> None:
-        token = self.picker.pick(logits)
-        self.picker.accept(token)
-        self.tokens.append(token)
-        self.ended = self.stops.check(token) is not None
-
-
 def in_batches(
-    questions: Sequence[Question], max_tokens: int, pool_tokens: int
+    questions: Sequence[Question], room: int, pool_tokens: int
 ) -> Iterator[list[Question]]:
-    """Neighbours, at most `BATCH` whose prompts and answers fit the pool together."""
+    """Neighbours, at most `BATCH` that fit the pool together with `room` positions for each."""
     batch: list[Question] = []
     taken = 0
     for question in questions:
-        size = num_pages(len(question.token_ids) + max_tokens) * PAGE_TOKENS
+        size = num_pages(len(question.token_ids) + room) * PAGE_TOKENS
         if batch and (len(batch) == BATCH or taken + size > pool_tokens):
             yield batch
             batch, taken = [], 0

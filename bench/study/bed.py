@@ -134,10 +134,14 @@ class Bed:
 
     def missing(self, decoding: Decoding) -> Iterator[list[Question]]:
         """Questions that the target has not answered yet, in batches."""
-        missing = self._file(decoding).missing(self.questions)
-        if missing:
-            pool_tokens = self.target.usage.total * PAGE_TOKENS
-            yield from in_batches(missing, self.settings.max_tokens, pool_tokens)
+        yield from self.together(self._file(decoding).missing(self.questions))
+
+    def together(
+        self, questions: Sequence[Question], max_nodes: int = 0
+    ) -> Iterator[list[Question]]:
+        """Batches that the target can answer at once, with trees of so many nodes."""
+        pool_tokens = self.target.usage.total * PAGE_TOKENS
+        yield from in_batches(questions, self.settings.max_tokens + max_nodes, pool_tokens)
 
     def record(self, questions: Sequence[Question], decoding: Decoding) -> None:
         """Have the target answer, and keep it."""

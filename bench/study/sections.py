@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import Enum
 from itertools import pairwise
 
-from treecast.decoding.local import Generation, generate
+from treecast.decoding.local import Generation, Request, generate_together
 from treecast.drafting.drawn import DEFAULT_VECTOR
 from treecast.drafting.growth import ExpansionVector
 from treecast.sampling.params import PROPOSALS, Law, Proposal, SpeculationParams
@@ -122,10 +122,9 @@ def _laws(bed: Bed) -> Iterator[Case]:
             if law is Law.REPLAY:
                 yield _replayed(bed, STOCHASTIC, bed.drafts, speculation, setting)
                 continue
-            for question in bed.questions:
-                yield Case(
-                    f"{setting}: {question.id}", _decoded(bed, question, speculation, setting)
-                )
+            for questions in bed.together(bed.questions, MAX_NODES):
+                ids = f"{questions[0].id} to {questions[-1].id}"
+                yield Case(f"{setting}: {ids}", _decoded(bed, questions, speculation, setting))
 
 
 def _length(bed: Bed) -> Iterator[Case]:
@@ -166,22 +165,24 @@ def _replayed(
 
 
 def _decoded(
-    bed: Bed, question: Question, speculation: SpeculationParams, setting: str
+    bed: Bed, questions: Sequence[Question], speculation: SpeculationParams, setting: str
 ) -> Callable[[], Measurements]:
-    """One question through the whole loop, as laws need it that change the text."""
+    """Questions through the whole loop, as laws need it that change the text."""
+    sampling = STOCHASTIC.sampling(bed.settings.max_tokens)
 
     def run() -> Measurements:
-        done = generate(
+        answers = generate_together(
             bed.target,
-            question.token_ids,
-            STOCHASTIC.sampling(bed.settings.max_tokens),
-            key_of(question),
+            [Request(each.token_ids, sampling, key_of(each), speculation) for each in questions],
             bed.drafter(bed.drafts),
             MAX_NODES,
             PREFILL_TOKENS,
-            speculation=speculation,
         )
-        return Measurements(trials=(trial_of(done, question, setting),))
+        trials = [
+            trial_of(done, question, setting)
+            for question, done in zip(questions, answers, strict=True)
+        ]
+        return Measurements(trials=tuple(trials))
 
     return run
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from treecast.decoding.local import generate
+from treecast.decoding.local import Request, generate, generate_together
 from treecast.drafting.base import Drafter
 from treecast.drafting.growth import ExpansionVector
 from treecast.drafting.ssm import SSMDrafter
@@ -201,6 +201,14 @@ def test_pages_are_freed_when_the_drafter_is_full() -> None:
     assert engine.usage.free == engine.usage.total
 
 
+def test_everything_is_freed_when_one_of_several_is_refused() -> None:
+    engine, drafter = ToyEngine(), ToyDrafter()
+    with pytest.raises(InvalidRequest):
+        generate_together(engine, [Request(p, GREEDY_6, KEY) for p in (PROMPT, [])], drafter)
+    assert engine.usage.free == engine.usage.total
+    assert drafter.num_sessions == 0
+
+
 # --- the law mss --------------------------------------------------------------------------------
 
 MSS = SpeculationParams.of(Law.MSS)
@@ -225,3 +233,33 @@ def test_output_is_that_worked_out_by_hand_when_mss_is_greedy() -> None:
 def test_tree_is_refused_when_it_carries_no_draws() -> None:
     with pytest.raises(InvalidTree, match="node 0 is no draw of a group"):
         generate(ToyEngine(), PROMPT, GREEDY_6, KEY, ToyDrafter(), speculation=MSS)
+
+
+def test_answers_are_those_of_each_alone_when_several_are_decoded_together() -> None:
+    """Other lengths, samplings and laws, and a draft: only the passes are fewer."""
+    requests = [
+        Request(PROMPT, GREEDY_6, KEY),
+        Request([5], SamplingParams(temperature=1, max_tokens=17), noise_key(4)),
+        Request([3, 4, 9], SamplingParams(temperature=1, max_tokens=11), noise_key(5), MSS),
+        Request([8], GREEDY_6, KEY, SpeculationParams(max_nodes=0)),
+    ]
+
+    def drafter() -> SSMDrafter:
+        return SSMDrafter(ToyEngine(), ExpansionVector((2, 2)))
+
+    alone, together = ToyEngine(), ToyEngine()
+    expected = [
+        generate(
+            alone,
+            each.prompt,
+            each.sampling,
+            each.noise_key,
+            drafter(),
+            speculation=each.speculation,
+        )
+        for each in requests
+    ]
+    assert generate_together(together, requests, drafter()) == expected
+    assert [done.accepted > 0 for done in expected] == [True, True, True, False]
+    assert together.num_passes == 2 + max(done.steps for done in expected)  # two have a prefill
+    assert together.usage.free == together.usage.total

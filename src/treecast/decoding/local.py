@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 
 from treecast.drafting.base import Drafter, DraftRequest, ModelDrafter
@@ -17,8 +18,6 @@ from treecast.sampling.pick import Picker
 from treecast.sampling.stops import Stop, StopRules
 from treecast.sampling.transforms import Context
 from treecast.tree import MAX_DEPTH, ROOT, TokenTree
-
-_HANDLE = 0
 
 
 @dataclass(slots=True)
@@ -52,6 +51,25 @@ class Generation:
             self.accepted_by_depth[depth] += 1
 
 
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A prompt, and how it is to be answered.
+
+    Attributes:
+        prompt: token ids, at least one.
+        sampling: what is asked; `seed` has gone into `noise_key`.
+        noise_key: of `noise.noise_key`.
+        speculation: the law, and what it asks of the drafter.
+        adapter: that the engine computes with; the drafter does without.
+    """
+
+    prompt: Sequence[int]
+    sampling: SamplingParams
+    noise_key: int
+    speculation: SpeculationParams = SpeculationParams()  # noqa: RUF009  frozen
+    adapter: str = ""
+
+
 def generate(
     engine: Engine,
     prompt: Sequence[int],
@@ -65,20 +83,36 @@ def generate(
     grammars: Grammars | None = None,
     adapter: str = "",
 ) -> Generation:
-    """Answer one prompt; plain decoding when there is no drafter. Blocks.
+    """Answer one prompt; see `generate_together`."""
+    request = Request(prompt, sampling, noise_key, speculation, adapter)
+    return generate_together(engine, [request], drafter, max_nodes, chunk_tokens, decode, grammars)[
+        0
+    ]
+
+
+def generate_together(
+    engine: Engine,
+    requests: Sequence[Request],
+    drafter: Drafter | None = None,
+    max_nodes: int = 16,
+    chunk_tokens: int = 64,
+    decode: Callable[[Sequence[int]], str] | None = None,
+    grammars: Grammars | None = None,
+) -> list[Generation]:
+    """Answer prompts, a pass for all of them a step; plainly where there is no drafter. Blocks.
+
+    Under `exact` numerics no answer depends on the others.
 
     Args:
         engine: left with the free pages that it had.
-        prompt: token ids, at least one.
-        sampling: what is asked; `seed` has gone into `noise_key`.
-        noise_key: of `noise.noise_key`.
-        drafter: opened and closed here.
-        max_nodes: most tree nodes per step, where `speculation` leaves that open.
+        drafter: its sessions 0, 1, .. are opened and closed here.
+        max_nodes: most tree nodes of each per step, where its `speculation` leaves that open.
         chunk_tokens: most prompt tokens per prefill pass.
         decode: text of output tokens, for stop strings.
-        speculation: the law, and what it asks of the drafter.
         grammars: of the model's tokenizer, for constrained requests.
-        adapter: that the engine computes with; the drafter does without.
+
+    Returns:
+        As many, in the requests' order.
 
     Raises:
         InvalidRequest: no prompt, a token id that the model lacks, a constraint that is malformed.
@@ -87,24 +121,24 @@ def generate(
         Overloaded: too few free pages.
         InvalidTree: the drafter does not serve the law.
     """
-    check_prompt(prompt, sampling, engine.info)
-    stops = StopRules(engine.info.eos_token_ids, sampling, decode)
-    picker = Picker(sampling, noise_key, Context(prompt, grammar=matcher_for(grammars, sampling)))
-    request = replace(
-        draft_request(prompt, sampling, noise_key, speculation),
-        grammar=draft_matcher(grammars, sampling),
-    )
-    max_nodes = max_nodes if speculation.max_nodes is None else speculation.max_nodes
-    law = acceptance_rule(speculation.law)
-    draft = _Draft(drafter, request, law)
-    sequence = engine.allocate(len(prompt) + sampling.max_tokens + max_nodes, adapter)
-    try:
-        draft.open()
-        prefill(engine, sequence, prompt[:-1], chunk_tokens)
-        return _decode(engine, sequence, prompt[-1], picker, stops, draft, max_nodes)
-    finally:
-        draft.close()
-        engine.free(sequence)
+    with ExitStack() as held:
+        sessions: list[_Session] = []
+        for handle, request in enumerate(requests):
+            session = _Session.begin(engine, request, max_nodes, decode, grammars)
+            held.callback(engine.free, session.sequence)
+            if drafter:
+                held.callback(drafter.close, handle)
+                draft = draft_request(
+                    request.prompt, request.sampling, request.noise_key, request.speculation
+                )
+                drafter.open(
+                    handle, replace(draft, grammar=draft_matcher(grammars, draft.sampling))
+                )
+            prefill(engine, session.sequence, request.prompt[:-1], chunk_tokens)
+            sessions.append(session)
+        while going := {k: one for k, one in enumerate(sessions) if one.done.stop is None}:
+            _step(engine, going, drafter)
+    return [session.done for session in sessions]
 
 
 def draft_request(
@@ -140,65 +174,83 @@ def prefill(engine: Engine, sequence: KVSequence, tokens: Sequence[int], chunk_t
         engine.commit(sequence, range(len(chunk)))
 
 
-def _decode(
-    engine: Engine,
-    sequence: KVSequence,
-    root: int,
-    picker: Picker,
-    stops: StopRules,
-    draft: _Draft,
-    max_nodes: int,
-) -> Generation:
-    """One pass per step: the root, whose KV is still missing, and the tree below it."""
-    done = Generation()
-    while done.stop is None:
-        tokens_left = picker.sampling.max_tokens - len(done.tokens)
-        tree = draft.tree(max_nodes, max_depth=tokens_left - 1)
-        rows = _forward(engine, sequence, root, tree)
-        walked = walk(tree, rows, picker, stops.check, draft.law)
-        engine.commit(sequence, [0, *(node + 1 for node in walked.accepted)])
-        draft.commit(walked.tokens)
-        done.add(tree, walked)
-        root = walked.tokens[-1]
-    return done
+@dataclass(slots=True)
+class _Session:
+    """A text while it is decoded; the last token's KV is still missing."""
 
-
-def _forward(engine: Engine, sequence: KVSequence, root: int, tree: TokenTree) -> LogitRows:
-    tokens = [root, *tree.tokens]
-    parents = [-1, *(0 if parent == ROOT else parent + 1 for parent in tree.parents)]
-    return engine.forward([Segment(sequence, tokens, parents, range(len(tokens)))])[0]
-
-
-@dataclass(frozen=True, slots=True)
-class _Draft:
-    """A drafter, or none, at work on the one session."""
-
-    drafter: Drafter | None
-    request: DraftRequest
+    sequence: KVSequence
+    picker: Picker
+    stops: StopRules
     law: AcceptanceRule
+    max_nodes: int
+    root: int
+    done: Generation = field(default_factory=Generation)
 
-    def open(self) -> None:
-        if self.drafter:
-            self.drafter.open(_HANDLE, self.request)
+    @classmethod
+    def begin(
+        cls,
+        engine: Engine,
+        request: Request,
+        max_nodes: int,
+        decode: Callable[[Sequence[int]], str] | None,
+        grammars: Grammars | None,
+    ) -> _Session:
+        """With a reservation for its longest output; see `generate_together`."""
+        prompt, sampling, speculation = request.prompt, request.sampling, request.speculation
+        check_prompt(prompt, sampling, engine.info)
+        context = Context(prompt, grammar=matcher_for(grammars, sampling))
+        max_nodes = max_nodes if speculation.max_nodes is None else speculation.max_nodes
+        return cls(
+            picker=Picker(sampling, request.noise_key, context),
+            stops=StopRules(engine.info.eos_token_ids, sampling, decode),
+            law=acceptance_rule(speculation.law),
+            max_nodes=max_nodes,
+            root=prompt[-1],
+            sequence=engine.allocate(
+                len(prompt) + sampling.max_tokens + max_nodes, request.adapter
+            ),
+        )
 
-    def tree(self, max_nodes: int, max_depth: int) -> TokenTree:
-        if not self.drafter or max_nodes == 0:
-            return TokenTree()
-        tree = self._grown(self.drafter, max_nodes)
+    def fit(self, tree: TokenTree) -> TokenTree:
+        """As much of a tree as the law, the budget and the tokens left take."""
         self.law.check(tree)
-        return tree.limit(max_nodes, min(max_depth, MAX_DEPTH))
+        tokens_left = self.picker.sampling.max_tokens - len(self.done.tokens)
+        return tree.limit(self.max_nodes, min(tokens_left - 1, MAX_DEPTH))
 
-    def _grown(self, drafter: Drafter, max_nodes: int) -> TokenTree:
-        """Drafted until the text is read: here nobody gains by going on without a tree."""
-        trees = drafter.draft({_HANDLE: max_nodes})
-        while isinstance(drafter, ModelDrafter) and drafter.is_behind(_HANDLE):
-            trees = drafter.draft({_HANDLE: max_nodes})
-        return trees.get(_HANDLE, TokenTree())
+    def segment(self, tree: TokenTree) -> Segment:
+        """The root, and the tree below it."""
+        tokens = [self.root, *tree.tokens]
+        parents = [-1, *(0 if parent == ROOT else parent + 1 for parent in tree.parents)]
+        return Segment(self.sequence, tokens, parents, range(len(tokens)))
 
-    def commit(self, tokens: Sequence[int]) -> None:
-        if self.drafter:
-            self.drafter.commit(_HANDLE, tokens)
+    def take(self, tree: TokenTree, rows: LogitRows) -> Walk:
+        """Walk the tree that was verified."""
+        walked = walk(tree, rows, self.picker, self.stops.check, self.law)
+        self.done.add(tree, walked)
+        self.root = walked.tokens[-1]
+        return walked
 
-    def close(self) -> None:
-        if self.drafter:
-            self.drafter.close(_HANDLE)
+
+def _step(engine: Engine, going: Mapping[int, _Session], drafter: Drafter | None) -> None:
+    """One pass: each session's root and tree."""
+    budgets = {handle: session.max_nodes for handle, session in going.items()}
+    drafted = _drafted(drafter, budgets) if drafter else {}
+    trees = [one.fit(drafted.get(handle, TokenTree())) for handle, one in going.items()]
+    segments = [session.segment(tree) for session, tree in zip(going.values(), trees, strict=True)]
+    passed = engine.forward(segments)
+    for (handle, session), tree, rows in zip(going.items(), trees, passed, strict=True):
+        walked = session.take(tree, rows)
+        engine.commit(session.sequence, [0, *(node + 1 for node in walked.accepted)])
+        if drafter:
+            drafter.commit(handle, walked.tokens)
+
+
+def _drafted(drafter: Drafter, budgets: Mapping[int, int]) -> dict[int, TokenTree]:
+    """Drafted until all text is read: here nobody gains by going on without a tree."""
+    trees: dict[int, TokenTree] = {}
+    left = {handle: budget for handle, budget in budgets.items() if budget}
+    while left:
+        trees |= drafter.draft(left)
+        behind = drafter.is_behind if isinstance(drafter, ModelDrafter) else lambda _: False
+        left = {handle: budget for handle, budget in left.items() if behind(handle)}
+    return trees
