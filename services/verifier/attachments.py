@@ -22,6 +22,9 @@ PROBE_EVERY = 8
 """Commits between trees that are asked for only so that their worth stays known."""
 _RAREST_PROBE = 64
 """The same, of a speculator that goes on being worth too little."""
+_RETURN = 1.15
+"""Who sits out comes back once its trees are worth so many times their price: at the border itself
+it would come and go, and have text to catch up with each time."""
 _TRIED_EVERY = 4
 """Of requests that begin while it does not pay, one in so many has their text read at once."""
 _DECAY = 0.5 ** (1 / 16)
@@ -153,6 +156,7 @@ class Attachment:
         asked_at: when the tree was asked for that has not come; None if nothing is owed.
         gain: for this request; begins as that for all.
         turn: what was asked for last.
+        sits_out: whether it did not pay when that was decided.
         num_sat_out: commits in a row that asked for nothing.
         probe_every: commits that it sits out at a time while it does not pay.
         base_len: committed length that the newest tree hung off when it came.
@@ -170,6 +174,7 @@ class Attachment:
     asked_at: float | None = None
     gain: Gain = field(init=False)
     turn: Turn = Turn.CATCH_UP
+    sits_out: bool = False
     num_sat_out: int = 0
     probe_every: int = PROBE_EVERY
     base_len: int = -1
@@ -185,11 +190,19 @@ class Attachment:
         self.gain.saw(alone, added, _DECAY_OF_ONE)
         self.speculator.pace.gain.saw(alone, added)
 
+    def pays(self, tokens_per_s: float, *, first: bool) -> bool:
+        """Whether to go on asking it, or to ask it again, for trees; see `Gain.pays`."""
+        if not self.speculator.shares_cores:
+            return True
+        price = self.speculator.pace.price(tokens_per_s)
+        return self.gain.pays(_RETURN * price if self.sits_out else price, first=first)
+
     def next_turn(self, pays: bool) -> Turn:
         """What to ask for, if its trees pay or not; changes the counts.
 
         Who does not pay has two turns now and then, one to catch up and one to be measured.
         """
+        self.sits_out = not pays
         if pays:
             self.num_sat_out, self.probe_every = 0, PROBE_EVERY
             return Turn.DRAFT

@@ -125,10 +125,8 @@ class Speculation:
         """
         ranked = sorted(attachments, key=lambda each: each.speculator.pace.latency_s)
         for rank, attachment in enumerate(ranked):
-            speculator = attachment.speculator
-            price = speculator.pace.price(self._assignments.tokens_per_s)
-            pays = attachment.gain.pays(price, first=rank == 0)
-            attachment.turn = attachment.next_turn(pays or not speculator.shares_cores)
+            pays = attachment.pays(self._assignments.tokens_per_s, first=rank == 0)
+            attachment.turn = attachment.next_turn(pays)
 
     # --- PairHandler: frames from speculators ---------------------------------------------------
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 from treecast.services.verifier.attachments import Attachment, Gain, Pace, Speculator, Turn
@@ -11,8 +13,9 @@ from treecast.services.verifier.speculation import gain_of
 from treecast.tree import TokenTree
 
 
-def attachment(place: int = 0) -> Attachment:
-    speculator = Speculator(None)  # type: ignore[arg-type]  # no stream is needed here
+def attachment(place: int = 0, *, shares_cores: bool = True) -> Attachment:
+    peer = SimpleNamespace(shares_cores=shares_cores)
+    speculator = Speculator(SimpleNamespace(peer=peer))  # type: ignore[arg-type]  # no stream
     return Attachment(speculator, place, Calibration(PodCalibration(), ["ssm"]))
 
 
@@ -62,6 +65,26 @@ def test_who_pays_again_has_every_turn() -> None:
         each.turn = each.next_turn(pays=False)
     assert each.next_turn(pays=True) is Turn.DRAFT
     assert (each.num_sat_out, each.probe_every) == (0, 8)
+
+
+def test_who_sits_out_comes_back_when_it_pays_by_a_margin() -> None:
+    """Near the border it neither leaves nor comes back."""
+    each = attachment()
+    each.speculator.pace.latency_s = 0.01
+    each.gain = Gain(alone=1.0, added=0.0)
+    border = 1.0 / 0.01  # tokens per second at which it is worth exactly its price
+    decided = []
+    for rate in (0.97, 0.99, 1.01, 0.99, 0.9, 0.85, 0.99, 1.01):
+        pays = each.pays(rate * border, first=True)
+        each.turn = each.next_turn(pays)
+        decided.append(pays)
+    assert decided == [True, True, False, False, False, True, True, False]
+
+
+def test_who_has_cores_of_its_own_never_sits_out() -> None:
+    each = attachment(shares_cores=False)
+    each.gain = Gain(alone=-1.0, added=-1.0)
+    assert each.pays(1000.0, first=False)
 
 
 def verified(proposers: list[int], price: float = 0.0) -> Work:
