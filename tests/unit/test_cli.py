@@ -403,6 +403,42 @@ def test_torch_is_not_imported_when_a_command_does_not_need_it():
     assert done.stdout == b"[]\n"
 
 
+def test_tune_has_the_corpus_written_as_asked_when_openings_are_given(tmp_path, monkeypatch):
+    from treecast.cli import tune
+    from treecast.tuning.selfplay import generate_corpus
+
+    played = []
+    monkeypatch.setattr("treecast.tuning.boost.check", lambda settings: None)
+    monkeypatch.setattr(
+        f"{generate_corpus.__module__}.generate_corpus", lambda s, _: played.append(s)
+    )
+    monkeypatch.setattr(tune, "train", lambda *_: sys.exit(7))
+    kinds = tmp_path / "kinds.txt"
+    kinds.write_text("Sum up: \n\n  Translate: Der\n")
+    told = ("--model", "m", "--records", "9", "--openings", str(kinds), "--user-tokens", "200")
+    assert run("tune", str(tmp_path), *told, "--answer-tokens", "64", "--json").exit_code == 7
+    (settings,) = played
+    assert settings.openings == ("Sum up:", "Translate: Der")
+    assert (settings.num_records, settings.max_user_tokens, settings.max_answer_tokens) == (
+        9,
+        200,
+        64,
+    )
+
+
+@pytest.mark.parametrize(
+    ("held", "complaint"),
+    [(None, "cannot be read"), (b" \n\n", "holds no line"), (b"\xff\xfe", "cannot be read")],
+)
+def test_tune_names_an_openings_file_that_is_of_no_use(tmp_path, held, complaint):
+    kinds = tmp_path / "kinds.txt"
+    if held is not None:
+        kinds.write_bytes(held)
+    result = run("tune", str(tmp_path), "--model", "m", "--records", "1", "--openings", str(kinds))
+    assert result.exit_code == 2
+    assert f"--openings {kinds} {complaint}" in result.stderr.replace("\n", " ")
+
+
 def test_tune_maps_its_options_when_they_are_given(tmp_path, monkeypatch):
     from treecast.cli import tune
     from treecast.tuning.settings import DraftReport, TuneReport

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from treecast.bench.families.check import save_random_model
-from treecast.errors import CorpusError, ModelError
+from treecast.errors import CorpusError, ModelError, PromptTooLong
 from treecast.tuning.batches import epoch_batches, make_batch, shared_prefix, split_records
 from treecast.tuning.boost import tune
 from treecast.tuning.corpus import (
@@ -567,9 +567,37 @@ def test_answers_are_the_target_s_greedy_text_when_self_played(
         assert len(record.completion_ids) == 6 or record.completion_ids[-1] == 2
 
 
-def test_self_play_goes_on_to_the_same_corpus_when_it_was_cut(
-    self_play: SelfPlaySettings, tmp_path: Path
+def test_user_turns_begin_as_told_in_turn_when_there_are_openings(
+    self_play: SelfPlaySettings,
 ) -> None:
+    """Of unlike lengths in one batch; the answers are still the target's own."""
+    opened = replace(self_play, openings=("w7", "w9 w10 w11"))
+    generate_corpus(opened)
+    target = AutoModelForCausalLM.from_pretrained(opened.target, dtype=torch.float32)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(opened.target)
+    expected = [tuple(tokenizer.encode(o, add_special_tokens=False)) for o in opened.openings]
+    assert [len(opening) for opening in expected] == [1, 3]
+    for place, record in enumerate(read_corpus(opened.out).records):
+        opening = expected[place % 2]
+        assert record.prompt_ids[: 2 + len(opening)] == (1, 3, *opening)
+        assert 0 <= len(record.prompt_ids) - 5 - len(opening) <= 4
+        logits = target(torch.tensor([record.token_ids])).logits[0]
+        start = len(record.prompt_ids) - 1
+        assert tuple(logits[start:-1].argmax(dim=-1).tolist()) == record.completion_ids
+
+
+def test_self_play_is_refused_when_an_opening_leaves_no_room(self_play: SelfPlaySettings) -> None:
+    long = replace(self_play, openings=("w7", "w8 " * 2000))
+    with pytest.raises(PromptTooLong, match=r"^an exchange may have \d+ tokens with the longest"):
+        generate_corpus(long)
+    assert not self_play.out.exists()
+
+
+@pytest.mark.parametrize("openings", [("",), ("w7", "w8 w9")], ids=["none", "two"])
+def test_self_play_goes_on_to_the_same_corpus_when_it_was_cut(
+    self_play: SelfPlaySettings, tmp_path: Path, openings: tuple[str, ...]
+) -> None:
+    self_play = replace(self_play, openings=openings)
     generate_corpus(self_play)
     whole = read_corpus(self_play.out).records
     cut = replace(self_play, out=tmp_path / "cut.jsonl")

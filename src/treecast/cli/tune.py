@@ -56,6 +56,17 @@ def tune(
     answer_temperatures: Annotated[
         str, typer.Option(metavar="0,1", help="Of its answers, batch by batch; 0 is greedy.")
     ] = "0",
+    openings: Annotated[
+        Path | None,
+        typer.Option(
+            help="A file of lines that the user turns begin with, record by record, for a corpus "
+            "of certain kinds. Default: the model begins them itself.",
+        ),
+    ] = None,
+    user_tokens: Annotated[
+        int, typer.Option(min=1, help="Most tokens of a user turn behind its opening.")
+    ] = 48,
+    answer_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 192,
     drafts: Annotated[
         int,
         typer.Option(min=1, help="Train so many, each on what those before it miss."),
@@ -107,6 +118,8 @@ def tune(
 
         treecast tune ./draft --records 2000 --minutes 30
 
+        treecast tune ./draft --records 2000 --openings kinds.txt --user-tokens 200
+
         treecast tune ./draft --corpus selfplay.jsonl.gz --minutes 12
 
         treecast tune ./pair --corpus selfplay.jsonl.gz --drafts 2 --layers 0,29 --layers 29
@@ -141,6 +154,9 @@ def tune(
         records,
         _parse_temperatures("--user-temperatures", user_temperatures, lowest=0.01),
         _parse_temperatures("--answer-temperatures", answer_temperatures, lowest=0.0),
+        _read_openings(openings),
+        user_tokens,
+        answer_tokens,
     )
     run = _run_json if as_json else _run_with_progress
     run(settings, corpus_plan, threads)
@@ -148,11 +164,14 @@ def tune(
 
 @dataclass(frozen=True)
 class CorpusPlan:
-    """How many records the target is to write (None: none), and how freely."""
+    """How many records the target is to write (None: none), of what, how long and how freely."""
 
     records: int | None
     user_temperatures: tuple[float, ...]
     answer_temperatures: tuple[float, ...]
+    openings: tuple[str, ...]
+    user_tokens: int
+    answer_tokens: int
 
 
 def _target_folder(model: str) -> Path:
@@ -177,6 +196,19 @@ def _parse_temperatures(option: str, text: str, lowest: float) -> tuple[float, .
         if not lowest <= value <= 10.0:
             raise InvalidRequest(f"{option} has {value}; allowed: {lowest} to 10")
     return values
+
+
+def _read_openings(path: Path | None) -> tuple[str, ...]:
+    """A file's lines that are not empty; the one empty opening where there is no file."""
+    if path is None:
+        return ("",)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidRequest(f"--openings {path} cannot be read: {error}") from None
+    if not (openings := tuple(line.strip() for line in lines if line.strip())):
+        raise InvalidRequest(f"--openings {path} holds no line")
+    return openings
 
 
 def _run_json(settings: TuneSettings, corpus: CorpusPlan, threads: int) -> None:
@@ -230,6 +262,9 @@ def write_corpus(
             plan.records,
             user_temperatures=plan.user_temperatures,
             answer_temperatures=plan.answer_temperatures,
+            openings=plan.openings,
+            max_user_tokens=plan.user_tokens,
+            max_answer_tokens=plan.answer_tokens,
             top_k=settings.teacher_top_k if settings.teacher_share else 0,
             seed=settings.seed,
         ),

@@ -293,7 +293,7 @@ def describe(path: Path, model: Any, options: LoadOptions) -> ModelInfo:
         name=path.name,
         revision=revision,
         vocab_size=int(config.vocab_size),
-        context_tokens=_context_tokens(config),
+        context_tokens=context_tokens(config),
         eos_token_ids=_eos_token_ids(model),
         tokenizer_hash=checkpoints.tokenizer_hash(path) if has_tokenizer else "",
         fingerprint=fingerprint(revision, options),
@@ -374,7 +374,7 @@ def refuse_unservable(config: Any) -> None:
         raise ModelError(f"{kind} has layers of type {unknown[0]}; full and sliding are served")
 
 
-def _context_tokens(config: Any) -> int:
+def context_tokens(config: Any) -> int:
     """Positions that the model was made for."""
     for name in ("max_position_embeddings", "max_seq_len", "seq_length"):
         if (context := getattr(config, name, None)) is not None:

@@ -4,7 +4,7 @@ Source: the idea of tuning a draft on what the target itself generates is SpecIn
 (arXiv 2305.09781, section 3); sampling the user turn too means that no data set is needed.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,8 @@ import torch
 
 from treecast.checkpoints import check_model_dir
 from treecast.engine.linears import packed_layers, replace_linears
-from treecast.engine.loading import LoadOptions, load_model, resolve_dtype
-from treecast.errors import CorpusError
+from treecast.engine.loading import LoadOptions, context_tokens, load_model, resolve_dtype
+from treecast.errors import CorpusError, PromptTooLong
 from treecast.settings import DType
 from treecast.tuning.batch_decode import Choose, DenseKV, decode_batch, greedy, nucleus
 from treecast.tuning.corpus import Record, append_records, read_begun, write_corpus
@@ -28,15 +28,18 @@ class SelfPlaySettings:
     """What to generate.
 
     Batch by batch the temperatures are taken in turn, one for the user's text (`top_p` cuts its
-    tail) and one for the answer, 0 being greedy. `top_k` of the target's likeliest tokens are
-    written down with every token, so that tuning need not ask it again; 0 writes none. The same
-    settings and target give the same corpus, however often the run was interrupted.
+    tail) and one for the answer, 0 being greedy. User turns begin with the `openings` in turn,
+    record by record, and the target goes on from there: so it writes of what it would not think
+    of by itself. `top_k` of the target's likeliest tokens are written down with every token, so
+    that tuning need not ask it again; 0 writes none. The same settings and target give the same
+    corpus, however often the run was interrupted.
     """
 
     target: Path
     out: Path
     num_records: int
     batch_size: int = 64
+    openings: tuple[str, ...] = ("",)
     max_user_tokens: int = 48
     max_answer_tokens: int = 192
     user_temperatures: tuple[float, ...] = (1.0,)
@@ -72,12 +75,16 @@ def generate_corpus(
     Raises:
         CorpusError: the file holds something else; it stays as it is.
         ModelError: the target's logits are not its head's rows alone, as tuning needs it.
+        PromptTooLong: an opening and what may follow it do not fit the target's context.
     """
     from transformers import AutoTokenizer
 
     check_model_dir(settings.target)
     tokenizer: Any = AutoTokenizer.from_pretrained(settings.target)
     frame = chat_frame(tokenizer)
+    openings = [
+        tuple(tokenizer.encode(text, add_special_tokens=False)) for text in settings.openings
+    ]
     num_done = _prepare(settings, frame)
     if num_done >= settings.num_records:
         return num_done
@@ -85,10 +92,11 @@ def generate_corpus(
         settings.target, LoadOptions(resolve_dtype(settings.dtype), "fast", "cpu", None)
     )
     tree = DenseKV(torch.ones(1, NUM_TOKENS, dtype=torch.bool), NUM_TOKENS)
+    _check_room(model, frame, openings, settings)
     check_plain_head(model, position_ids=torch.arange(NUM_TOKENS)[None], tree=tree)
     replace_linears(model, packed_layers(min_rows=1))
     while num_done < settings.num_records:
-        records = _play(model, frame, settings, num_done)
+        records = _play(model, frame, openings, settings, num_done)
         append_records(settings.out, records)
         num_done += len(records)
         if progress:
@@ -131,7 +139,27 @@ def _prepare(settings: SelfPlaySettings, frame: ChatFrame) -> int:
     return num_whole
 
 
-def _play(model: Any, frame: ChatFrame, settings: SelfPlaySettings, num_done: int) -> list[Record]:
+def _check_room(
+    model: Any,
+    frame: ChatFrame,
+    openings: Sequence[tuple[int, ...]],
+    settings: SelfPlaySettings,
+) -> None:
+    longest = max(map(len, openings)) + settings.max_user_tokens + settings.max_answer_tokens
+    longest += len(frame.before_ids) + len(frame.after_ids)
+    if longest > (limit := context_tokens(model.config)):
+        raise PromptTooLong(
+            f"an exchange may have {longest} tokens with the longest opening; the limit is {limit}"
+        )
+
+
+def _play(
+    model: Any,
+    frame: ChatFrame,
+    openings: Sequence[tuple[int, ...]],
+    settings: SelfPlaySettings,
+    num_done: int,
+) -> list[Record]:
     """The batch that follows `num_done` records."""
     # The seed follows the place in the file, so a resumed run draws what it would have drawn.
     draws = torch.Generator().manual_seed(settings.seed * 1_000_003 + num_done)
@@ -143,16 +171,20 @@ def _play(model: Any, frame: ChatFrame, settings: SelfPlaySettings, num_done: in
     def choose(temperature: float) -> Choose:
         return nucleus(temperature, settings.top_p, draws) if temperature else greedy
 
+    begun = [openings[(num_done + k) % len(openings)] for k in range(num_records)]
     users = decode_batch(
         model,
-        [frame.before_ids] * num_records,
+        [(*frame.before_ids, *opening) for opening in begun],
         choose(user_temperature),
         settings.max_user_tokens,
         stops,
     )
     first = len(frame.before_ids)
     said = (_until_stop(ids, stops) for ids in users.tokens)
-    prompts = [(*frame.before_ids, *user, *frame.after_ids) for user in said]
+    prompts = [
+        (*frame.before_ids, *opening, *user, *frame.after_ids)
+        for opening, user in zip(begun, said, strict=True)
+    ]
     answers = decode_batch(
         model,
         prompts,
