@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection
 
 from treecast.sampling.params import Law
 from treecast.wire.frames import Attach, Detach, Heartbeat
+from treecast.wire.link import HEARTBEAT_S
 
 from .attachments import Attachment, Speculator, SpeculatorLink, Turn
 from .calibration import Calibration, PodCalibration
@@ -126,7 +127,10 @@ class Assignments:
     def beat(self, link: SpeculatorLink, heartbeat: Heartbeat) -> None:
         """A speculator that had no room may have some now."""
         speculator = self._speculators.get(id(link))
-        if speculator is not None and speculator.put_off and heartbeat.free_capacity > 0:
+        if speculator is None or not speculator.put_off or heartbeat.free_capacity == 0:
+            return
+        if time.monotonic() - speculator.offered_at > HEARTBEAT_S / 2:  # not at its every beat
+            speculator.offered_at = time.monotonic()
             self._offer_room(speculator)
 
     def drop(self, request: Request, speculator: Speculator) -> None:
@@ -176,21 +180,23 @@ class Assignments:
         attached = self._attachments[request.handle]
         while self.budget(request) > 0 and len(attached) < self.policy.per_session:
             taken = [attachment.speculator for attachment in attached]
-            taken += [s for s in self._speculators.values() if not self._may_draft(s, request)]
-            free = [s for s in self._speculators.values() if s not in taken and s.has_room]
+            free = [
+                each
+                for each in self._speculators.values()
+                if each not in taken and each.has_room and self._may_draft(each, request)
+            ]
             if not free:
                 return
             speculator = self.policy.choose(request, free, taken)
-            self._attach(request, speculator, speculator.pace.first_turn(self._pays(speculator)))
+            quickest = min(taken + free, key=lambda each: each.pace.latency_s)
+            pays = self._pays(speculator, first=speculator is quickest)
+            self._attach(request, speculator, speculator.pace.first_turn(pays))
 
-    def _pays(self, speculator: Speculator) -> bool:
-        """Whether to have a text read at once: the quickest costs least, others what they add."""
-        if not speculator.shares_cores:
-            return True
+    def _pays(self, speculator: Speculator, *, first: bool) -> bool:
+        """Whether to have a text read at once, going by other requests."""
         pace = speculator.pace
-        quickest = min(self._speculators.values(), key=lambda each: each.pace.latency_s)
         price = pace.price(self.tokens_per_s)
-        return speculator is quickest or pace.gain.pays(price, first=False)
+        return not speculator.shares_cores or pace.gain.pays(price, first=first)
 
     def _attach(self, request: Request, speculator: Speculator, turn: Turn) -> Attachment:
         attached = self._attachments[request.handle]
@@ -211,10 +217,11 @@ class Assignments:
         turned_down = request.handle in speculator.refused or request.handle in speculator.put_off
         return serves and not turned_down
 
-    def sync(self, request: Request, attachment: Attachment, turn: Turn = Turn.CATCH_UP) -> None:
+    def sync(self, request: Request, attachment: Attachment, turn: Turn) -> None:
         """Send a speculator the whole text, from which it goes on."""
         asked = turn is not Turn.SIT_OUT
         attachment.asked_at, attachment.turn = time.monotonic() if asked else None, turn
+        attachment.reading, attachment.num_syncs = True, attachment.num_syncs + 1
         attachment.speculator.link.send(
             Attach(
                 request.handle,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
@@ -20,8 +21,12 @@ SpeculatorLink = Link[VerifierFrame, SpeculatorFrame]
 
 PROBE_EVERY = 8
 """Commits between trees that are asked for only so that their worth stays known."""
-_RAREST_PROBE = 64
+RAREST_PROBE = 64
 """The same, of a speculator that goes on being worth too little."""
+MOST_SYNCS = 4
+"""Times that a text is sent again before it has grown or brought a tree; who asks for more is at
+fault.
+"""
 _RETURN = 1.15
 """Who sits out comes back once its trees are worth so many times their price: at the border itself
 it would come and go, and have text to catch up with each time."""
@@ -108,6 +113,7 @@ class Speculator:
         refused: requests that it will not draft, whatever comes.
         put_off: requests that it had no room for, in the order in which they were turned away.
         breaker: open while it only breaks the sessions that it is given.
+        offered_at: when those that were put off were last offered to it.
     """
 
     link: SpeculatorLink
@@ -116,6 +122,7 @@ class Speculator:
     refused: set[int] = field(default_factory=set)
     put_off: dict[int, None] = field(default_factory=dict)
     breaker: Breaker = field(default_factory=lambda: Breaker(BREAKER_THRESHOLD, BREAKER_PAUSE_S))
+    offered_at: float = -math.inf
 
     @property
     def willing(self) -> bool:
@@ -156,7 +163,10 @@ class Attachment:
         asked_at: when the tree was asked for that has not come; None if nothing is owed.
         gain: for this request; begins as that for all.
         turn: what was asked for last.
-        sits_out: whether it did not pay when that was decided.
+        reading: whether there is text, of its beginning or of turns that it sat out, after which
+            no tree has come yet.
+        num_syncs: times that the text was sent since it grew or a tree came.
+        sits_out: whether it did not pay when its turn was chosen.
         num_sat_out: commits in a row that asked for nothing.
         probe_every: commits that it sits out at a time while it does not pay.
         base_len: committed length that the newest tree hung off when it came.
@@ -174,6 +184,8 @@ class Attachment:
     asked_at: float | None = None
     gain: Gain = field(init=False)
     turn: Turn = Turn.CATCH_UP
+    reading: bool = True
+    num_syncs: int = 0
     sits_out: bool = False
     num_sat_out: int = 0
     probe_every: int = PROBE_EVERY
@@ -184,6 +196,10 @@ class Attachment:
 
     def __post_init__(self) -> None:
         self.gain = replace(self.speculator.pace.gain)
+
+    def owes(self, *, reading: bool = False) -> bool:
+        """Whether a tree is owed: one of its turns, or also one after text that it has to read."""
+        return self.asked_at is not None and (reading or self.turn is Turn.DRAFT)
 
     def saw_gain(self, alone: float, added: float) -> None:
         """What its tree brought in a step."""
@@ -197,17 +213,24 @@ class Attachment:
         price = self.speculator.pace.price(tokens_per_s)
         return self.gain.pays(_RETURN * price if self.sits_out else price, first=first)
 
-    def next_turn(self, pays: bool) -> Turn:
-        """What to ask for, if its trees pay or not; changes the counts.
+    def take_turn(self, pays: bool) -> None:
+        """Choose what to ask for, if its trees pay or not.
 
-        Who does not pay has two turns now and then, one to catch up and one to be measured.
+        Text comes first, however many commits it takes to be read. Who does not pay has two turns
+        now and then, one to catch up and one to be measured.
         """
+        self.turn = self._next_turn(pays)
         self.sits_out = not pays
+        self.reading = self.reading or self.turn is Turn.SIT_OUT
+
+    def _next_turn(self, pays: bool) -> Turn:
+        if self.turn is Turn.CATCH_UP and self.reading:
+            return Turn.CATCH_UP
         if pays:
             self.num_sat_out, self.probe_every = 0, PROBE_EVERY
-            return Turn.DRAFT
+            return Turn.CATCH_UP if self.reading else Turn.DRAFT
         if self.turn is Turn.CATCH_UP:
-            self.num_sat_out, self.probe_every = 0, min(2 * self.probe_every, _RAREST_PROBE)
+            self.num_sat_out, self.probe_every = 0, min(2 * self.probe_every, RAREST_PROBE)
             return Turn.DRAFT
         self.num_sat_out += 1
         return Turn.SIT_OUT if self.num_sat_out < self.probe_every else Turn.CATCH_UP
@@ -228,8 +251,9 @@ class Owed:
     shares_cores: bool
 
     @classmethod
-    def of(cls, attachments: Sequence[Attachment]) -> Owed | None:
-        owing = [a for a in attachments if a.asked_at is not None]
+    def of(cls, attachments: Sequence[Attachment], *, reading: bool) -> Owed | None:
+        """Of those that were asked for a tree alone, or also of those that read text first."""
+        owing = [a for a in attachments if a.owes(reading=reading)]
         if not owing:
             return None
         added = sorted(a.gain.added for a in owing)

@@ -42,4 +42,6 @@ def worth_waiting(
         expected_s: time until they come, going by how long they took lately; negative if overdue.
         patience_s: time after which the wait ends anyway.
     """
+    if expected_s > patience_s:
+        return False  # they would be waited for in vain
     return gain_tokens > rate_tokens_per_s * min(abs(expected_s), patience_s)

@@ -76,7 +76,8 @@ def plan(
     share = _share_of_draws(room, len(roots), len(requests))
     trees = [tree.limit(share) if tree.groups else tree for tree in trees]
     at_hand = sum(len(t) for r, t in zip(requests, trees, strict=True) if r.decoding)
-    for_trees = min(at_hand, room // 2)
+    for_draws = share * sum(1 for tree in trees if tree.groups)
+    for_trees = max(min(at_hand, room // 2), for_draws)
     chunks = _prefill_chunks([r for r in requests if not r.decoding], room - for_trees)
     counts = {id(request): 1 for request in roots} | chunks
     planned = [(r, tree) for r, tree in zip(requests, trees, strict=True) if id(r) in counts]

@@ -164,7 +164,7 @@ class SessionStore:
             return
         session = request.start.session
         siblings = [other for other in siblings if other.belongs_to(session) and other.retain]
-        if session is None or not request.retain or siblings:
+        if session is None or not request.retain or siblings or not sequence.length:
             self._engine.free(sequence)
             return
         self._engine.truncate(sequence, sequence.length)

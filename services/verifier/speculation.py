@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import structlog
@@ -29,7 +29,7 @@ from treecast.wire.frames import (
 )
 
 from .assignments import Assignments
-from .attachments import Attachment, Origin, Owed, SpeculatorLink, Turn
+from .attachments import MOST_SYNCS, Attachment, Origin, Owed, SpeculatorLink, Turn
 from .choice import Offer
 from .choice.vote import voter_names
 from .metrics.trees import TreeMetrics
@@ -58,7 +58,9 @@ class Speculation:
         attachments = self._assignments.of(request)
         for attachment in attachments:
             attachment.offered, attachment.offered_origin = attachment.tree, attachment.origin
-            attachment.answered = attachment.asked_at is None and attachment.turn is Turn.DRAFT
+            attachment.answered = (
+                budget > 0 and attachment.asked_at is None and attachment.turn is Turn.DRAFT
+            )
         offering = [attachment for attachment in attachments if attachment.tree.tokens]
         if request.start.report_rounds:
             request.drafted_by = tuple(offering)
@@ -77,21 +79,29 @@ class Speculation:
             if bits >> (attachment.place * MAX_PROPOSERS + k) & 1
         }
 
-    def owed(self, requests: Iterable[Request]) -> list[Owed]:
-        """What speculators owe decoding requests for the text committed last."""
-        return [
-            owed
-            for request in requests
-            if request.decoding and request.tokens_left > 1
-            if (owed := Owed.of(self._assignments.drafting(request))) is not None
-        ]
+    def owed(self, requests: Iterable[Request], *, reading: bool) -> list[Owed]:
+        """What speculators owe decoding requests for the text committed last.
+
+        Args:
+            reading: also of those that have more text to read before.
+        """
+        found = (Owed.of(drafting, reading=reading) for drafting in self._of_use(requests))
+        return [owed for owed in found if owed is not None]
 
     def waited_in_vain(self, requests: Iterable[Request], waited_s: float) -> None:
-        """Trees that were waited for did not come: their speculators are slower than that."""
+        """Trees that were waited for did not come: their speculators are slower than that, and
+        asking them brought the step nothing.
+        """
+        for attachment in itertools.chain.from_iterable(self._of_use(requests)):
+            if attachment.owes():
+                attachment.speculator.pace.saw_latency(2 * waited_s)
+                attachment.saw_gain(0.0, 0.0)
+
+    def _of_use(self, requests: Iterable[Request]) -> Iterator[list[Attachment]]:
+        """Who drafts, by request that can use a tree in the next step."""
         for request in requests:
-            for attachment in self._assignments.drafting(request):
-                if attachment.asked_at is not None:
-                    attachment.speculator.pace.saw_latency(2 * waited_s)
+            if request.decoding and request.tokens_left > 1:
+                yield self._assignments.drafting(request)
 
     def committed(self, work: Work, walked: Walk) -> None:
         """Tokens were committed: learn, re-root, tell the speculators."""
@@ -105,7 +115,8 @@ class Speculation:
         self._choose_turns(attachments)
         for attachment in attachments:
             attachment.tree = attachment.tree.reroot(tokens) or TokenTree()
-            asked = attachment.turn is not Turn.SIT_OUT
+            asked = attachment.turn is not Turn.SIT_OUT and request.tokens_left > 1
+            attachment.num_syncs = 0
             attachment.asked_at = time.monotonic() if asked else None
             attachment.speculator.link.send(
                 Commit(
@@ -126,7 +137,7 @@ class Speculation:
         ranked = sorted(attachments, key=lambda each: each.speculator.pace.latency_s)
         for rank, attachment in enumerate(ranked):
             pays = attachment.pays(self._assignments.tokens_per_s, first=rank == 0)
-            attachment.turn = attachment.next_turn(pays)
+            attachment.take_turn(pays)
 
     # --- PairHandler: frames from speculators ---------------------------------------------------
 
@@ -143,10 +154,12 @@ class Speculation:
         """A bad frame ends its own session's speculation there, nothing else."""
         self._metrics.bad_frames.inc()
         if (found := self._assignments.find(link, error.handle)) is not None:
-            request, attachment = found
-            link.send(Detach(error.handle))
-            attachment.speculator.breaker.failed()
-            self._assignments.drop(request, attachment.speculator)
+            self._at_fault(*found)
+
+    def _at_fault(self, request: Request, attachment: Attachment) -> None:
+        attachment.speculator.link.send(Detach(request.handle))
+        attachment.speculator.breaker.failed()
+        self._assignments.drop(request, attachment.speculator)
 
     def received(self, link: SpeculatorLink, frame: SpeculatorFrame) -> None:
         self._metrics.received.inc(isinstance(frame, Draft))
@@ -158,10 +171,15 @@ class Speculation:
         match frame:
             case Draft():
                 self._draft(request, attachment, frame)
+            case NeedSync() if attachment.num_syncs < MOST_SYNCS:
+                sits_out = attachment.turn is Turn.SIT_OUT
+                turn = Turn.SIT_OUT if sits_out else Turn.CATCH_UP
+                self._assignments.sync(request, attachment, turn)
             case NeedSync():
-                self._assignments.sync(request, attachment)
+                self._at_fault(request, attachment)
             case Refused():
                 log.info("speculator.refused", peer=link.peer.instance_id, why=frame.why)
+                link.send(Detach(frame.handle))  # it may have taken the session since
                 if frame.no_room:
                     self._assignments.put_off(request, attachment.speculator)
                 else:
@@ -170,6 +188,8 @@ class Speculation:
     def _draft(self, request: Request, attachment: Attachment, frame: Draft) -> None:
         request.law.check(frame.tree)  # what it raises comes back through `failed_frame`
         self._metrics.nodes_offered.inc(len(frame.tree))
+        attachment.num_syncs = 0
+        attachment.reading = attachment.turn is Turn.SIT_OUT  # else it has read up to a late tree
         # Under mss too: what is left below the path was drawn given the path alone, so it does not
         # matter what the target made of the rest, and by what other tree.
         behind = len(request.tokens) - frame.base_len

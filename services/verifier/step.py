@@ -23,7 +23,7 @@ from treecast.wire.frames import Heartbeat, SessionKey
 from treecast.wire.link import SILENCE_S
 
 from .assignments import Assignments
-from .attachments import PROBE_EVERY
+from .attachments import PROBE_EVERY, RAREST_PROBE, Owed
 from .endings import Endings
 from .metrics import VerifierMetrics
 from .pace import Goodput, worth_waiting
@@ -213,7 +213,7 @@ class StepLoop:
         """Trees of a running batch are waited for while they are worth it, but no newcomer is
         made to wait for them.
         """
-        if not self._speculation.owed(self._roster.running):
+        if not self._owed():
             return
         with self._metrics.steps.draft_wait.time():
             await self._wait_while_worth()
@@ -231,9 +231,7 @@ class StepLoop:
                 return
 
     def _longest_wait_s(self) -> float:
-        return (
-            SILENCE_S if self._settings.planner == "full" else self.curve(len(self._roster.running))
-        )
+        return SILENCE_S if self._takes_its_time else self.curve(len(self._roster.running))
 
     def _worth_waiting(self, cap_s: float, waited_s: float) -> bool:
         """Whether the trees owed are expected to add more tokens than the wait costs.
@@ -241,21 +239,30 @@ class StepLoop:
         Now and then it waits anyway, so that what trees are worth stays known. Those that are made
         on our own cores were asked for because they pay, and a step beside them is a slow one.
         """
-        owed = self._speculation.owed(self._roster.running)
+        owed = self._owed()
         if not owed or any(request.cancelled for request in self._roster.running):
             return False
-        if self._settings.planner == "full" or any(item.shares_cores for item in owed):
+        if self._takes_its_time or any(item.shares_cores for item in owed):
             return True
         gain = sum(item.gain_tokens for item in owed)
         left_s = max(item.latency_s for item in owed) - waited_s
-        probing = self._steps % PROBE_EVERY == 0
+        too_late = left_s > cap_s - waited_s
+        probing = self._steps % (RAREST_PROBE if too_late else PROBE_EVERY) == 0
         rate = self._price * len(self._roster.running)
         return probing or worth_waiting(gain, rate, left_s, cap_s - waited_s)
+
+    def _owed(self) -> list[Owed]:
+        """Trees to wait for: those that are a draft away, or all, if the planner takes its time."""
+        return self._speculation.owed(self._roster.running, reading=self._takes_its_time)
+
+    @property
+    def _takes_its_time(self) -> bool:
+        return self._settings.planner == "full"
 
     @property
     def _price(self) -> float:
         """Tokens that a second is worth to each request; the planner `full` takes its time."""
-        return 0.0 if self._settings.planner == "full" else self._goodput.tokens_per_s
+        return 0.0 if self._takes_its_time else self._goodput.tokens_per_s
 
     def _plan(self) -> list[Work]:
         """Drop what has ended, say who runs, and divide the step's rows."""

@@ -29,7 +29,9 @@ from treecast.errors import (
 from treecast.sampling.params import Law, SamplingParams, SpeculationParams
 from treecast.sampling.pick import Picker
 from treecast.sampling.stops import FinishReason
+from treecast.services.verifier.attachments import MOST_SYNCS
 from treecast.services.verifier.loading import read_tokenizer
+from treecast.services.verifier.speculation import Speculation
 from treecast.text.tokenizer import TokenizerFiles
 from treecast.tree import ROOT, TokenTree
 from treecast.v1 import verifier_pb2, verifier_pb2_grpc
@@ -47,6 +49,7 @@ from treecast.wire.frames import (
     SpeculatorFrame,
     VerifierFrame,
 )
+from treecast.wire.link import Link
 from treecast.wire.registry import Entry
 
 from ..byte_tokenizer import byte_tokenizer
@@ -371,6 +374,71 @@ async def test_a_speculator_on_our_cores_sits_out_commits_when_it_is_of_no_use(
     else:  # a token a step; commits that ask for nothing come together
         assert 0 < num_asked < 0.3 * 120
         assert len(late) < 60
+
+
+class Late(ScriptedSpeculator):
+    """Answers when a wait for it is over."""
+
+    delay_s = 0.03
+
+    def received(self, link: Link[SpeculatorFrame, VerifierFrame], frame: VerifierFrame) -> None:
+        self.frames.append(frame)
+        for answer in self.script(frame):
+            asyncio.get_running_loop().call_later(self.delay_s, link.send, answer)
+
+
+@pytest.mark.parametrize("shares_cores", [True, False])
+async def test_a_speculator_that_is_always_late_is_not_waited_for_for_ever(
+    shares_cores: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_vain, count = [], Speculation.waited_in_vain
+    monkeypatch.setattr(
+        Speculation, "waited_in_vain", lambda self, *args: in_vain.append(count(self, *args))
+    )
+    drafter = Late(Drafting(wrong), shares_cores=shares_cores)
+    engine = ToyEngine(vocab_size=VOCAB, step_s=0.02)
+    sampling = SamplingParams(temperature=0, max_tokens=240)
+    async with speculator(drafter) as address, verifier_rig(engine, speculators=[address]) as rig:
+        await rig.speculators(1)
+        outcome = await rig.router.run(PROMPT, sampling)
+    assert outcome.tokens == plain(PROMPT, sampling)
+    assert 0 < len(in_vain) < 40  # of 240 steps
+
+
+async def test_no_tree_is_asked_for_when_the_last_token_is_all_that_is_left() -> None:
+    drafter = ScriptedSpeculator(Drafting(Clairvoyant()))
+    two = SamplingParams(temperature=0, max_tokens=2)
+    async with speculator(drafter) as address, verifier_rig(speculators=[address]) as rig:
+        await rig.speculators(1)
+        outcomes = [await rig.router.run(PROMPT, two) for _ in range(3)]
+        gain = next(iter(rig.verifier.assignments._speculators.values())).pace.gain
+    assert [outcome.tokens for outcome in outcomes] == [plain(PROMPT, two)] * 3
+    commits = [frame for frame in drafter.frames if isinstance(frame, Commit)]
+    assert all(frame.node_budget == 0 for frame in commits)
+    assert (gain.alone, gain.added) == (2.0, 1.0)  # steps without room say nothing
+
+
+async def test_a_speculator_that_asks_for_the_text_again_and_again_is_let_go() -> None:
+    drafter = ScriptedSpeculator(
+        lambda frame: [NeedSync(frame.handle)] if isinstance(frame, Attach) else []
+    )
+    engine = ToyEngine(vocab_size=VOCAB, step_s=0.1)
+    async with speculator(drafter) as address, verifier_rig(engine, speculators=[address]) as rig:
+        await rig.speculators(1)
+        outcome = await rig.router.run(PROMPT, SamplingParams(temperature=0, max_tokens=4))
+    assert outcome.tokens == plain(PROMPT, SamplingParams(temperature=0, max_tokens=4))
+    kinds = [type(frame) for frame in drafter.frames]
+    assert kinds == [*[Attach] * MOST_SYNCS, Detach]
+
+
+async def test_a_refusal_is_answered_so_that_no_session_stays_behind() -> None:
+    """A newer one of the same request may have been taken meanwhile."""
+    drafter = ScriptedSpeculator(Drafting(refusal))
+    engine = ToyEngine(vocab_size=VOCAB, step_s=0.05)
+    async with speculator(drafter) as address, verifier_rig(engine, speculators=[address]) as rig:
+        await rig.speculators(1)
+        await rig.router.run(PROMPT, SamplingParams(temperature=0, max_tokens=4))
+    assert [type(frame) for frame in drafter.frames] == [Attach, Detach]
 
 
 async def test_decoding_goes_on_when_the_speculator_dies() -> None:

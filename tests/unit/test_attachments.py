@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from treecast.services.verifier.attachments import Attachment, Gain, Pace, Speculator, Turn
+from treecast.services.verifier.attachments import Attachment, Gain, Owed, Pace, Speculator, Turn
 from treecast.services.verifier.calibration import Calibration, PodCalibration
 from treecast.services.verifier.plan import Work
 from treecast.services.verifier.speculation import gain_of
@@ -38,18 +38,34 @@ def test_a_request_knows_better_than_the_average_what_its_trees_bring() -> None:
     assert Attachment(first.speculator, 0, first.calibration).gain == first.speculator.pace.gain
 
 
+def took(each: Attachment, *, pays: bool, brought: bool = True) -> Turn:
+    """Its turn after a commit; whether the tree that it asks for came."""
+    each.take_turn(pays)
+    if each.turn is not Turn.SIT_OUT and brought:
+        each.reading = False
+    return each.turn
+
+
 def test_who_does_not_pay_sits_out_more_and_more_commits_between_probes() -> None:
     each = attachment()
-    turns = []
-    for _ in range(2 + 8 + 16 + 32 + 64 + 64):
-        each.turn = each.next_turn(pays=False)
-        turns.append(each.turn)
+    each.reading = False  # it has read its text
+    turns = [took(each, pays=False) for _ in range(2 + 8 + 16 + 32 + 64 + 64)]
     assert turns[0] is Turn.DRAFT  # what followed the text that it had to read first
     probes = [place for place, turn in enumerate(turns) if turn is Turn.CATCH_UP]
     # 16 after the first, then twice as many: each probe takes two turns, the second is measured.
     assert probes == [16, 16 + 1 + 32, 16 + 1 + 32 + 1 + 64, 16 + 1 + 32 + 1 + 64 + 1 + 64]
     assert [turns[place + 1] for place in probes] == [Turn.DRAFT] * 4
     assert turns.count(Turn.SIT_OUT) == len(turns) - 1 - 2 * 4
+
+
+@pytest.mark.parametrize("pays", [True, False])
+def test_text_is_read_to_its_end_before_a_tree_is_measured(pays: bool) -> None:
+    """However many commits that takes; what they cost says nothing of its drafts."""
+    each = attachment()
+    assert [took(each, pays=pays, brought=False) for _ in range(20)] == [Turn.CATCH_UP] * 20
+    each.reading = False
+    assert took(each, pays=pays) is Turn.DRAFT
+    assert took(each, pays=pays) is (Turn.DRAFT if pays else Turn.SIT_OUT)
 
 
 def test_one_request_in_four_is_read_at_once_by_who_does_not_pay() -> None:
@@ -59,11 +75,12 @@ def test_one_request_in_four_is_read_at_once_by_who_does_not_pay() -> None:
     assert pace.first_turn(pays=True) is Turn.CATCH_UP
 
 
-def test_who_pays_again_has_every_turn() -> None:
+def test_who_pays_again_has_every_turn_once_it_has_caught_up() -> None:
     each = attachment()
+    each.reading = False
     for _ in range(40):
-        each.turn = each.next_turn(pays=False)
-    assert each.next_turn(pays=True) is Turn.DRAFT
+        took(each, pays=False)
+    assert [took(each, pays=True) for _ in range(3)] == [Turn.CATCH_UP, Turn.DRAFT, Turn.DRAFT]
     assert (each.num_sat_out, each.probe_every) == (0, 8)
 
 
@@ -76,7 +93,7 @@ def test_who_sits_out_comes_back_when_it_pays_by_a_margin() -> None:
     decided = []
     for rate in (0.97, 0.99, 1.01, 0.99, 0.9, 0.85, 0.99, 1.01):
         pays = each.pays(rate * border, first=True)
-        each.turn = each.next_turn(pays)
+        each.take_turn(pays)
         decided.append(pays)
     assert decided == [True, True, False, False, False, True, True, False]
 
@@ -85,6 +102,21 @@ def test_who_has_cores_of_its_own_never_sits_out() -> None:
     each = attachment(shares_cores=False)
     each.gain = Gain(alone=-1.0, added=-1.0)
     assert each.pays(1000.0, first=False)
+
+
+def test_trees_are_owed_by_who_reads_text_first_only_where_all_are_waited_for() -> None:
+    drafts, reads, sits_out = (attachment() for _ in range(3))
+    drafts.turn, drafts.asked_at = Turn.DRAFT, 1.0
+    reads.turn, reads.asked_at = Turn.CATCH_UP, 1.0
+    sits_out.turn = Turn.SIT_OUT
+    drafts.gain, reads.gain = Gain(alone=0.9, added=0.4), Gain(alone=0.8, added=0.5)
+    assert Owed.of([reads, sits_out], reading=False) is None
+    owed = Owed.of([drafts, reads, sits_out], reading=False)
+    assert owed is not None
+    assert owed.gain_tokens == pytest.approx(0.9)
+    everybody = Owed.of([drafts, reads, sits_out], reading=True)
+    assert everybody is not None
+    assert everybody.gain_tokens == pytest.approx(0.9 + 0.4)
 
 
 def verified(proposers: list[int], price: float = 0.0) -> Work:

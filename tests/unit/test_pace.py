@@ -34,3 +34,8 @@ def test_waiting_ends_when_trees_are_as_late_as_they_are_dear() -> None:
     # They were expected 8 ms ago; another 8 ms would cost 0.8 tokens.
     assert worth_waiting(1.0, 100, -0.008, 0.020)
     assert not worth_waiting(0.7, 100, -0.008, 0.020)
+
+
+def test_nobody_waits_for_trees_that_come_after_the_wait() -> None:
+    assert worth_waiting(9.0, 100, 0.019, 0.020)
+    assert not worth_waiting(9.0, 100, 0.021, 0.020)

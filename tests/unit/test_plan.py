@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from treecast.draws import Draws, Proposal
 from treecast.services.verifier.plan import Work, choose_nodes, plan
-from treecast.tree import TokenTree
+from treecast.tree import ROOT, TokenTree
 
 
 @dataclass(eq=False)
@@ -109,6 +110,20 @@ def test_a_step_never_exceeds_its_rows() -> None:
     trees = [TokenTree.chain(range(8)) for _ in range(10)] + [TokenTree()]
     works = plan(requests, trees, flat, 24, 1.0)  # type: ignore[arg-type]
     assert sum(work.num_rows for work in works) == 24
+
+
+@pytest.mark.parametrize("pending", [[128], [40, 40, 48], [122, 1]])
+def test_a_step_never_exceeds_its_rows_when_trees_of_draws_wait_for_prompts(
+    pending: list[int],
+) -> None:
+    """Trees of draws are taken whole; so the prompts that they hang below leave them room."""
+    requests = [FakeRequest(list(range(count)), 0) for count in pending]
+    tree, ids = TokenTree(), tuple(range(24))
+    tree.draw(ROOT, Draws(Proposal.WITHOUT_REPLACEMENT, ids, (1.0,) * 24, ids))
+    works = plan(requests, [tree] * len(pending), flat, 128, 1.0)  # type: ignore[arg-type]
+    assert sum(work.num_rows for work in works) <= 128
+    shares = {len(work.tree) for work in works if work.samples}
+    assert len(shares) <= 1  # whatever was drawn
 
 
 def test_segment_hangs_the_tree_below_the_last_pending_token() -> None:
