@@ -21,8 +21,8 @@ from treecast.sampling.transforms import Context
 from treecast.services.verifier.assignments import Assignments
 from treecast.services.verifier.choice import TreePolicy
 from treecast.services.verifier.endings import Endings
+from treecast.services.verifier.goodput import Goodput
 from treecast.services.verifier.metrics import VerifierMetrics
-from treecast.services.verifier.pace import Goodput
 from treecast.services.verifier.plan import Work, plan
 from treecast.services.verifier.requests import Request
 from treecast.services.verifier.scheduler import Scheduler

@@ -83,7 +83,12 @@ class Admission:
     @property
     def num_requests(self) -> int:
         """Those of the step loop, and those that are being prepared."""
-        return self._steps.num_requests + len(self._preparing)
+        return self._steps.num_requests + self.num_preparing
+
+    @property
+    def num_preparing(self) -> int:
+        """Those whose grammar is compiled or whose earlier output is followed."""
+        return len(self._preparing)
 
     async def finished(self) -> None:
         """Wait until no request is left."""

@@ -13,10 +13,11 @@ from treecast.sampling.params import Law
 from treecast.wire.frames import Attach, Detach, Heartbeat
 from treecast.wire.link import HEARTBEAT_S
 
-from .attachments import Attachment, Speculator, SpeculatorLink, Turn
+from .attachments import Attachment, Speculator, SpeculatorLink
 from .calibration import Calibration, PodCalibration
 from .choice import TreePolicy
 from .metrics.trees import TreeMetrics
+from .pace import Turn
 from .requests import Request
 
 

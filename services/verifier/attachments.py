@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from enum import Enum
 
 from treecast.tree import TokenTree
 from treecast.wire.breaker import Breaker
@@ -13,15 +12,16 @@ from treecast.wire.frames import SpeculatorFrame, VerifierFrame
 from treecast.wire.link import Link
 
 from .calibration import Calibration
+from .pace import DECAY_OF_ONE, Gain, Pace, Turn
 
 BREAKER_THRESHOLD = 5
 BREAKER_PAUSE_S = 2.0
 
 SpeculatorLink = Link[VerifierFrame, SpeculatorFrame]
 
-PROBE_EVERY = 8
+_PROBE_EVERY = 8
 """Commits between trees that are asked for only so that their worth stays known."""
-RAREST_PROBE = 64
+_RAREST_PROBE = 64
 """The same, of a speculator that goes on being worth too little."""
 MOST_SYNCS = 4
 """Times that a text is sent again before it has grown or brought a tree; who asks for more is at
@@ -30,79 +30,6 @@ fault.
 _RETURN = 1.15
 """Who sits out comes back once its trees are worth so many times their price: at the border itself
 it would come and go, and have text to catch up with each time."""
-_TRIED_EVERY = 4
-"""Of requests that begin while it does not pay, one in so many has their text read at once."""
-_DECAY = 0.5 ** (1 / 16)
-"""What a mean keeps in a step: half of it in sixteen."""
-_DECAY_OF_ONE = 0.5 ** (1 / 8)
-"""The same of one request's: texts differ more than what a speculator is worth over all of them."""
-
-
-class Turn(Enum):
-    """What one commit asks of a speculator."""
-
-    DRAFT = "a tree"
-    CATCH_UP = "a tree after text that it has yet to read, so its time says nothing"
-    SIT_OUT = "nothing"
-
-
-@dataclass(slots=True)
-class Gain:
-    """Accepted nodes per step that a speculator proposed, as running means.
-
-    Less what verifying its nodes takes, in tokens.
-
-    Attributes:
-        alone: as far as they follow one another.
-        added: those that would not have been reached without it.
-    """
-
-    alone: float
-    added: float
-
-    def saw(self, alone: float, added: float, decay: float = _DECAY) -> None:
-        self.alone += (1 - decay) * (alone - self.alone)
-        self.added += (1 - decay) * (added - self.added)
-
-    def pays(self, price: float, *, first: bool) -> bool:
-        """Whether the trees add more tokens than would be committed while they are made.
-
-        Args:
-            price: those tokens.
-            first: there is nobody quicker whose trees hold some of the same tokens.
-        """
-        return (self.alone if first else self.added) >= price
-
-
-@dataclass(slots=True)
-class Pace:
-    """What waiting for a speculator costs and gains.
-
-    It begins hopeful, so that the first waits show the truth.
-
-    Attributes:
-        latency_s: from commit to tree, of trees that were waited for, as a running mean.
-        gain: over all requests.
-        num_begun: requests that began while it did not pay.
-    """
-
-    latency_s: float = 0.0
-    gain: Gain = field(default_factory=lambda: Gain(alone=2.0, added=1.0))
-    num_begun: int = 0
-
-    def first_turn(self, pays: bool) -> Turn:
-        """What a request's whole text asks for: reading it takes time too; changes the count."""
-        if pays:
-            return Turn.CATCH_UP
-        self.num_begun += 1
-        return Turn.CATCH_UP if self.num_begun % _TRIED_EVERY == 1 else Turn.SIT_OUT
-
-    def price(self, tokens_per_s: float) -> float:
-        """Tokens that would be committed while it makes a tree."""
-        return tokens_per_s * self.latency_s
-
-    def saw_latency(self, latency_s: float) -> None:
-        self.latency_s += (1 - _DECAY) * (latency_s - self.latency_s)
 
 
 @dataclass(slots=True, eq=False)
@@ -188,7 +115,7 @@ class Attachment:
     num_syncs: int = 0
     sits_out: bool = False
     num_sat_out: int = 0
-    probe_every: int = PROBE_EVERY
+    probe_every: int = _PROBE_EVERY
     base_len: int = -1
     origin: Origin = Origin()
     offered_origin: Origin = Origin()
@@ -203,7 +130,7 @@ class Attachment:
 
     def saw_gain(self, alone: float, added: float) -> None:
         """What its tree brought in a step."""
-        self.gain.saw(alone, added, _DECAY_OF_ONE)
+        self.gain.saw(alone, added, DECAY_OF_ONE)
         self.speculator.pace.gain.saw(alone, added)
 
     def pays(self, tokens_per_s: float, *, first: bool) -> bool:
@@ -227,10 +154,10 @@ class Attachment:
         if self.turn is Turn.CATCH_UP and self.reading:
             return Turn.CATCH_UP
         if pays:
-            self.num_sat_out, self.probe_every = 0, PROBE_EVERY
+            self.num_sat_out, self.probe_every = 0, _PROBE_EVERY
             return Turn.CATCH_UP if self.reading else Turn.DRAFT
         if self.turn is Turn.CATCH_UP:
-            self.num_sat_out, self.probe_every = 0, min(2 * self.probe_every, RAREST_PROBE)
+            self.num_sat_out, self.probe_every = 0, min(2 * self.probe_every, _RAREST_PROBE)
             return Turn.DRAFT
         self.num_sat_out += 1
         return Turn.SIT_OUT if self.num_sat_out < self.probe_every else Turn.CATCH_UP

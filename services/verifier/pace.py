@@ -1,47 +1,80 @@
-"""What a second is worth to the requests of a batch, and whether waiting for trees pays."""
+"""What a speculator's trees bring and take, and what a commit asks of it for that."""
 
 from __future__ import annotations
 
-_MEMORY = 0.95
-_PRIOR_STEPS = 4.0
-"""Steps that the first estimate counts for."""
+from dataclasses import dataclass, field
+from enum import Enum
+
+_TRIED_EVERY = 4
+"""Of requests that begin while it does not pay, one in so many has their text read at once."""
+_DECAY = 0.5 ** (1 / 16)
+"""What a mean keeps in a step: half of it in sixteen."""
+DECAY_OF_ONE = 0.5 ** (1 / 8)
+"""The same of one request's: texts differ more than what a speculator is worth over all of them."""
 
 
-class Goodput:
-    """Tokens per second that one request gets, as a mean over the last twenty steps or so.
+class Turn(Enum):
+    """What one commit asks of a speculator."""
 
-    It is the price of time: to commit the most tokens per second, do what adds at least so many
-    for each second that it takes (Dinkelbach's rule for ratios), be it a row, a wait or a draft
-    model's pass.
+    DRAFT = "a tree"
+    CATCH_UP = "a tree after text that it has yet to read, so its time says nothing"
+    SIT_OUT = "nothing"
+
+
+@dataclass(slots=True)
+class Gain:
+    """Accepted nodes per step that a speculator proposed, as running means.
+
+    Less what verifying its nodes takes, in tokens.
+
+    Attributes:
+        alone: as far as they follow one another.
+        added: those that would not have been reached without it.
     """
 
-    def __init__(self, tokens_per_s: float) -> None:
-        """Begin with an estimate."""
-        self._tokens = _PRIOR_STEPS
-        self._request_s = _PRIOR_STEPS / tokens_per_s
+    alone: float
+    added: float
 
-    @property
-    def tokens_per_s(self) -> float:
-        """Of one request."""
-        return self._tokens / self._request_s
+    def saw(self, alone: float, added: float, decay: float = _DECAY) -> None:
+        self.alone += (1 - decay) * (alone - self.alone)
+        self.added += (1 - decay) * (added - self.added)
 
-    def saw(self, num_tokens: int, num_requests: int, seconds: float) -> None:
-        """A step committed tokens of so many requests, `seconds` after the one before."""
-        self._tokens = _MEMORY * self._tokens + num_tokens
-        self._request_s = _MEMORY * self._request_s + num_requests * seconds
+    def pays(self, price: float, *, first: bool) -> bool:
+        """Whether the trees add more tokens than would be committed while they are made.
+
+        Args:
+            price: those tokens.
+            first: there is nobody quicker whose trees hold some of the same tokens.
+        """
+        return (self.alone if first else self.added) >= price
 
 
-def worth_waiting(
-    gain_tokens: float, rate_tokens_per_s: float, expected_s: float, patience_s: float
-) -> bool:
-    """Whether to wait on for trees that are missing.
+@dataclass(slots=True)
+class Pace:
+    """What waiting for a speculator costs and gains.
 
-    Args:
-        gain_tokens: accepted tokens expected from them in the next step.
-        rate_tokens_per_s: tokens that the batch commits per second lately.
-        expected_s: time until they come, going by how long they took lately; negative if overdue.
-        patience_s: time after which the wait ends anyway.
+    It begins hopeful, so that the first waits show the truth.
+
+    Attributes:
+        latency_s: from commit to tree, of trees that were waited for, as a running mean.
+        gain: over all requests.
+        num_begun: requests that began while it did not pay.
     """
-    if expected_s > patience_s:
-        return False  # they would be waited for in vain
-    return gain_tokens > rate_tokens_per_s * min(abs(expected_s), patience_s)
+
+    latency_s: float = 0.0
+    gain: Gain = field(default_factory=lambda: Gain(alone=2.0, added=1.0))
+    num_begun: int = 0
+
+    def first_turn(self, pays: bool) -> Turn:
+        """What a request's whole text asks for: reading it takes time too; changes the count."""
+        if pays:
+            return Turn.CATCH_UP
+        self.num_begun += 1
+        return Turn.CATCH_UP if self.num_begun % _TRIED_EVERY == 1 else Turn.SIT_OUT
+
+    def price(self, tokens_per_s: float) -> float:
+        """Tokens that would be committed while it makes a tree."""
+        return tokens_per_s * self.latency_s
+
+    def saw_latency(self, latency_s: float) -> None:
+        self.latency_s += (1 - _DECAY) * (latency_s - self.latency_s)

@@ -12,8 +12,8 @@ from treecast.errors import Overloaded
 from treecast.settings import GIB
 
 from .assignments import Assignments
+from .goodput import Goodput
 from .metrics import VerifierMetrics
-from .pace import Goodput
 from .requests import Request, Roster
 from .room import KVRoom
 from .schedule import Choice, Claim, Policy, State, by_length, choose, expected_output, fcfs

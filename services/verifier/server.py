@@ -179,7 +179,7 @@ class Verifier(verifier_pb2_grpc.VerifierServiceServicer):
         """Raises Unavailable, which ends the stream: a verifier that cannot step must not beat."""
         if self._stepping is not None and self._stepping.done():
             raise Unavailable("the verifier's step loop has ended")
-        return self.steps.heartbeat(self._draining or self._stopping)
+        return self.steps.heartbeat(self._admission.num_preparing, self._draining or self._stopping)
 
     # --- RPCs -----------------------------------------------------------------------------------
 

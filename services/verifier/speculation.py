@@ -29,10 +29,11 @@ from treecast.wire.frames import (
 )
 
 from .assignments import Assignments
-from .attachments import MOST_SYNCS, Attachment, Origin, Owed, SpeculatorLink, Turn
+from .attachments import MOST_SYNCS, Attachment, Origin, Owed, SpeculatorLink
 from .choice import Offer
 from .choice.vote import voter_names
 from .metrics.trees import TreeMetrics
+from .pace import Turn
 from .plan import Work
 from .requests import Request
 

@@ -23,10 +23,10 @@ from treecast.wire.frames import Heartbeat, SessionKey
 from treecast.wire.link import SILENCE_S
 
 from .assignments import Assignments
-from .attachments import PROBE_EVERY, RAREST_PROBE, Owed
+from .attachments import Owed
 from .endings import Endings
+from .goodput import PROBE_STEPS, RARE_PROBE_STEPS, Goodput, worth_waiting
 from .metrics import VerifierMetrics
-from .pace import Goodput, worth_waiting
 from .plan import Work, plan
 from .reporting import Reporter
 from .requests import Request
@@ -147,8 +147,8 @@ class StepLoop:
         """Wait until no request is left."""
         await self._rest.wait()
 
-    def heartbeat(self, draining: bool) -> Heartbeat:
-        """How the loop fares, for peers."""
+    def heartbeat(self, num_preparing: int, draining: bool) -> Heartbeat:
+        """How the loop fares, for peers, and how many requests are on their way to it."""
         usage = self._engine.usage
         began = self._step_began
         return Heartbeat(
@@ -157,7 +157,7 @@ class StepLoop:
             step_predicted_ms=int(1000 * self._predicted_s),
             free_capacity=0 if draining else self._free_slots(),
             running=len(self._roster.running),
-            waiting=len(self._roster.waiting) + len(self._roster.paused),
+            waiting=len(self._roster.waiting) + len(self._roster.paused) + num_preparing,
             kv_pages_free=usage.free,
             kv_pages_total=usage.total,
             draining=draining,
@@ -247,7 +247,7 @@ class StepLoop:
         gain = sum(item.gain_tokens for item in owed)
         left_s = max(item.latency_s for item in owed) - waited_s
         too_late = left_s > cap_s - waited_s
-        probing = self._steps % (RAREST_PROBE if too_late else PROBE_EVERY) == 0
+        probing = self._steps % (RARE_PROBE_STEPS if too_late else PROBE_STEPS) == 0
         rate = self._price * len(self._roster.running)
         return probing or worth_waiting(gain, rate, left_s, cap_s - waited_s)
 

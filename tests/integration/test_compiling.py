@@ -167,6 +167,7 @@ async def test_requests_whose_grammars_are_compiled_count_among_those_that_wait(
         error = (await rig.router.run([5, 6], HELD)).error
         assert isinstance(error, Overloaded)
         assert error.message == ("0 requests are running and 2 waiting; the limits are 1 and 1")
+        assert rig.verifier._heartbeat().waiting == 2  # routers count them as load
         gate.open.set()
         for each in held:
             assert (await each.end()).completed is not None

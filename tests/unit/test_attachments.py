@@ -6,8 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from treecast.services.verifier.attachments import Attachment, Gain, Owed, Pace, Speculator, Turn
+from treecast.services.verifier.attachments import Attachment, Owed, Speculator
 from treecast.services.verifier.calibration import Calibration, PodCalibration
+from treecast.services.verifier.pace import Gain, Pace, Turn
 from treecast.services.verifier.plan import Work
 from treecast.services.verifier.speculation import gain_of
 from treecast.tree import TokenTree

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from treecast.services.verifier.pace import Goodput, worth_waiting
+from treecast.services.verifier.goodput import Goodput, worth_waiting
 
 
 def test_goodput_is_what_one_request_gets_per_second() -> None:
