@@ -17,7 +17,8 @@ from treecast.tuning.corpus import Record, append_records, read_begun
 PREFILL_TOKENS = 256
 BATCH = 16
 """Questions answered at once, and answers drafted for at once."""
-_KEY = 0x5EED
+NOISE = 0x5EEE
+"""Of all answers; whatever else changes the text for a prompt and a key changes this."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +65,8 @@ class Answer:
 
 
 def key_of(question: Question) -> int:
-    """Noise of its own for every question: with a common one, answers would be correlated."""
-    return derived_key(_KEY, question.id)
+    """Noise of its own for every prompt: with a common one, answers would be correlated."""
+    return derived_key(NOISE, repr(question.token_ids))
 
 
 def record_answers(

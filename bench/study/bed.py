@@ -19,7 +19,7 @@ from treecast.services.speculator.metrics import SpeculatorMetrics
 from treecast.services.speculator.settings import DrafterSpec, SpeculatorSettings
 from treecast.settings import DType, Numerics
 
-from .answers import Answer, AnswerFile, Decoding, Question, in_batches, record_answers
+from .answers import NOISE, Answer, AnswerFile, Decoding, Question, in_batches, record_answers
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,8 @@ class StudySettings:
         growth: of trees as served.
         max_nodes: of trees as served.
         num_prompts: questions asked.
-        prompts_hash: of their tokens; empty until they are known.
+        prompts_hash: of their ids and tokens; empty until they are known.
+        revisions: of the weights of target and draft models; empty until they are loaded.
     """
 
     model: str = "default"
@@ -45,16 +46,22 @@ class StudySettings:
     threads: int = 2
     num_prompts: int = 0
     prompts_hash: str = ""
+    revisions: tuple[str, ...] = ()
 
     def fields(self) -> dict[str, Any]:
         """As JSON gives them back."""
-        return asdict(self) | {"drafters": list(self.drafters)}
+        lists = {"drafters": list(self.drafters), "revisions": list(self.revisions)}
+        return asdict(self) | lists
 
-    def asking(self, questions: Sequence[Question]) -> StudySettings:
-        """The same with these questions."""
-        tokens = repr([question.token_ids for question in questions]).encode()
-        digest = hashlib.sha256(tokens).hexdigest()[:16]
-        return replace(self, num_prompts=len(questions), prompts_hash=digest)
+    def asking(self, questions: Sequence[Question], engines: Sequence[Engine]) -> StudySettings:
+        """The same with these questions, of these models."""
+        asked = repr([(question.id, question.token_ids) for question in questions]).encode()
+        return replace(
+            self,
+            num_prompts=len(questions),
+            prompts_hash=hashlib.sha256(asked).hexdigest()[:16],
+            revisions=tuple(engine.info.revision for engine in engines),
+        )
 
 
 def ask(model: Path, prompts: Path, limit: int | None) -> list[Question]:
@@ -95,11 +102,12 @@ class Bed:
         """Load nothing yet.
 
         Args:
+            settings: as asked; the attribute also has what is known once models are loaded.
             folder: where answers are kept.
             load_target: by default the settings' model, in this process.
             load_drafts: the engines of the `ssm` drafters, in order.
         """
-        self.settings = settings.asking(questions)
+        self._asked = settings
         self.questions = tuple(questions)
         self._folder = folder
         self._load_target = load_target or _load_target
@@ -107,13 +115,17 @@ class Bed:
         self._specs = self._speculator(settings.drafters).specs
 
     @cached_property
+    def settings(self) -> StudySettings:
+        return self._asked.asking(self.questions, [self.target, *self._drafts.values()])
+
+    @cached_property
     def target(self) -> Engine:
-        return self._load_target(self.settings)
+        return self._load_target(self._asked)
 
     @cached_property
     def _drafts(self) -> dict[str, Engine]:
         """Draft models by drafter name."""
-        engines = self._load_drafts(self._speculator(self.settings.drafters))
+        engines = self._load_drafts(self._speculator(self._asked.drafters))
         return dict(zip([spec.name for spec in self.drafts], engines, strict=True))
 
     @property
@@ -141,11 +153,11 @@ class Bed:
     ) -> Iterator[list[Question]]:
         """Batches that the target can answer at once, with trees of so many nodes."""
         pool_tokens = self.target.usage.total * PAGE_TOKENS
-        yield from in_batches(questions, self.settings.max_tokens + max_nodes, pool_tokens)
+        yield from in_batches(questions, self._asked.max_tokens + max_nodes, pool_tokens)
 
     def record(self, questions: Sequence[Question], decoding: Decoding) -> None:
         """Have the target answer, and keep it."""
-        answers = record_answers(self.target, questions, decoding, self.settings.max_tokens)
+        answers = record_answers(self.target, questions, decoding, self._asked.max_tokens)
         self._file(decoding).add(answers)
 
     def answers(self, decoding: Decoding) -> list[Answer]:
@@ -153,11 +165,11 @@ class Bed:
         return self._file(decoding).read(self.questions)
 
     def _file(self, decoding: Decoding) -> AnswerFile:
-        origin = f"{self.target.info.fingerprint} {self.settings.max_tokens}"
+        origin = f"{self.target.info.fingerprint} {self._asked.max_tokens} {NOISE}"
         return AnswerFile(self._folder, decoding, origin)
 
     def _speculator(self, drafters: Sequence[str]) -> SpeculatorSettings:
-        settings = self.settings
+        settings = self._asked
         flags = {
             "drafters": ",".join(drafters),
             "model": settings.draft,

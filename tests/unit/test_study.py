@@ -86,7 +86,9 @@ def test_a_union_counts_distinct_guesses_when_proposers_agree():
 
 @pytest.mark.parametrize("decoding", [GREEDY, STOCHASTIC])
 @pytest.mark.parametrize("proposal", list(Proposal))
-def test_replay_takes_what_the_whole_loop_takes_when_it_holds_the_answers(decoding, proposal):
+def test_replay_takes_what_the_whole_loop_takes_when_it_holds_the_answers(
+    decoding, proposal, monkeypatch
+):
     target, question = ToyEngine(vocab_size=11), Question("q", "c", (1, 2, 3))
     (said,) = record_answers(target, [question], decoding, 24)
     growth = SpeculationParams(proposal=proposal, growth="<2,1,1>")
@@ -102,8 +104,8 @@ def test_replay_takes_what_the_whole_loop_takes_when_it_holds_the_answers(decodi
     whole = trial_of(done, question, "tree")
     assert replace(whole, decoding=decoding.name) == trial
     # The control: other noise, another answer, another number of steps.
-    other = replace(said, question=Question("other", "c", (1, 2, 3)))
-    (wrong,) = replay(drafter(), [other], growth, 4, "tree")
+    monkeypatch.setattr("treecast.bench.study.answers.NOISE", 1)
+    (wrong,) = replay(drafter(), [said], growth, 4, "tree")
     if decoding is STOCHASTIC and proposal is Proposal.COUPLED:
         assert wrong.steps > trial.steps
 
@@ -175,6 +177,24 @@ def toy_bed(folder, **settings) -> Bed:
         load_target=lambda _: ToyEngine(),
         load_drafts=lambda _: [ToyEngine()],
     )
+
+
+def test_figures_of_other_weights_are_refused_though_their_names_are_the_same(tmp_path):
+    measured = [Section.TIME]
+    measure(toy_bed(tmp_path), Folder(tmp_path), measured, "treecast bench", lambda *_: None)
+    tuned = toy_bed(tmp_path)
+    tuned._load_drafts = lambda _: [Renamed(ToyEngine())]
+    with pytest.raises(
+        InvalidRequest, match=r"was measured with revisions .*'toy-97', 'toy-97'.* now .*'tuned'"
+    ):
+        measure(tuned, Folder(tmp_path), measured, "treecast bench", lambda *_: None)
+
+
+class Renamed:
+    """An engine of another revision."""
+
+    def __init__(self, engine):
+        self.info = replace(engine.info, revision="tuned")
 
 
 def test_all_sections_are_measured_when_the_folder_is_empty(tmp_path):
