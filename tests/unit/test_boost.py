@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -160,6 +161,8 @@ def test_finished_draft_is_kept_when_the_second_was_interrupted(
 
     with pytest.raises(Interrupted):
         tune(both, stop)
+    with pytest.raises(ModelError, match=r"finished with max_steps 12, and now it is 13; remove"):
+        tune(replace(both, max_steps=13))
     seen: list[TuneProgress] = []
     before = set(asked)
     asked.clear()
@@ -358,19 +361,29 @@ def test_cut_head_is_refused_when_its_tokens_are_no_part_of_the_vocabulary(
 def test_teacher_takes_labels_from_the_corpus_when_it_has_them(tmp_path: Path) -> None:
     target = tiny_target()
     plain = Record((1, 2, 7, 3), (6, 4, 4))
-    learned = Teacher(target, [plain], 2, top_k=4)
+    learned = Teacher(target, "mine", [plain], 2, top_k=4)
     batch = make_batch([plain], (0,), first=2)
     expected = learned.labels(batch, share=0.6)
     ((ids, probs),) = learned.take_unsaved().values()
-    noted = replace(plain, top=TopTokens(ids.numpy(), probs.numpy()))
+    noted = replace(plain, top=TopTokens(ids.numpy(), probs.numpy(), "mine"))
     write_corpus(tmp_path / "corpus.jsonl.gz", [noted])
 
     (read,) = read_corpus(tmp_path / "corpus.jsonl.gz").records
-    taught = Teacher(None, [read], 2, top_k=4)  # without a target, it can only read
+    taught = Teacher(None, "mine", [read], 2, top_k=4)  # without a target, it can only read
     labels = taught.labels(batch, share=0.6)
     assert torch.equal(labels.ids, expected.ids)
     assert torch.equal(labels.weights, expected.weights)
     assert taught.take_unsaved() == {}
+
+
+@pytest.mark.parametrize("revision", ["another", ""])
+def test_teacher_asks_the_target_when_another_model_noted_its_labels(revision: str) -> None:
+    wrong = TopTokens(np.full((6, 4), 9, np.int32), np.full((6, 4), 0.25, np.float16), revision)
+    plain = Record((1, 2, 7, 3), (6, 4, 4))
+    target, batch = tiny_target(), make_batch([plain], (0,), first=2)
+    expected = Teacher(target, "mine", [plain], 2, top_k=4).labels(batch, share=0.6)
+    labels = Teacher(target, "mine", [replace(plain, top=wrong)], 2, top_k=4).labels(batch, 0.6)
+    assert torch.equal(labels.ids, expected.ids)
 
 
 # --- kills and full disks ----------------------------------------------------------------------

@@ -303,7 +303,7 @@ def test_frequent_tokens_are_the_most_counted_and_the_lowest_where_equal() -> No
 def test_teacher_labels_are_the_target_s_own_probabilities() -> None:
     target = tiny_target()
     batch = make_batch([ONE, TWO], (1, 0), first=None)
-    labels = Teacher(target, [ONE, TWO], None, top_k=4).labels(batch, share=0.6)
+    labels = Teacher(target, "", [ONE, TWO], None, top_k=4).labels(batch, share=0.6)
 
     alone = [target(torch.tensor([record.token_ids])).logits[0].float() for record in (TWO, ONE)]
     probs = torch.cat([alone[0][3:6], alone[1][2:4]]).softmax(dim=-1)
@@ -632,16 +632,21 @@ def test_self_play_leaves_a_file_alone_when_it_is_no_corpus(
     assert file.read_bytes() == held
 
 
+@pytest.mark.parametrize("count", [3, 4])
+@pytest.mark.parametrize("framed", [True, False])
 def test_self_play_leaves_a_corpus_alone_when_another_wrote_it(
-    self_play: SelfPlaySettings,
+    self_play: SelfPlaySettings, count: int, framed: bool
 ) -> None:
-    write_corpus(self_play.out, [ONE] * 4)
+    """Of another template, or of the same one by other weights."""
+    noted = TopTokens(np.zeros((2, 4), np.int32), np.zeros((2, 4), np.float16), "another")
+    other = Record((1, 3, 7, 2, 1, 4), (5, 2), top=noted) if framed else ONE
+    write_corpus(self_play.out, [other] * count)
     with pytest.raises(CorpusError) as caught:
         generate_corpus(self_play)
     assert caught.value.message == (
         f"{self_play.out} is no corpus that {self_play.target} wrote; name another file"
     )
-    assert read_corpus(self_play.out).records == (ONE,) * 4
+    assert read_corpus(self_play.out).records == (other,) * count
 
 
 def test_self_play_begins_anew_when_the_file_is_empty_or_cut_at_once(

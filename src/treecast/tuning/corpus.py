@@ -24,10 +24,17 @@ _LINE_START = b'{"prompt_ids": ['
 
 @dataclass(frozen=True, eq=False)
 class TopTokens:
-    """The target's likeliest tokens; the last row is for a record's last token, and so on back."""
+    """A model's likeliest tokens; the last row is for a record's last token, and so on back.
 
-    ids: NDArray[np.int32]  # [num_rows, top_k]
-    probs: NDArray[np.float16]  # [num_rows, top_k], of the target's untempered distribution
+    Attributes:
+        ids: [num_rows, top_k]
+        probs: [num_rows, top_k], of the model's untempered distribution.
+        revision: of the model; empty where it is not told.
+    """
+
+    ids: NDArray[np.int32]
+    probs: NDArray[np.float16]
+    revision: str = ""
 
 
 @dataclass(frozen=True)
@@ -166,6 +173,7 @@ def _entry(record: Record) -> dict[str, Any]:
         ids, probs = record.top.ids.astype("<i4"), record.top.probs.astype("<f2")
         entry["top"] = {
             "top_k": ids.shape[1],
+            "revision": record.top.revision,
             "ids": base64.b64encode(ids.tobytes()).decode(),
             "probs": base64.b64encode(probs.tobytes()).decode(),
         }
@@ -197,7 +205,7 @@ def _top_tokens(entry: Any, num_tokens: int) -> TopTokens:
         raise ValueError(f"top is not what tuning writes: {error!r}") from error
     if len(ids) != len(probs) or len(ids) >= num_tokens or (ids.size and ids.min() < 0):
         raise ValueError(f"top has {len(ids)} and {len(probs)} rows for {num_tokens} tokens")
-    return TopTokens(ids, probs)
+    return TopTokens(ids, probs, str(entry.get("revision", "")))
 
 
 def _token_ids(entry: dict[str, object], key: str) -> tuple[int, ...]:

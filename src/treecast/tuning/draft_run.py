@@ -112,7 +112,11 @@ class DraftRun:
         self._save_trained(notes)
         assemble_draft(self._trained_file, self.settings.target, self.plan.out)
         report = self._report(shares)
-        kept = {"identity": self._identity(), "num_shards": self._num_shards}
+        kept = {
+            "identity": self._identity(),
+            "schedule": self._schedule,
+            "num_shards": self._num_shards,
+        }
         fields = json.dumps(kept | asdict(report), default=str)
         write_whole(self._training / f"{_FINISHED}.json", fields.encode())
         self._checkpoint_file.unlink(missing_ok=True)
@@ -173,12 +177,14 @@ class DraftRun:
         Returns:
             The report, where the draft was finished.
         Raises:
-            ModelError: it was trained from another corpus, target or layers.
+            ModelError: it was trained from another corpus, target or layers, or was finished in
+                another time.
         """
         finished = self._training / f"{_FINISHED}.json"
         if finished.is_file():
             fields = json.loads(finished.read_text())
             self._check_identity(finished, fields.pop("identity"))
+            self._check_schedule(finished, fields.pop("schedule"))
             self._num_shards = fields.pop("num_shards")
             self._restore_labels()
             self.draft.load_state_dict(read_trained(self._trained_file).tensors, strict=False)
@@ -222,6 +228,24 @@ class DraftRun:
                 f"{file} belongs to another corpus, target or choice of layers; "
                 "remove it, or name another output folder"
             )
+
+    @property
+    def _schedule(self) -> dict[str, float | None]:
+        """How long a draft is trained, and how fast: drafts that are compared have the same."""
+        settings = self.settings
+        return {
+            "minutes": self.plan.minutes,
+            "max_steps": settings.max_steps,
+            "learning_rate": settings.learning_rate,
+        }
+
+    def _check_schedule(self, file: Path, schedule: dict[str, float | None]) -> None:
+        for name, value in self._schedule.items():
+            if schedule[name] != value:
+                raise ModelError(
+                    f"{file} was finished with {name} {schedule[name]}, and now it is {value}; "
+                    "remove it, or name another output folder"
+                )
 
     def _identity(self) -> str:
         """What a checkpoint depends on, hashed."""

@@ -31,12 +31,20 @@ class Labels:
 class Teacher:
     """The target's top-k next tokens: as the corpus has them, or else worked out, then kept.
 
-    Mutates its own cache only. Where the corpus has none, the first epoch pays for the target's
-    forward passes.
+    Mutates its own cache only. Where the corpus has none that this target noted, the first epoch
+    pays for its forward passes.
     """
 
-    def __init__(self, target: Any, records: Sequence[Record], first: int | None, top_k: int):
+    def __init__(
+        self,
+        target: Any,
+        revision: str,
+        records: Sequence[Record],
+        first: int | None,
+        top_k: int,
+    ) -> None:
         self._target = target
+        self._revision = revision
         self._records = records
         self._first = first
         self._top_k = top_k
@@ -71,7 +79,9 @@ class Teacher:
         record = self._records[index]
         num_targets = len(record.token_ids) - first_target(record, self._first)
         top = record.top
-        if top is None or len(top.ids) < num_targets or top.ids.shape[1] < self._top_k:
+        if top is None or top.revision != self._revision:
+            return False
+        if len(top.ids) < num_targets or top.ids.shape[1] < self._top_k:
             return False
         rows = slice(len(top.ids) - num_targets, None)
         self._known[index] = (

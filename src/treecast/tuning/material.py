@@ -48,7 +48,8 @@ def gather(settings: TuneSettings) -> Material:
     check_plain_head(target)
     check_vocabulary(records, target.config.vocab_size)
     first = shared_prefix(records) if settings.learn_user_turns else None
-    teacher = Teacher(target, records, first, settings.teacher_top_k)
+    revision = model_revision(settings.target)
+    teacher = Teacher(target, revision, records, first, settings.teacher_top_k)
     return Material(corpus, split, target, first, teacher, _identity(settings, records, first))
 
 

@@ -5,13 +5,13 @@ Source: the idea of tuning a draft on what the target itself generates is SpecIn
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from treecast.checkpoints import check_model_dir
+from treecast.checkpoints import check_model_dir, model_revision
 from treecast.engine.linears import packed_layers, replace_linears
 from treecast.engine.loading import LoadOptions, context_tokens, load_model, resolve_dtype
 from treecast.errors import CorpusError, PromptTooLong
@@ -85,7 +85,8 @@ def generate_corpus(
     openings = [
         tuple(tokenizer.encode(text, add_special_tokens=False)) for text in settings.openings
     ]
-    num_done = _prepare(settings, frame)
+    revision = model_revision(settings.target)
+    num_done = _prepare(settings, frame, revision)
     if num_done >= settings.num_records:
         return num_done
     model = load_model(
@@ -97,7 +98,7 @@ def generate_corpus(
     replace_linears(model, packed_layers(min_rows=1))
     while num_done < settings.num_records:
         records = _play(model, frame, openings, settings, num_done)
-        append_records(settings.out, records)
+        append_records(settings.out, [_noted_by(revision, record) for record in records])
         num_done += len(records)
         if progress:
             progress(num_done, settings.num_records)
@@ -119,7 +120,13 @@ def chat_frame(tokenizer: Any) -> ChatFrame:
     )
 
 
-def _prepare(settings: SelfPlaySettings, frame: ChatFrame) -> int:
+def _noted_by(revision: str, record: Record) -> Record:
+    if record.top is None:
+        return record
+    return replace(record, top=replace(record.top, revision=revision))
+
+
+def _prepare(settings: SelfPlaySettings, frame: ChatFrame, revision: str) -> int:
     """Count what an earlier run left, cut back to whole batches.
 
     A batch draws from one seed, so one that was cut in the middle is made again as a whole.
@@ -129,12 +136,14 @@ def _prepare(settings: SelfPlaySettings, frame: ChatFrame) -> int:
     if len(records) >= settings.num_records:
         return len(records)
     num_whole = len(records) // settings.batch_size * settings.batch_size
-    for record in (dropped := records[num_whole:]):
-        if record.prompt_ids[: len(frame.before_ids)] != frame.before_ids:
+    for record in records:
+        noted_by = record.top.revision if record.top else ""
+        begins = record.prompt_ids[: len(frame.before_ids)] == frame.before_ids
+        if not begins or noted_by not in ("", revision):
             raise CorpusError(
                 f"{settings.out} is no corpus that {settings.target} wrote; name another file"
             )
-    if dropped:
+    if len(records) > num_whole:
         write_corpus(settings.out, records[:num_whole])
     return num_whole
 
