@@ -195,9 +195,7 @@ class _Step:
         self._laps.take()
         clock = time.perf_counter
         began = clock()
-        parents = [ROOT, *(parent + 1 for parent in tree.parents)]
-        rows = Segment(self._sequence, [_TOKEN, *tree.tokens], parents, range(len(parents)))
-        (logits,) = engine.forward([rows])
+        (logits,) = engine.forward([Segment.rooted(self._sequence, [_TOKEN], tree)])
         forwarded = clock()
         walked = walk(tree, logits, picker, lambda token: None, self._law)
         walked_at = clock()

@@ -37,16 +37,12 @@ class Work:
         return self.num_pending + len(self.tree)
 
     def segment(self) -> Segment:
-        """The rows as the engine takes them: pending tokens as a chain, the tree below it."""
+        """The rows as the engine takes them."""
         assert self.request.sequence is not None
-        root = self.num_pending - 1
-        parents = [
-            *range(-1, root),
-            *(root if p == ROOT else p + root + 1 for p in self.tree.parents),
-        ]
-        wanted = range(root, self.num_rows) if self.samples else ()
-        tokens = [*self.request.pending[: self.num_pending], *self.tree.tokens]
-        return Segment(self.request.sequence, tokens, parents, wanted)
+        pending = self.request.pending[: self.num_pending]
+        if not self.samples:
+            return Segment.chain(self.request.sequence, pending, wanted=())
+        return Segment.rooted(self.request.sequence, pending, self.tree)
 
     def path(self, accepted: Sequence[int]) -> list[int]:
         """Rows to commit: the pending ones, then the accepted nodes."""

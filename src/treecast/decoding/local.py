@@ -17,7 +17,7 @@ from treecast.sampling.params import SamplingParams, SpeculationParams
 from treecast.sampling.pick import Picker
 from treecast.sampling.stops import Stop, StopRules
 from treecast.sampling.transforms import Context
-from treecast.tree import MAX_DEPTH, ROOT, TokenTree
+from treecast.tree import MAX_DEPTH, TokenTree
 
 
 @dataclass(slots=True)
@@ -217,12 +217,6 @@ class _Session:
         tokens_left = self.picker.sampling.max_tokens - len(self.done.tokens)
         return tree.limit(self.max_nodes, min(tokens_left - 1, MAX_DEPTH))
 
-    def segment(self, tree: TokenTree) -> Segment:
-        """The root, and the tree below it."""
-        tokens = [self.root, *tree.tokens]
-        parents = [-1, *(0 if parent == ROOT else parent + 1 for parent in tree.parents)]
-        return Segment(self.sequence, tokens, parents, range(len(tokens)))
-
     def take(self, tree: TokenTree, rows: LogitRows) -> Walk:
         """Walk the tree that was verified."""
         walked = walk(tree, rows, self.picker, self.stops.check, self.law)
@@ -236,8 +230,12 @@ def _step(engine: Engine, going: Mapping[int, _Session], drafter: Drafter | None
     budgets = {handle: session.max_nodes for handle, session in going.items()}
     drafted = _drafted(drafter, budgets) if drafter else {}
     trees = [one.fit(drafted.get(handle, TokenTree())) for handle, one in going.items()]
-    segments = [session.segment(tree) for session, tree in zip(going.values(), trees, strict=True)]
-    passed = engine.forward(segments)
+    passed = engine.forward(
+        [
+            Segment.rooted(one.sequence, [one.root], tree)
+            for one, tree in zip(going.values(), trees, strict=True)
+        ]
+    )
     for (handle, session), tree, rows in zip(going.items(), trees, passed, strict=True):
         walked = session.take(tree, rows)
         engine.commit(session.sequence, [0, *(node + 1 for node in walked.accepted)])

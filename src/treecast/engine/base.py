@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from treecast.adapter import Adapter, names_of
 from treecast.errors import NotServed
+from treecast.tree import ROOT, TokenTree
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +108,17 @@ class Segment:
         """A prefill chunk, or a lone decoding row: each token follows the one before."""
         first = sequence.num_rows - 1
         return cls(sequence, tokens, range(first, first + len(tokens)), wanted)
+
+    @classmethod
+    def rooted(cls, sequence: KVSequence, pending: Sequence[int], tree: TokenTree) -> Segment:
+        """Committed tokens whose KV is missing, as a chain, and a tree below the last of them.
+
+        That one's logits are wanted, and those of the tree.
+        """
+        root = len(pending) - 1
+        below = (root if parent == ROOT else parent + root + 1 for parent in tree.parents)
+        tokens = [*pending, *tree.tokens]
+        return cls(sequence, tokens, [*range(-1, root), *below], range(root, len(tokens)))
 
 
 class LogitRows(Protocol):
