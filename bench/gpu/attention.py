@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from treecast.kernels.plan import LayerAttention, SegmentLayout
-from treecast.kernels.tables import PAGE
 from treecast.kernels.triton_exact import TritonExactAttention
 from treecast.kernels.triton_fast import TritonFastAttention
+from treecast.prefix import PAGE_TOKENS
 
 from .ceilings import Ceilings, graphed_s
 
@@ -127,14 +127,16 @@ class Inputs:
             return torch.randn(shape, device=device, dtype=torch.bfloat16, generator=generator)
 
         slots = case.context + case.nodes
-        pages = list(range(-(-slots // PAGE)))
+        pages = list(range(-(-slots // PAGE_TOKENS)))
         random.Random(seed).shuffle(pages)
-        places = [pages[slot // PAGE] * PAGE + slot % PAGE for slot in range(slots)]
+        places = [
+            pages[slot // PAGE_TOKENS] * PAGE_TOKENS + slot % PAGE_TOKENS for slot in range(slots)
+        ]
         self.case = case
         self.layout = SegmentLayout(0, case.nodes, case.context, case.parents, None, places)
         self.query = draw(KV_HEADS * case.group, case.nodes, DIM)
         self.key, self.value = draw(2, KV_HEADS, case.nodes, DIM)
-        self.key_pool, self.value_pool = draw(2, KV_HEADS, len(pages) * PAGE, DIM)
+        self.key_pool, self.value_pool = draw(2, KV_HEADS, len(pages) * PAGE_TOKENS, DIM)
         index = torch.tensor(places[: case.context], device=device)
         self.keys = torch.cat((self.key_pool[:, index], self.key), 1)[None]
         self.values = torch.cat((self.value_pool[:, index], self.value), 1)[None]

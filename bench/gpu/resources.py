@@ -15,9 +15,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from treecast.kernels.tables import ITEM_COLUMNS, PAGE, ROW_COLUMNS
+from treecast.kernels.tables import ITEM_COLUMNS, ROW_COLUMNS
 from treecast.kernels.triton_exact import CHUNK_PAGES, EXACT_LANES, EXACT_STAGES, EXACT_WARPS
 from treecast.kernels.triton_fast import block_dim, stages_for, warps_for
+from treecast.prefix import PAGE_TOKENS
 
 HOPPER = 90
 
@@ -60,7 +61,7 @@ def variants() -> Iterator[Variant]:
     for dim in (64, 80, 96, 128, 256):
         block = block_dim(dim)
         dims = {"KEY_DIM": dim, "VALUE_DIM": dim, "BLOCK_KEY": block, "BLOCK_VALUE": block}
-        heads = dims | {"GROUP": 4, "PAGE": PAGE, "ROW_COLUMNS": ROW_COLUMNS}
+        heads = dims | {"GROUP": 4, "PAGE": PAGE_TOKENS, "ROW_COLUMNS": ROW_COLUMNS}
         plain = {"CAPPED": False, "WINDOWED": False}
         for lanes in (16, 64, 128):
             fixed = heads | plain | {"BLOCK_ROWS": lanes, "ITEM_COLUMNS": ITEM_COLUMNS}

@@ -10,11 +10,10 @@ from itertools import takewhile
 
 import simpy
 
+from treecast.prefix import PAGE_TOKENS
 from treecast.wire.frames import Heartbeat, Hello
 
 from .scenario import Scenario
-
-PAGE_TOKENS = 64
 
 
 @dataclass(slots=True, eq=False)

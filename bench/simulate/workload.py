@@ -9,10 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from treecast.prefix import prefix_names
+from treecast.prefix import PAGE_TOKENS, prefix_names
 
 from .scenario import Scenario
-from .verifier import PAGE_TOKENS
 
 VOCABULARY = 32_000
 CONTEXT_TOKENS = 4096

@@ -12,11 +12,8 @@ from itertools import islice
 
 from redis.asyncio import Redis
 
-from treecast.prefix import prefix_names
+from treecast.prefix import PAGE_TOKENS, prefix_names
 from treecast.wire.guarded_redis import GuardedRedis, RedisLost
-
-BLOCK_TOKENS = 64
-"""As the verifiers' pages: shorter beginnings are not shared."""
 
 MAX_NAMES = 12
 """Beginnings that are looked up: 1, 2, 3, 4, 6, 8, 12, .. blocks, up to 4096 tokens."""
@@ -72,7 +69,7 @@ class Prefixes:
 def keys_of(salt: str, prompt: Sequence[int]) -> list[str]:
     """One key for each beginning that is looked up, the shortest first; each with its hash tag."""
     counts = _counts()
-    names = prefix_names(salt, prompt[: counts[-1] * BLOCK_TOKENS], BLOCK_TOKENS)
+    names = prefix_names(salt, prompt[: counts[-1] * PAGE_TOKENS], PAGE_TOKENS)
     found = (names[count - 1] for count in counts if count <= len(names))
     return [f"treecast:prefix:{{{name.hex()}}}" for name in found]
 

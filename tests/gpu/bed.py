@@ -12,7 +12,7 @@ from torch import Tensor
 from treecast.kernels.oracle import OracleAttention
 from treecast.kernels.plan import LayerAttention, SegmentLayout
 from treecast.kernels.scores import PLAIN, ScoreRule
-from treecast.kernels.tables import PAGE
+from treecast.prefix import PAGE_TOKENS
 
 
 @dataclass(frozen=True)
@@ -49,14 +49,14 @@ def random_tree(count: int, seed: int) -> list[int]:
 
 def layouts_of(sequences: Sequence[Text], seed: int = 0) -> list[SegmentLayout]:
     """The sequences as a pass, their pages shuffled among one another."""
-    counts = [-(-(s.length + len(s.parents)) // PAGE) for s in sequences]
+    counts = [-(-(s.length + len(s.parents)) // PAGE_TOKENS) for s in sequences]
     pages = list(range(1, 1 + sum(counts)))
     random.Random(seed).shuffle(pages)
     layouts, first_row = [], 0
     for sequence, count in zip(sequences, counts, strict=True):
         own, pages = pages[:count], pages[count:]
         slots = range(sequence.length + len(sequence.parents))
-        places = [own[slot // PAGE] * PAGE + slot % PAGE for slot in slots]
+        places = [own[slot // PAGE_TOKENS] * PAGE_TOKENS + slot % PAGE_TOKENS for slot in slots]
         rows = len(sequence.parents) if sequence.num_rows is None else sequence.num_rows
         layouts.append(
             SegmentLayout(first_row, rows, sequence.length, sequence.parents, None, places)
@@ -91,7 +91,9 @@ class Pass:
             return torch.randn(shape, generator=generator).to(dtype)
 
         rows = sum(layout.num_rows for layout in layouts)
-        num_places = (1 + max(max(layout.places) for layout in layouts) // PAGE) * PAGE
+        num_places = (
+            1 + max(max(layout.places) for layout in layouts) // PAGE_TOKENS
+        ) * PAGE_TOKENS
         pools = []
         for _ in range(2):
             pool = torch.full((heads.kv_heads, num_places, heads.dim), torch.nan, dtype=dtype)

@@ -21,13 +21,13 @@ from hypothesis.stateful import (
 )
 
 from treecast.engine.kv_pool import (
-    PAGE_TOKENS,
     KVPool,
     PagedSequence,
     SwappedSequence,
     num_pages,
 )
 from treecast.errors import InvalidTree, Overloaded
+from treecast.prefix import PAGE_TOKENS
 
 EMPTY = -1
 

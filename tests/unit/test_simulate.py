@@ -12,9 +12,9 @@ import pytest
 from treecast.bench.simulate.__main__ import main
 from treecast.bench.simulate.router import Request
 from treecast.bench.simulate.scenario import Scenario, read_curve
-from treecast.bench.simulate.verifier import PAGE_TOKENS, Pages, Serving
+from treecast.bench.simulate.verifier import Pages, Serving
 from treecast.bench.simulate.world import World, simulate
-from treecast.prefix import prefix_names
+from treecast.prefix import PAGE_TOKENS, prefix_names
 
 SMALL = Scenario(
     requests_per_s=6, seconds=15, warm_up_s=3, verifiers=2, routers=2, slots=8, think_s=1

@@ -11,9 +11,9 @@ import pytest
 
 from treecast.drafting.base import DraftRequest
 from treecast.engine.base import Engine, KVSequence, LogitRows, Segment
-from treecast.engine.kv_pool import PAGE_TOKENS
 from treecast.engine.toy import ToyEngine, toy_logits
 from treecast.errors import InvalidTree, Overloaded
+from treecast.prefix import PAGE_TOKENS
 from treecast.sampling.params import SamplingParams
 from treecast.tree import ROOT, TokenTree
 

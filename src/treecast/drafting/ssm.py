@@ -12,8 +12,8 @@ from treecast.drafting.evergreen import Evergreen
 from treecast.drafting.growth import Acceptance, Growth, Selection, parse_growth
 from treecast.engine.base import Engine, LogitRows, Segment
 from treecast.engine.curve import StepCurve
-from treecast.engine.kv_pool import PAGE_TOKENS
 from treecast.errors import InvalidRequest, Overloaded, PromptTooLong
+from treecast.prefix import PAGE_TOKENS
 from treecast.sampling.transforms import Context
 from treecast.tree import MAX_DEPTH, MAX_NODES, TokenTree
 

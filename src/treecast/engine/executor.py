@@ -12,7 +12,6 @@ from torch import Tensor
 
 from treecast.engine import lora
 from treecast.engine.bridge import KernelPass, TreePass
-from treecast.engine.kv_pool import PAGE_TOKENS
 from treecast.engine.kv_stored import StoredKV, StoredPass
 from treecast.engine.kv_tensors import KVTensors, LayerShape
 from treecast.engine.loading import LoadOptions, num_layers
@@ -30,6 +29,7 @@ from treecast.kernels.exact import NORM_COLUMNS, ExactAttention
 from treecast.kernels.fast import FastAttention
 from treecast.kernels.oracle import OracleAttention
 from treecast.kernels.plan import LayerAttention, SegmentLayout
+from treecast.prefix import PAGE_TOKENS
 
 
 @dataclass(frozen=True, slots=True)

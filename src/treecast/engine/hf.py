@@ -16,7 +16,7 @@ from torch import Tensor
 from treecast import checkpoints
 from treecast.engine.base import KVSequence, LogitRows, ModelInfo, Segment
 from treecast.engine.executor import Executor, LocalExecutor, PackedPass, PackedSegment
-from treecast.engine.kv_pool import PAGE_TOKENS, KVPool, PagedSequence, num_pages
+from treecast.engine.kv_pool import KVPool, PagedSequence, num_pages
 from treecast.engine.loading import (
     Kernels,
     LoadOptions,
@@ -32,6 +32,7 @@ from treecast.engine.pooled import PooledEngine, paged
 from treecast.engine.residency import ALL_RESIDENT, Offloaded
 from treecast.engine.steps import PassOutput
 from treecast.errors import InvalidRequest
+from treecast.prefix import PAGE_TOKENS
 from treecast.settings import DType, KVDType, Numerics, Weights
 
 DEFAULT_POOL_TOKENS = 16384

@@ -16,14 +16,7 @@ from typing import Protocol
 from treecast.engine.base import PoolUsage
 from treecast.engine.pages import PageTable
 from treecast.errors import InvalidTree
-
-PAGE_TOKENS = 64
-"""Positions of a page; equal to the logical block of exact attention.
-
-Smaller pages waste little less, larger ones share less of a common beginning
-(`treecast.bench.pages`: 16 waste 18% of a pool and cost a third more accounts, 64 waste 21%; of a
-system prompt of 200 tokens 64 share 96%, 128 share 64%, 256 nothing).
-"""
+from treecast.prefix import PAGE_TOKENS as PAGE_TOKENS
 
 
 class Storage(Protocol):

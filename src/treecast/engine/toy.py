@@ -24,8 +24,9 @@ from numpy.typing import NDArray
 
 from treecast.adapter import Adapter
 from treecast.engine.base import KVSequence, LogitRows, ModelInfo, Segment
-from treecast.engine.kv_pool import PAGE_TOKENS, KVPool, PagedSequence
+from treecast.engine.kv_pool import KVPool, PagedSequence
 from treecast.engine.pooled import PooledEngine, paged
+from treecast.prefix import PAGE_TOKENS
 
 _EMPTY = -1
 

@@ -9,9 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from treecast.kernels.plan import SegmentLayout
+from treecast.prefix import PAGE_TOKENS
 
-BLOCK = 64
-"""Positions of a logical block; their products are added up before the blocks are."""
+BLOCK = PAGE_TOKENS
+"""Positions of a logical block, a page; their products are added up before the blocks are."""
 
 MAX_TAIL = 192
 """Most keys in one product: beyond, the matrix library adds them up in parts."""

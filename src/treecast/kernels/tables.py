@@ -15,9 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from treecast.kernels.plan import SegmentLayout
-
-PAGE = 64
-"""Positions of a page; places of a page lie one behind the other, and pages begin at multiples."""
+from treecast.prefix import PAGE_TOKENS
 
 ITEM_COLUMNS = 5
 """Of an item: first row, rows, where its segment's header is, first page, page to stop at."""
@@ -69,7 +67,8 @@ class PassTables:
 def split_pages(segments: Sequence[SegmentLayout], tile_rows: int, programs: int) -> int:
     """Pages of an item so that a pass has about `programs` of them."""
     total = sum(
-        -(-segment.num_rows // tile_rows) * -(-segment.num_slots // PAGE) for segment in segments
+        -(-segment.num_rows // tile_rows) * -(-segment.num_slots // PAGE_TOKENS)
+        for segment in segments
     )
     return max(1, -(-total // max(1, programs)))
 
@@ -140,7 +139,7 @@ def _add_segment(
 ) -> None:
     depths = _depths(segment.parents)
     places = np.asarray(segment.places, dtype=np.int32)
-    pages_at = lists.add(places[::PAGE] // PAGE)
+    pages_at = lists.add(places[::PAGE_TOKENS] // PAGE_TOKENS)
     depths_at = lists.add(depths)
     header = (segment.length, len(segment.parents), pages_at, depths_at)
     header_at = lists.add(np.array(header, dtype=np.int32))
@@ -159,7 +158,9 @@ def _add_segment(
 
 def _splits(segment: SegmentLayout, tiling: Tiling) -> list[tuple[int, int]]:
     """First page and page to stop at of each item of a tile."""
-    pages = segment.length // PAGE if tiling.aligned else -(-segment.num_slots // PAGE)
+    pages = (
+        segment.length // PAGE_TOKENS if tiling.aligned else -(-segment.num_slots // PAGE_TOKENS)
+    )
     if not tiling.aligned and pages:
         count = -(-pages // tiling.split_pages)
         return [(i * pages // count, (i + 1) * pages // count) for i in range(count)]
@@ -187,7 +188,7 @@ def _add_bits(segment: SegmentLayout, lists: _Lists) -> list[int]:
 
 def _add_paths(segment: SegmentLayout, places: NDArray[np.int32], lists: _Lists) -> list[int]:
     """Places of each row's path, from the first position of a page not wholly committed."""
-    whole = segment.length // PAGE * PAGE
+    whole = segment.length // PAGE_TOKENS * PAGE_TOKENS
     ends: list[NDArray[np.int32]] = []
     for row, parent in enumerate(segment.parents):
         own = places[segment.length + row : segment.length + row + 1]

@@ -16,7 +16,6 @@ from treecast.kernels.plan import SegmentLayout
 from treecast.kernels.scores import PLAIN, ScoreRule, check_on_device
 from treecast.kernels.tables import (
     ITEM_COLUMNS,
-    PAGE,
     ROW_COLUMNS,
     PassTables,
     Tiling,
@@ -24,6 +23,7 @@ from treecast.kernels.tables import (
     count_items,
 )
 from treecast.kernels.triton_fast import Launch, Planner, block_dim, next_power_of_2, write_new
+from treecast.prefix import PAGE_TOKENS
 
 EXACT_LANES = 64
 """Query rows of a program; more only for models with more heads on one KV head."""
@@ -109,7 +109,7 @@ class TritonExactAttention:
             "BLOCK_ROWS": launch.lanes,
             "BLOCK_KEY": block_dim(query.shape[-1]),
             "BLOCK_VALUE": block_dim(value_dim),
-            "PAGE": PAGE,
+            "PAGE": PAGE_TOKENS,
             "ROW_COLUMNS": ROW_COLUMNS,
             "num_warps": EXACT_WARPS,
             "num_stages": EXACT_STAGES,

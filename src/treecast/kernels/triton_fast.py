@@ -13,13 +13,13 @@ from treecast.kernels.plan import SegmentLayout
 from treecast.kernels.scores import PLAIN, ScoreRule, check_on_device
 from treecast.kernels.tables import (
     ITEM_COLUMNS,
-    PAGE,
     ROW_COLUMNS,
     PassTables,
     Tiling,
     build_tables,
     split_pages,
 )
+from treecast.prefix import PAGE_TOKENS
 
 _MOST_LANES = 128
 _FEWEST_LANES = 16
@@ -155,7 +155,7 @@ class TritonFastAttention:
             BLOCK_ROWS=launch.lanes,
             BLOCK_KEY=block_key,
             BLOCK_VALUE=block_value,
-            PAGE=PAGE,
+            PAGE=PAGE_TOKENS,
             ITEM_COLUMNS=ITEM_COLUMNS,
             ROW_COLUMNS=ROW_COLUMNS,
             num_warps=warps_for(launch.lanes),
