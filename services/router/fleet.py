@@ -25,7 +25,7 @@ from treecast.wire.frames import (
     ServingFrame,
     SessionKey,
 )
-from treecast.wire.pair import SERVE
+from treecast.wire.hop import SERVE
 from treecast.wire.registry import Entry
 from treecast.wire.status import from_rpc_error
 from treecast.wire.streams import Streams

@@ -17,7 +17,7 @@ from treecast.wire.frames import (
     ServingFrame,
     Start,
 )
-from treecast.wire.pair import Link
+from treecast.wire.link import Link
 
 VerifierLink = Link[RouterFrame, ServingFrame]
 

@@ -20,10 +20,11 @@ from treecast.telemetry.process import ProcessCollector
 from treecast.telemetry.traces import open_tracing
 from treecast.v1 import speculator_pb2 as pb
 from treecast.v1 import speculator_pb2_grpc
+from treecast.wire.acceptor import Acceptor
 from treecast.wire.frames import Heartbeat, Hello, Role
 from treecast.wire.guarded_redis import GuardedRedis
+from treecast.wire.hop import SPECULATE
 from treecast.wire.lifecycle import begin, serve_until_stopped
-from treecast.wire.pair import SPECULATE, Acceptor
 from treecast.wire.server import Server
 from treecast.wire.tls import tls_of
 

@@ -19,6 +19,7 @@ from treecast.sampling.params import Law
 from treecast.telemetry.traces import NoTracing, Tracing, is_told
 from treecast.wire.frames import (
     Attach,
+    BadFrame,
     Commit,
     Detach,
     Draft,
@@ -28,7 +29,7 @@ from treecast.wire.frames import (
     SpeculatorFrame,
     VerifierFrame,
 )
-from treecast.wire.pair import BadFrame, Link
+from treecast.wire.link import Link
 
 from .metrics import SpeculatorMetrics
 from .orders import Advance, Close, Grown, Open, Order, Result

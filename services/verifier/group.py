@@ -15,8 +15,8 @@ from pathlib import Path
 import structlog
 
 from treecast import lifeline
-from treecast.checkpoints import check_model_dir
 from treecast.errors import EngineLost
+from treecast.model_folder import check_model_dir
 from treecast.settings import as_environment
 from treecast.wire.frames import Role
 from treecast.wire.lifecycle import begin, stop_signal

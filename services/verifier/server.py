@@ -26,11 +26,12 @@ from treecast.text.tokenizer import TokenizerFiles
 from treecast.v1 import verifier_pb2 as pb
 from treecast.v1 import verifier_pb2_grpc
 from treecast.wire import codec
+from treecast.wire.acceptor import Acceptor
 from treecast.wire.channel import MAX_ANSWER_BYTES
 from treecast.wire.frames import Heartbeat, Hello, Role
 from treecast.wire.guarded_redis import GuardedRedis
+from treecast.wire.hop import SERVE, SPECULATE
 from treecast.wire.lifecycle import begin, serve_until_stopped
-from treecast.wire.pair import SERVE, SPECULATE, Acceptor
 from treecast.wire.registry import Registry
 from treecast.wire.server import Server
 from treecast.wire.streams import Streams

@@ -17,38 +17,9 @@ from typing import Any
 from treecast.conversion import ProgressFn, convert
 from treecast.default_target import find_gguf
 from treecast.errors import ModelError
-from treecast.model_folder import (
-    appearing_whole,
-    check_model_dir,
-    copy_tokenizer,
-    file_hash,
-    model_revision,
-    tokenizer_hash,
-    weight_files,
-)
-
-__all__ = [
-    "DEFAULT_DRAFT",
-    "DEFAULT_TARGET",
-    "HEAD_TOKENS",
-    "SCALE_SUFFIX",
-    "TrainedWeights",
-    "assemble_draft",
-    "check_model_dir",
-    "copy_tokenizer",
-    "cut_config",
-    "default_cache_dir",
-    "draft_folder",
-    "ensure_converted",
-    "ensure_default_draft",
-    "ensure_default_drafts",
-    "ensure_default_target",
-    "ensure_folder",
-    "model_revision",
-    "read_trained",
-    "shipped_draft_weights",
-    "tokenizer_hash",
-]
+from treecast.model_folder import appearing_whole, copy_tokenizer, file_hash, weight_files
+from treecast.model_folder import check_model_dir as check_model_dir
+from treecast.model_folder import model_revision as model_revision
 
 DEFAULT_TARGET = "smollm2-135m-instruct"
 DEFAULT_DRAFT = "smollm2-135m-draft"

@@ -19,9 +19,12 @@ from treecast.v1.speculator_pb2_grpc import (
     add_SpeculatorServiceServicer_to_server,
 )
 from treecast.wire import codec
+from treecast.wire.acceptor import Acceptor
 from treecast.wire.channel import open_channel
+from treecast.wire.dialer import Dialer
 from treecast.wire.frames import Attach, BadFrame, Commit, Heartbeat, Hello, Role
-from treecast.wire.pair import SPECULATE, Acceptor, Dialer, Link
+from treecast.wire.hop import SPECULATE
+from treecast.wire.link import Link
 from treecast.wire.server import Server
 from treecast.wire.status import from_rpc_error
 

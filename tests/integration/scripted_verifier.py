@@ -11,6 +11,7 @@ from treecast.sampling.logprobs import TokenLogprobs
 from treecast.v1 import verifier_pb2 as pb
 from treecast.v1 import verifier_pb2_grpc
 from treecast.wire import codec
+from treecast.wire.acceptor import Acceptor
 from treecast.wire.channel import MAX_ANSWER_BYTES
 from treecast.wire.frames import (
     BadFrame,
@@ -28,7 +29,8 @@ from treecast.wire.frames import (
     Start,
     Usage,
 )
-from treecast.wire.pair import SERVE, Acceptor, Link
+from treecast.wire.hop import SERVE
+from treecast.wire.link import Link
 from treecast.wire.server import Server
 
 from ..byte_tokenizer import SPECIAL_TOKENS, TEMPLATE, byte_tokenizer

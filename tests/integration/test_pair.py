@@ -26,9 +26,10 @@ from treecast.sampling.params import Law
 from treecast.tree import TokenTree
 from treecast.v1 import speculator_pb2 as pb
 from treecast.wire.channel import MAX_MESSAGE_BYTES
-from treecast.wire.dialer import retry_pause_s
+from treecast.wire.dialer import Dialer, retry_pause_s
 from treecast.wire.frames import Attach, Draft, Heartbeat, Hello, NeedSync, Refused, Role
-from treecast.wire.pair import SPECULATE, Dialer, is_hung
+from treecast.wire.greeting import is_hung
+from treecast.wire.hop import SPECULATE
 
 from .pair_rig import (
     GREEDY,

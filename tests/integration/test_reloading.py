@@ -20,7 +20,6 @@ import torch
 import transformers
 
 from treecast import SamplingParams
-from treecast.checkpoints import model_revision
 from treecast.drafting.base import DraftRequest
 from treecast.drafting.growth import BestFirst
 from treecast.drafting.ssm import SSMDrafter
@@ -34,6 +33,7 @@ from treecast.errors import (
     TreecastError,
     Unavailable,
 )
+from treecast.model_folder import model_revision
 from treecast.sampling.params import Law, SpeculationParams
 from treecast.services.router.server import Router
 from treecast.services.router.settings import RouterSettings

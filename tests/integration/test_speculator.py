@@ -44,7 +44,7 @@ from treecast.wire.frames import (
     Refused,
     Role,
 )
-from treecast.wire.pair import Link
+from treecast.wire.link import Link
 from treecast.wire.server import Server
 
 from .pair_rig import Recorder, raw_verifier, verifier

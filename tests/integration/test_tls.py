@@ -21,8 +21,9 @@ from treecast.services.local.certificates import Authority, make_certificates
 from treecast.services.router.keys import entry_of
 from treecast.v1 import speculator_pb2_grpc, verifier_pb2, verifier_pb2_grpc
 from treecast.wire.channel import open_channel
+from treecast.wire.dialer import Dialer
 from treecast.wire.frames import Heartbeat, Hello, Role
-from treecast.wire.pair import SPECULATE, Dialer
+from treecast.wire.hop import SPECULATE
 from treecast.wire.status import from_rpc_error
 from treecast.wire.tls import Tls, TlsFiles
 

@@ -19,6 +19,8 @@ from treecast.services.verifier.server import Verifier, server_of
 from treecast.services.verifier.settings import VerifierSettings
 from treecast.text.tokenizer import TokenizerFiles
 from treecast.v1 import speculator_pb2_grpc
+from treecast.wire.acceptor import Acceptor
+from treecast.wire.dialer import Dialer
 from treecast.wire.frames import (
     BadFrame,
     Cancel,
@@ -36,7 +38,8 @@ from treecast.wire.frames import (
     VerifierFrame,
 )
 from treecast.wire.guarded_redis import GuardedRedis
-from treecast.wire.pair import SERVE, SPECULATE, Acceptor, Dialer, Link
+from treecast.wire.hop import SERVE, SPECULATE
+from treecast.wire.link import Link
 from treecast.wire.server import Server
 
 VOCAB = 97

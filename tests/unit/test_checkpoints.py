@@ -17,19 +17,16 @@ from treecast import model_folder
 from treecast.checkpoints import (
     DEFAULT_DRAFT,
     assemble_draft,
-    check_model_dir,
     default_cache_dir,
     draft_folder,
     ensure_default_draft,
     ensure_default_drafts,
     ensure_default_target,
-    model_revision,
     read_trained,
     shipped_draft_weights,
-    tokenizer_hash,
 )
 from treecast.errors import ModelError
-from treecast.model_folder import appearing_whole
+from treecast.model_folder import appearing_whole, check_model_dir, model_revision, tokenizer_hash
 from treecast.tuning.draft import cut_draft, save_trained
 
 

@@ -12,10 +12,11 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from treecast import conversion
-from treecast.checkpoints import ensure_converted, model_revision
+from treecast.checkpoints import ensure_converted
 from treecast.conversion import MOST_ERROR, convert
 from treecast.engine.hf import HFEngine
 from treecast.errors import ModelError
+from treecast.model_folder import model_revision
 
 from .tiny_target import tiny_target
 

@@ -180,10 +180,10 @@ def check(
     """
     from dataclasses import asdict
 
-    from treecast.checkpoints import check_model_dir, model_revision, tokenizer_hash
     from treecast.engine.free_memory import free_host_bytes
     from treecast.engine.loading import LoadOptions, resolve_dtype
     from treecast.engine.memory import estimate, gib
+    from treecast.model_folder import check_model_dir, model_revision, tokenizer_hash
 
     check_model_dir(path)
     need = estimate(path, LoadOptions(resolve_dtype("auto"), "exact", "cpu", None), pool_tokens)

@@ -13,7 +13,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from treecast import checkpoints
 from treecast.engine.base import KVSequence, LogitRows, ModelInfo, Segment
 from treecast.engine.executor import Executor, LocalExecutor, PackedPass, PackedSegment
 from treecast.engine.kv_pool import KVPool, PagedSequence, num_pages
@@ -32,6 +31,7 @@ from treecast.engine.pooled import PooledEngine, paged
 from treecast.engine.residency import ALL_RESIDENT, Offloaded
 from treecast.engine.steps import PassOutput
 from treecast.errors import InvalidRequest
+from treecast.model_folder import check_model_dir
 from treecast.prefix import PAGE_TOKENS
 from treecast.settings import DType, KVDType, Numerics, Weights
 
@@ -89,7 +89,7 @@ class HFEngine(PooledEngine):
         """
         offload.check_adapters(adapters)
         folder = Path(path)
-        checkpoints.check_model_dir(folder)
+        check_model_dir(folder)
         options = LoadOptions(
             resolve_dtype(dtype, device),
             numerics,

@@ -14,7 +14,6 @@ import structlog
 import torch
 from torch import Tensor, nn
 
-from treecast import checkpoints
 from treecast.engine import bridge, rerouting
 from treecast.engine.base import ModelInfo
 from treecast.engine.cut_head import cut_head
@@ -33,6 +32,7 @@ from treecast.engine.progress import reading_told
 from treecast.engine.sharding.shape import ALONE, GroupShape
 from treecast.engine.unread import unread_model
 from treecast.errors import ModelError
+from treecast.model_folder import model_revision, tokenizer_hash
 from treecast.settings import DType, KVDType, Numerics, Weights
 
 DTYPES: dict[str, torch.dtype] = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -287,7 +287,7 @@ def num_layers(model: Any) -> int:
 def describe(path: Path, model: Any, options: LoadOptions) -> ModelInfo:
     """What the loaded model is, for those who decide where requests go."""
     config = model.config.get_text_config()
-    revision = checkpoints.model_revision(path)
+    revision = model_revision(path)
     has_tokenizer = (path / "tokenizer.json").is_file()
     return ModelInfo(
         name=path.name,
@@ -295,7 +295,7 @@ def describe(path: Path, model: Any, options: LoadOptions) -> ModelInfo:
         vocab_size=int(config.vocab_size),
         context_tokens=context_tokens(config),
         eos_token_ids=_eos_token_ids(model),
-        tokenizer_hash=checkpoints.tokenizer_hash(path) if has_tokenizer else "",
+        tokenizer_hash=tokenizer_hash(path) if has_tokenizer else "",
         fingerprint=fingerprint(revision, options),
     )
 

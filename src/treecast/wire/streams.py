@@ -7,10 +7,10 @@ from collections.abc import Callable
 from typing import Generic, TypeVar
 
 from treecast.errors import DuplicateRequest
+from treecast.wire.dialer import Dialer
 from treecast.wire.frames import BadFrame, Heartbeat, Hello
 from treecast.wire.hop import Hop
 from treecast.wire.link import Link, PairHandler
-from treecast.wire.pair import Dialer
 from treecast.wire.registry import Entry
 from treecast.wire.tls import Tls
 

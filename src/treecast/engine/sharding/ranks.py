@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from treecast import checkpoints
 from treecast.engine.base import ModelInfo
 from treecast.engine.executor import Executor, LocalExecutor, PackedPass
 from treecast.engine.hf import HFEngine, pages_of
@@ -25,6 +24,7 @@ from treecast.engine.sharding.stages import StageRunner, own_layers
 from treecast.engine.sharding.world import World
 from treecast.engine.steps import PassOutput
 from treecast.errors import EngineLost
+from treecast.model_folder import check_model_dir
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ def follow(member: Member) -> None:
 
 def _load_share(member: Member) -> tuple[World, LocalExecutor, ModelInfo]:
     folder, options = member.folder, member.options
-    checkpoints.check_model_dir(folder)
+    check_model_dir(folder)
     check_divides(folder, options.group)
     world = World.join(member.place, member.rendezvous, options.device, member.timeout_s)
     model = load_model(folder, options)
