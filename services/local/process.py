@@ -17,9 +17,9 @@ from typing import ClassVar
 
 from treecast import lifeline
 from treecast.errors import TreecastError
+from treecast.settings import ENV_PREFIX
 
 LOG_TAIL_LINES = 12
-ENV_PREFIX = "TREECAST_"
 _KEPT_VARIABLES = ("TREECAST_HOME",)
 
 

@@ -13,7 +13,7 @@ from treecast.adapter import Adapter, prefix_salt
 from treecast.errors import HandedOver, StaleLease, TreecastError, Unavailable
 from treecast.sampling.noise import noise_key
 from treecast.telemetry.traces import UNTRACED, Attributes, Span, Tracing
-from treecast.text.detok import DetokStream
+from treecast.text.detok import INLINE_TOKENS, DetokStream
 from treecast.wire.frames import Completed, Failed, FinishReason, Hello, SessionKey, Start
 
 from . import messages
@@ -33,9 +33,6 @@ from .writer import Writer
 MAX_STALE_LEASES = 3
 
 log = structlog.get_logger()
-
-_MOST_TOKENS_INLINE = 256
-"""Of output taken up again whose text is made on the event loop; each costs some 10 us."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +151,7 @@ class Generation:
     async def _text(self) -> DetokStream:
         """A sample's text, with what the client has of it; on a thread where that is much."""
         committed, text = self._job.ask.committed, self._job.detokenizer()
-        if len(committed) > _MOST_TOKENS_INLINE:
+        if len(committed) > INLINE_TOKENS:
             await asyncio.to_thread(text.push, committed)
         else:
             text.push(committed)

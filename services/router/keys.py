@@ -16,6 +16,7 @@ import structlog
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from treecast.errors import InvalidRequest, PermissionDenied, SettingsError, Unauthenticated
+from treecast.wire.codec.bounds import MAX_PRIORITY
 
 TENANT = "default"
 """Whoever calls a router that has no keys."""
@@ -52,7 +53,7 @@ class Key(BaseModel):
     requests_per_minute: Limit | None = None
     tokens_per_minute: Limit | None = None
     max_concurrency: Limit | None = None
-    max_priority: Annotated[int, Field(ge=-10, le=10)] = 10
+    max_priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] = MAX_PRIORITY
     admin: bool = False
     expires: AwareDatetime | None = None
 

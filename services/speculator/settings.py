@@ -11,9 +11,9 @@ from pydantic import AfterValidator, BeforeValidator, Field, field_validator
 from pydantic_settings import NoDecode, SettingsConfigDict
 
 from treecast.drafting.growth import FORM, parse_growth
-from treecast.drafting.merge import MAX_DRAFTERS
 from treecast.errors import InvalidRequest
 from treecast.settings import ModelSettings, Numerics, split_commas
+from treecast.tree import MAX_PROPOSERS
 
 KINDS = ("ssm", "ngram", "suffix")
 
@@ -45,7 +45,7 @@ Drafters = Annotated[
     tuple[Annotated[str, AfterValidator(_check_drafter)], ...],
     NoDecode,
     BeforeValidator(split_commas),
-    Field(min_length=1, max_length=MAX_DRAFTERS),
+    Field(min_length=1, max_length=MAX_PROPOSERS),
 ]
 
 

@@ -21,7 +21,7 @@ from treecast.sampling.pick import Picker
 from treecast.sampling.stops import Stop, StopRules
 from treecast.sampling.transforms import Context
 from treecast.telemetry.traces import Tracing
-from treecast.text.detok import Decode
+from treecast.text.detok import INLINE_TOKENS, Decode
 from treecast.wire.frames import (
     BadFrame,
     Cancel,
@@ -43,10 +43,6 @@ from .step import StepLoop
 log = structlog.get_logger()
 
 RouterLink = Link[ServingFrame, RouterFrame]
-
-
-_MOST_TOKENS_INLINE = 256
-"""Of output taken up again in which stops are looked for on the event loop; some 10 us each."""
 
 
 @dataclass(slots=True)
@@ -145,7 +141,7 @@ class Admission:
         if start.handle in self._requests[link] or at in self._preparing:
             raise InvalidRequest(f"handle {start.handle} is in use on this stream")
         arrived_at = time.monotonic()
-        if not start.sampling.constraint[0] and len(start.committed) <= _MOST_TOKENS_INLINE:
+        if not start.sampling.constraint[0] and len(start.committed) <= INLINE_TOKENS:
             self._submit(link, start, arrived_at)
             return
         try:

@@ -12,13 +12,12 @@ from treecast.engine.exactness import differing_rows
 from treecast.engine.sharding.shape import Place
 from treecast.engine.toy import ToyEngine
 from treecast.errors import ModelError, SettingsError
-from treecast.settings import GIB
+from treecast.settings import GIB, POOL_TOKENS
 from treecast.text.tokenizer import TokenizerFiles
 from treecast.wire.channel import MAX_ANSWER_BYTES
 
 from .settings import VerifierSettings
 
-_TOY_TOKENS = 16384
 _ROOM_BYTES = 1024 * 1024
 """Of the answer that hands out the tokenizer: for its template and special tokens."""
 
@@ -42,7 +41,7 @@ def load_engine(settings: VerifierSettings, place: Place | None) -> tuple[Path |
     check_adapters(settings)
     if settings.engine == "toy":
         pool_tokens = settings.pool_tokens
-        pool_tokens = _TOY_TOKENS if pool_tokens == "auto" else pool_tokens
+        pool_tokens = POOL_TOKENS if pool_tokens == "auto" else pool_tokens
         return None, ToyEngine(pool_tokens=pool_tokens, step_s=settings.toy_step_s)
     folder = model_folder(settings)
     engine = _load(settings, folder, place)

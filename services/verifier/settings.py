@@ -11,7 +11,7 @@ from pydantic_settings import NoDecode
 from treecast.adapter import MAX_ADAPTERS, NAME_FORM, is_adapter_name
 from treecast.engine.sharding.shape import GroupShape
 from treecast.sampling.params import Law
-from treecast.settings import KVDType, ModelSettings, Numerics, split_commas
+from treecast.settings import POOL_TOKENS, KVDType, ModelSettings, Numerics, split_commas
 from treecast.wire.registry import Addresses
 
 
@@ -74,7 +74,7 @@ class VerifierSettings(ModelSettings):
         10, gt=0, description="a rank that does not answer for so long ends its group"
     )
     pool_tokens: Annotated[int, Field(ge=256)] | Literal["auto"] = Field(
-        16384,
+        POOL_TOKENS,
         description="KV pool size in tokens; auto: what fits into the memory that weights leave, "
         "of a GPU nine tenths of it, of the host half",
     )

@@ -22,6 +22,9 @@ ENV_PREFIX = "TREECAST_"
 GIB = 2**30
 """Bytes of a GiB."""
 
+POOL_TOKENS = 16384
+"""Of a KV pool, unless a size is given."""
+
 DType = Literal["auto", "bfloat16", "float32"]
 """Of weights and activations; auto: bfloat16 where the processor multiplies it, else float32."""
 

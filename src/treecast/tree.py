@@ -17,6 +17,8 @@ ROOT = -1
 
 MAX_NODES = 256
 MAX_DEPTH = 32
+MAX_PROPOSERS = 8
+"""A node's proposers are one byte of bits."""
 
 
 @dataclass(slots=True, eq=True)

@@ -12,6 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from treecast.errors import InvalidRequest
+from treecast.sampling.params import MAX_LOGPROBS
 from treecast.services.router.messages import MAX_SAMPLES
 from treecast.v1 import router_pb2 as pb
 from treecast.v1 import sampling_pb2
@@ -24,7 +25,6 @@ MAX_CHAT_TOKENS = 256
 MAX_COMPLETION_TOKENS = 16
 """Where a request names none; the second is OpenAI's own."""
 
-_MAX_LOGPROBS = 20
 _SHOWN_CHARACTERS = 80
 
 Count = Annotated[int, Field(ge=1, lt=2**31)]
@@ -157,7 +157,7 @@ class ChatAsked(Asked):
     messages: list[Message]
     logprobs: bool = False
     max_completion_tokens: Count | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=_MAX_LOGPROBS)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 
     @model_validator(mode="after")
     def _check_logprobs(self) -> ChatAsked:
@@ -185,7 +185,7 @@ class CompletionAsked(Asked):
     default_max_tokens = MAX_COMPLETION_TOKENS
 
     prompt: str | list[TokenId]
-    logprobs: Annotated[int, Field(ge=0, le=_MAX_LOGPROBS)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 
     @property
     def num_logprobs(self) -> int | None:

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 
 from treecast.errors import ModelError
+from treecast.settings import POOL_TOKENS
 
 from . import options
 from .outcome import Commands
 from .output import stderr, stdout, write_json
-
-if TYPE_CHECKING:
-    pass
 
 
 def register(app: typer.Typer) -> None:
@@ -170,7 +168,7 @@ def check(
     path: Annotated[Path, typer.Argument(help="A Hugging Face model folder.")],
     pool_tokens: Annotated[
         int, typer.Option(min=64, help="KV pool that memory is reckoned with.")
-    ] = 16384,
+    ] = POOL_TOKENS,
     as_json: options.Json = False,
 ) -> None:
     """Say whether a folder holds a causal language model that can be served, and what it takes.

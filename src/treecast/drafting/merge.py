@@ -15,10 +15,7 @@ from treecast.drafting.growth import parse_growth
 from treecast.drafting.isolation import Turn, each_alone
 from treecast.errors import InvalidRequest, TreecastError
 from treecast.sampling.noise import derived_key
-from treecast.tree import TokenTree, merge
-
-MAX_DRAFTERS = 8
-"""A node's proposers are one byte of bits."""
+from treecast.tree import MAX_PROPOSERS, TokenTree, merge
 
 Grown = TypeVar("Grown")
 
@@ -55,7 +52,7 @@ class MergedDrafter:
         Raises:
             InvalidRequest: two of the same name, or vocabularies of different sizes.
         """
-        assert 1 <= len(drafters) <= MAX_DRAFTERS, f"{len(drafters)} drafters"
+        assert 1 <= len(drafters) <= MAX_PROPOSERS, f"{len(drafters)} drafters"
         self._drafters = list(drafters)
         self._observe = observe
         self._threads = threads

@@ -33,9 +33,8 @@ from treecast.engine.steps import PassOutput
 from treecast.errors import InvalidRequest
 from treecast.model_folder import check_model_dir
 from treecast.prefix import PAGE_TOKENS
-from treecast.settings import DType, KVDType, Numerics, Weights
+from treecast.settings import POOL_TOKENS, DType, KVDType, Numerics, Weights
 
-DEFAULT_POOL_TOKENS = 16384
 NO_ADAPTERS: Mapping[str, Path | str] = MappingProxyType({})
 
 
@@ -55,7 +54,7 @@ class HFEngine(PooledEngine):
         dtype: DType = "auto",
         numerics: Numerics = "exact",
         device: str = "cpu",
-        pool_tokens: int | None = DEFAULT_POOL_TOKENS,
+        pool_tokens: int | None = POOL_TOKENS,
         threads: int | None = None,
         kernels: Kernels = "auto",
         weights: Weights = "auto",

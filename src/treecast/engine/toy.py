@@ -27,6 +27,7 @@ from treecast.engine.base import KVSequence, LogitRows, ModelInfo, Segment
 from treecast.engine.kv_pool import KVPool, PagedSequence
 from treecast.engine.pooled import PooledEngine, paged
 from treecast.prefix import PAGE_TOKENS
+from treecast.settings import POOL_TOKENS
 
 _EMPTY = -1
 
@@ -119,7 +120,7 @@ class ToyEngine(PooledEngine):
         self,
         vocab_size: int = 97,
         context_tokens: int = 1024,
-        pool_tokens: int = 16384,
+        pool_tokens: int = POOL_TOKENS,
         step_s: float = 0,
         eos_token_ids: Iterable[int] = (),
         on_forward: Callable[[Sequence[Segment]], None] | None = None,

@@ -25,6 +25,7 @@ _MAX_BIASES = 1024
 _MAX_STOPS = 16
 _MAX_STOP_CHARACTERS = 256
 _MAX_STOP_TOKENS = 64
+MAX_LOGPROBS = 20
 MAX_GROWTH_CHARACTERS = 256
 MAX_CONSTRAINT_CHARACTERS = 65536
 CONSTRAINTS = ("json_schema", "regex", "grammar")
@@ -133,7 +134,8 @@ class SamplingParams:
         _check(0 <= self.top_k < 2**31, "top_k", self.top_k, "0 or more")
         _check(self.seed is None or 0 <= self.seed < 2**64, "seed", self.seed, "0..2**64-1")
         _check(self.max_tokens >= 1, "max_tokens", self.max_tokens, "1 or more")
-        _check(self.logprobs in (None, *range(21)), "logprobs", self.logprobs, "0..20")
+        logprobs = range(MAX_LOGPROBS + 1)
+        _check(self.logprobs in (None, *logprobs), "logprobs", self.logprobs, f"0..{MAX_LOGPROBS}")
         self._check_stops()
         if not isinstance(self.json_schema, str):
             object.__setattr__(self, "json_schema", json.dumps(self.json_schema))

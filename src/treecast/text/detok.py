@@ -13,6 +13,9 @@ Decode = Callable[[Sequence[int]], str]
 """Text of some token ids."""
 
 REPLACEMENT = "�"
+INLINE_TOKENS = 256
+"""Of output taken up again whose text is made on an event loop; each costs some 10 us."""
+
 MAX_OPEN = 3
 """A UTF-8 character that lacks bytes has at most three, in as many tokens; a decoder shows them as
 one mark, or as one for each.

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from treecast.errors import InvalidFrame, TreecastError
 from treecast.tree import MAX_DEPTH, MAX_NODES
+from treecast.tree import MAX_PROPOSERS as MAX_PROPOSERS
 
 MAX_TOKENS = 1 << 20
 """Longest token list in one frame, whatever the model's context."""
@@ -16,7 +17,6 @@ MAX_FRAMES = 4096
 
 MAX_NAME_CHARACTERS = 256
 MAX_TEXT_CHARACTERS = 4096
-MAX_PROPOSERS = 8
 MAX_TRACEPARENT_CHARACTERS = 55
 MAX_PRIORITY = 10
 UINT32_MAX = 2**32 - 1

@@ -10,6 +10,7 @@ from treecast.adapter import MAX_ADAPTERS, NAME_FORM, Adapter, is_adapter_name
 from treecast.errors import InvalidFrame, InvalidRequest
 from treecast.sampling.logprobs import TokenLogprobs
 from treecast.sampling.params import (
+    MAX_LOGPROBS,
     Law,
     Proposal,
     SamplingParams,
@@ -27,7 +28,6 @@ from treecast.wire.codec.bounds import (
 from treecast.wire.frames import Cost, FinishReason, Heartbeat, Hello, Role, SessionKey, Usage
 
 _MAX_LAWS = 8
-_MAX_TOP_LOGPROBS = 20
 
 _REALS = (
     "temperature",
@@ -164,11 +164,11 @@ def encode_logprobs(logprobs: TokenLogprobs) -> sampling_pb2.TokenLogprobs:
 
 
 def decode_logprobs(message: sampling_pb2.TokenLogprobs) -> TokenLogprobs:
-    """Raises InvalidFrame for lists that differ in length or are longer than 20."""
+    """Raises InvalidFrame for lists that differ in length or are longer than `MAX_LOGPROBS`."""
     ids, values = len(message.top_ids), len(message.top_logprobs)
     if ids != values:
         raise InvalidFrame(f"logprobs have {ids} token ids and {values} values")
-    check_at_most(ids, _MAX_TOP_LOGPROBS, "number of top logprobs")
+    check_at_most(ids, MAX_LOGPROBS, "number of top logprobs")
     return TokenLogprobs(message.chosen, tuple(message.top_ids), tuple(message.top_logprobs))
 
 
