@@ -11,11 +11,13 @@ import pytest
 import torch
 import transformers
 from numpy.typing import NDArray
+from torch import Tensor
 
 from treecast.engine import steps
-from treecast.engine.base import Segment
+from treecast.engine.base import KVSequence, Segment
 from treecast.engine.exactness import differing_rows
 from treecast.engine.hf import HFEngine
+from treecast.engine.pooled import paged
 from treecast.errors import ModelError
 
 from .bed import random_tree
@@ -182,8 +184,14 @@ def test_the_pool_is_that_of_a_fresh_prompt_when_paths_are_committed(
     fresh = engine.allocate(300)
     engine.forward([Segment.chain(fresh, text, [])])
     engine.commit(fresh, range(len(text)))
-    for found, expected in zip(engine.contents(sequence), engine.contents(fresh), strict=True):
+    for found, expected in zip(contents(engine, sequence), contents(engine, fresh), strict=True):
         torch.testing.assert_close(found, expected, atol=0 if numerics == "exact" else 1e-4, rtol=0)
+
+
+def contents(engine: HFEngine, sequence: KVSequence) -> list[Tensor]:
+    """[planes, committed positions, dim] the sequence's keys and values."""
+    own = paged(sequence)
+    return engine._executor._tensors.read(own.places(0, own.length))
 
 
 def path_to(row: int, parents: Sequence[int]) -> list[int]:

@@ -12,11 +12,13 @@ import pytest
 import torch
 import transformers
 from numpy.typing import NDArray
+from torch import Tensor
 
 from treecast.checkpoints import ensure_default_target
 from treecast.engine.base import KVSequence, Segment
 from treecast.engine.exactness import differing_rows
 from treecast.engine.hf import HFEngine
+from treecast.engine.pooled import paged
 from treecast.errors import InvalidRequest, InvalidTree, ModelError, Overloaded
 from treecast.kernels.plan import SegmentLayout
 
@@ -223,10 +225,16 @@ def run_rounds(engine: HFEngine, rounds: int, spoil: int | None = None) -> tuple
         tokens, parents = [tokens[row] for row in keep], [places[parents[row]] for row in keep]
     assert sequence.length == len(text)
     again = prefilled(engine, text)
-    contents = engine.contents(sequence), engine.contents(again)
+    found = contents(engine, sequence), contents(engine, again)
     engine.free(sequence)
     engine.free(again)
-    return contents
+    return found
+
+
+def contents(engine: HFEngine, sequence: KVSequence) -> list[Tensor]:
+    """[planes, committed positions, dim] the sequence's keys and values."""
+    own = paged(sequence)
+    return engine._executor._tensors.read(own.places(0, own.length))
 
 
 def test_pool_equals_a_fresh_prefill_after_fifty_rounds(engine: HFEngine) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 import pytest
 import structlog
@@ -28,19 +29,28 @@ async def redis(empty_redis: str) -> AsyncIterator[GuardedRedis]:
     await client.close()
 
 
-def registration(redis: GuardedRedis, name: str = "v1", beat_s: float = 60.0) -> Registration:
-    return Registration(redis, Role.VERIFIER, f"{name}:7000", name, "m", beat_s)
+@asynccontextmanager
+async def registered(
+    redis: GuardedRedis, name: str = "v1", beat_s: float = 60.0, role: Role = Role.VERIFIER
+) -> AsyncIterator[None]:
+    registration = Registration(redis, role, f"{name}:7000", name, "m", beat_s)
+    await registration.start()
+    try:
+        yield
+    finally:
+        await registration.close()
 
 
 async def entries_now(redis: GuardedRedis, *seeds: str) -> tuple[Entry, ...]:
+    told: list[tuple[Entry, ...]] = [()]
     registry = Registry(redis, Role.VERIFIER, seeds)
-    await registry.poll()
+    await registry.start(told.append)
     await registry.close()
-    return registry.entries
+    return told[-1]
 
 
 async def test_process_is_listed_while_it_is_registered(redis: GuardedRedis) -> None:
-    async with registration(redis, "v2"), registration(redis, "v1"):
+    async with registered(redis, "v2"), registered(redis, "v1"):
         assert await entries_now(redis) == (
             Entry("v1:7000", "v1", "m"),
             Entry("v2:7000", "v2", "m"),
@@ -50,18 +60,18 @@ async def test_process_is_listed_while_it_is_registered(redis: GuardedRedis) -> 
 
 
 async def test_roles_are_kept_apart(redis: GuardedRedis) -> None:
-    async with Registration(redis, Role.SPECULATOR, "s1:7000", "s1"):
+    async with registered(redis, "s1", role=Role.SPECULATOR):
         assert await entries_now(redis) == ()
 
 
 async def test_entry_lives_three_seconds_when_its_process_dies(redis: GuardedRedis) -> None:
-    async with registration(redis):
+    async with registered(redis):
         left_ms = await redis.ask(lambda client: client.pttl(f"{ENTRY}v1"))
         assert 2000 < left_ms <= 3000
 
 
 async def test_entry_is_kept_alive_when_it_would_end(redis: GuardedRedis) -> None:
-    async with registration(redis, beat_s=0.01):
+    async with registered(redis, beat_s=0.01):
         await redis.ask(lambda client: client.delete(f"{ENTRY}v1"))
         async with asyncio.timeout(5):
             # Nothing tells when Redis has been written to, so it is asked.
@@ -71,7 +81,7 @@ async def test_entry_is_kept_alive_when_it_would_end(redis: GuardedRedis) -> Non
 
 async def test_member_is_dropped_when_its_entry_has_ended(redis: GuardedRedis) -> None:
     await redis.ask(lambda client: client.sadd(MEMBERS, "dead"))
-    async with registration(redis):
+    async with registered(redis):
         assert await entries_now(redis) == (Entry("v1:7000", "v1", "m"),)
     assert await redis.ask(lambda client: client.smembers(MEMBERS)) == set()
 
@@ -80,12 +90,12 @@ async def test_member_is_dropped_when_its_entry_has_ended(redis: GuardedRedis) -
 async def test_entry_is_passed_over_when_it_cannot_be_read(redis: GuardedRedis, text: str) -> None:
     await redis.ask(lambda client: client.sadd(MEMBERS, "bad"))
     await redis.ask(lambda client: client.set(f"{ENTRY}bad", text))
-    async with registration(redis):
+    async with registered(redis):
         assert await entries_now(redis) == (Entry("v1:7000", "v1", "m"),)
 
 
 async def test_seeds_are_listed_beside_what_redis_has(redis: GuardedRedis) -> None:
-    async with registration(redis):
+    async with registered(redis):
         listed = await entries_now(redis, "v0:7000", "v1:7000")
     assert listed == (Entry("v0:7000"), Entry("v1:7000", "v1", "m"))
 
@@ -96,7 +106,7 @@ async def test_changes_are_told_once(redis: GuardedRedis) -> None:
     await registry.start(told.append)
     await registry.poll()
     assert told == [(Entry("seed:1"),)]
-    async with registration(redis):
+    async with registered(redis):
         await registry.poll()
         await registry.poll()
     assert told[1:] == [(Entry("seed:1"), Entry("v1:7000", "v1", "m"))]
@@ -107,7 +117,7 @@ async def test_changes_are_found_by_polling(redis: GuardedRedis) -> None:
     found = asyncio.Event()
     registry = Registry(redis, Role.VERIFIER, poll_s=0.01)
     await registry.start(lambda entries: found.set())
-    async with registration(redis), asyncio.timeout(5):
+    async with registered(redis), asyncio.timeout(5):
         await found.wait()
     await registry.close()
 
@@ -118,11 +128,9 @@ async def test_changes_are_found_by_polling(redis: GuardedRedis) -> None:
 @pytest.mark.parametrize("url", [None, "redis://127.0.0.1:1"], ids=["none", "unreachable"])
 async def test_seeds_are_enough_when_there_is_no_redis(url: str | None) -> None:
     redis = GuardedRedis(url)
-    async with registration(redis):
-        registry = Registry(redis, Role.VERIFIER, ["v0:7000"])
-        async with registry:
-            assert registry.entries == (Entry("v0:7000"),)
-            assert not redis.ok
+    async with registered(redis):
+        assert await entries_now(redis, "v0:7000") == (Entry("v0:7000"),)
+        assert not redis.ok
     await redis.close()
 
 
@@ -130,19 +138,18 @@ async def test_last_snapshot_is_kept_and_the_loss_logged_once_when_redis_dies(
     own_redis: LocalRedis,
 ) -> None:
     redis = GuardedRedis(own_redis.url, timeout_s=2.0, pause_s=0.0)
-    registry = Registry(redis, Role.VERIFIER)
-    registered = registration(redis)
-    await registered.start()
-    await registry.poll()
-    assert redis.ok
-    own_redis.kill()
-    with structlog.testing.capture_logs() as logs:
-        await registry.poll()
-        await registry.poll()
-    assert [entry["event"] for entry in logs] == ["redis lost"]
-    assert not redis.ok
-    assert registry.entries == (Entry("v1:7000", "v1", "m"),)
-    await registered.close()
+    told: list[tuple[Entry, ...]] = []
+    registry = Registry(redis, Role.VERIFIER, poll_s=60)
+    async with registered(redis):
+        await registry.start(told.append)
+        assert redis.ok
+        own_redis.kill()
+        with structlog.testing.capture_logs() as logs:
+            await registry.poll()
+            await registry.poll()
+        assert [entry["event"] for entry in logs] == ["redis lost"]
+        assert not redis.ok
+        assert told == [(Entry("v1:7000", "v1", "m"),)]
     await registry.close()
     await redis.close()
 

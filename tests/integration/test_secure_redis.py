@@ -26,7 +26,7 @@ from treecast.services.router.server import Router
 from treecast.services.router.settings import RouterSettings
 from treecast.wire.frames import Role
 from treecast.wire.guarded_redis import GuardedRedis, RedisLost, redacted
-from treecast.wire.registry import Registration, Registry
+from treecast.wire.registry import Entry, Registration, Registry
 from treecast.wire.tls import TlsFiles
 
 PASSWORD = "hunter2-is-secret"
@@ -147,16 +147,18 @@ async def test_all_that_is_kept_in_redis_works_over_tls_and_in_a_cluster(
         assert second.epoch > first.epoch
         assert await leases.release(f"acme/{scheme}") == second
 
-        registry = Registry(guarded, Role.VERIFIER)
+        told: list[tuple[Entry, ...]] = []
+        registry = Registry(guarded, Role.VERIFIER, poll_s=60)
         names = [Registration(guarded, Role.VERIFIER, f"h:{n}", f"i{n}") for n in (1, 2)]
         for name in names:
             await name.start()
-        await registry.poll()
-        assert [entry.address for entry in registry.entries] == ["h:1", "h:2"]
+        await registry.start(told.append)
+        assert [entry.address for entry in told[-1]] == ["h:1", "h:2"]
         for name in names:
             await name.close()
         await registry.poll()
-        assert registry.entries == ()
+        assert told[-1] == ()
+        await registry.close()
 
         quotas = Quotas(guarded)
         key = Key(tenant="acme", sha256=f"{len(scheme):064x}"[::-1], requests_per_minute=1)

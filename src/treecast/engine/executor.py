@@ -101,9 +101,6 @@ class Executor(Protocol):
                 computes nothing any more.
         """
 
-    def read(self, places: Sequence[int]) -> list[Tensor]:
-        """See `KVTensors.read`."""
-
     @property
     def moved_bytes(self) -> int:
         """See `engine.base.Engine.moved_bytes`."""
@@ -205,9 +202,6 @@ class LocalExecutor:
 
     def forget(self, key: int) -> None:
         self._tensors.forget(key)
-
-    def read(self, places: Sequence[int]) -> list[Tensor]:
-        return self._tensors.read(places)
 
     def run(self, packed: PackedPass) -> PassOutput:
         try:

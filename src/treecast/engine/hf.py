@@ -11,9 +11,8 @@ from types import MappingProxyType
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from treecast.engine.base import KVSequence, LogitRows, ModelInfo, Segment
+from treecast.engine.base import LogitRows, ModelInfo, Segment
 from treecast.engine.executor import Executor, LocalExecutor, PackedPass, PackedSegment
 from treecast.engine.kv_pool import KVPool, PagedSequence, num_pages
 from treecast.engine.loading import (
@@ -112,11 +111,6 @@ class HFEngine(PooledEngine):
         residency = Offloaded.of(model, folder, options) if offloads else ALL_RESIDENT
         executor = LocalExecutor.of(model, options, pages, loaded, residency)
         return cls(executor, info, pages)
-
-    def contents(self, sequence: KVSequence) -> list[Tensor]:
-        """[planes, committed positions, dim] the sequence's keys and values: for comparisons."""
-        own = paged(sequence)
-        return self._executor.read(own.places(0, own.length))
 
     @property
     def moved_bytes(self) -> int:

@@ -30,10 +30,6 @@ class PageTable:
     def used(self) -> int:
         return self.total - self._free
 
-    def holders(self, page: int) -> int:
-        """How many sequences hold the page."""
-        return self._holders[page]
-
     def is_shared(self, page: int) -> bool:
         return self._holders[page] > 1
 

@@ -44,14 +44,12 @@ class End(Generic[Out, In]):
 class Hop(Generic[Out, In]):
     """A pair stream; `Out` and `In` as the dialing end sees them."""
 
-    name: str
     call: Callable[[grpc.aio.Channel], StreamCall]
     dialing: End[Out, In]
     serving: End[In, Out]
 
 
 SPECULATE: Hop[VerifierFrame, SpeculatorFrame] = Hop(
-    name="speculate",
     call=lambda channel: SpeculatorServiceStub(channel).Speculate,
     dialing=End(
         role=Role.VERIFIER,
@@ -68,7 +66,6 @@ SPECULATE: Hop[VerifierFrame, SpeculatorFrame] = Hop(
 )
 
 SERVE: Hop[RouterFrame, ServingFrame] = Hop(
-    name="serve",
     call=lambda channel: VerifierServiceStub(channel).Serve,
     dialing=End(
         role=Role.ROUTER,

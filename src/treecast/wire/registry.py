@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from typing import Annotated, Self
+from typing import Annotated
 
 import structlog
 from pydantic import BeforeValidator
@@ -53,7 +53,7 @@ def _entry_key(role: Role, instance_id: str) -> str:
 
 
 class Registration:
-    """Keeps this process's entry alive in Redis, from `start` to `close`; an async context manager.
+    """Keeps this process's entry alive in Redis, from `start` to `close`.
 
     The entry is written each second with a time-to-live of three, so that it vanishes with its
     process. Without Redis nothing is written, and nothing fails.
@@ -88,13 +88,6 @@ class Registration:
         self._task = None
         with suppress(RedisLost):
             await self._redis.ask(self._remove)
-
-    async def __aenter__(self) -> Self:
-        await self.start()
-        return self
-
-    async def __aexit__(self, *exc: object) -> None:
-        await self.close()
 
     async def _keep_alive(self) -> None:
         while True:
@@ -146,15 +139,13 @@ class Registry:
         self._on_change: Callable[[tuple[Entry, ...]], None] = lambda entries: None
         self._task: asyncio.Task[None] | None = None
 
-    @property
-    def entries(self) -> tuple[Entry, ...]:
-        """One per address, in a stable order."""
-        return self._entries
+    async def start(self, on_change: Callable[[tuple[Entry, ...]], None]) -> None:
+        """Poll once, then each second.
 
-    async def start(self, on_change: Callable[[tuple[Entry, ...]], None] | None = None) -> None:
-        """Poll once, then each second; `on_change` gets the entries whenever they differ."""
-        if on_change is not None:
-            self._on_change = on_change
+        Args:
+            on_change: gets the entries whenever they differ: one per address, in a stable order.
+        """
+        self._on_change = on_change
         await self.poll()
         self._task = asyncio.create_task(self._keep_polling())
 
@@ -163,13 +154,6 @@ class Registry:
             await _stop(self._task)
             self._task = None
         await self._resolver.close()
-
-    async def __aenter__(self) -> Self:
-        await self.start()
-        return self
-
-    async def __aexit__(self, *exc: object) -> None:
-        await self.close()
 
     async def poll(self) -> None:
         """Look once. Never fails: what cannot be read stays as it was."""

@@ -106,10 +106,10 @@ async def test_verifiers_are_found_through_redis(
 ) -> None:
     verifier = await start()
     redis = GuardedRedis(empty_redis)
-    async with (
-        Registration(redis, Role.VERIFIER, verifier.address, "v1"),
-        routing([], empty_redis) as client,
-    ):
+    registration = Registration(redis, Role.VERIFIER, verifier.address, "v1")
+    await registration.start()
+    async with routing([], empty_redis) as client:
         await client.streams(1)
         assert (await client.generate().read_all()).tokens() == output_of(HELLO, 5)
+    await registration.close()
     await redis.close()

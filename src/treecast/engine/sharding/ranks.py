@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from treecast.engine.base import ModelInfo
 from treecast.engine.executor import Executor, LocalExecutor, PackedPass
@@ -126,10 +126,6 @@ class Leader:
     def _move(self, move: Move) -> None:
         self._moves.append(move)
         make(move, self._local)
-
-    def read(self, places: Sequence[int]) -> list[Tensor]:
-        """Of rank 0's part alone."""
-        return self._local.read(places)
 
     @property
     def moved_bytes(self) -> int:
