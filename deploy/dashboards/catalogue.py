@@ -15,8 +15,6 @@ from treecast.services.verifier.metrics import VerifierMetrics
 from treecast.telemetry.process import ProcessCollector
 from treecast.wire.guarded_redis import GuardedRedis
 
-_SUFFIXES = {"counter": ("_total",), "histogram": ("_bucket", "_count", "_sum"), "gauge": ("",)}
-
 
 @dataclass(frozen=True, slots=True)
 class Declared:
@@ -26,12 +24,6 @@ class Declared:
     kind: str
     labels: tuple[str, ...]
     help: str
-
-    @property
-    def series(self) -> tuple[str, ...]:
-        """Names that a scrape shows."""
-        base = self.name.removesuffix("_total") if self.kind == "counter" else self.name
-        return tuple(base + suffix for suffix in _SUFFIXES[self.kind])
 
 
 def catalogue() -> dict[str, tuple[Declared, ...]]:
@@ -49,12 +41,6 @@ def catalogue() -> dict[str, tuple[Declared, ...]]:
         "speculator": SpeculatorMetrics().registry,
     }
     return {who: tuple(_declared(registry)) for who, registry in registries.items()}
-
-
-def declared_series() -> frozenset[str]:
-    """All names that an expression may use, `up` of Prometheus itself included."""
-    names = {name for each in catalogue().values() for one in each for name in one.series}
-    return frozenset(names | {"up"})
 
 
 def _declared(registry: CollectorRegistry) -> Iterator[Declared]:

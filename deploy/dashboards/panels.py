@@ -1,4 +1,4 @@
-"""What a dashboard consists of; `grafana.py` writes it down, `contract.py` asks Prometheus."""
+"""What a dashboard consists of; `grafana.py` writes it down, `draw.py` draws its data."""
 
 from __future__ import annotations
 

@@ -118,11 +118,6 @@ class Prometheus:
         """Names of all series that were ever scraped."""
         return frozenset(self._ask("label/__name__/values"))
 
-    def alert_states(self) -> dict[str, str]:
-        """State of each alert of the rules file: inactive, pending or firing."""
-        groups = self._ask("rules")["groups"]
-        return {rule["name"]: rule["state"] for group in groups for rule in group["rules"]}
-
     def wait_for(self, expr: str, timeout_s: float = 30.0) -> None:
         """Block until an expression returns something.
 

@@ -7,6 +7,8 @@ offers only those of the chosen models. A router serves several models, so its m
 
 from __future__ import annotations
 
+import re
+
 from .panels import Query, Variable
 
 WINDOW = "$__rate_interval"
@@ -18,6 +20,12 @@ CALLER = f'model=~"$model",tenant=~"$tenant",{POD}'
 MODEL_VARIABLE = Variable("model", "treecast_model_info", "model")
 POD_VARIABLE = Variable("pod", 'treecast_model_info{model=~"$model"}', "pod")
 TENANT_VARIABLE = Variable("tenant", 'treecast_router_requests_total{model=~"$model"}', "tenant")
+
+
+def expand(expr: str, window: str) -> str:
+    """An expression as Grafana sends it with "All" chosen everywhere."""
+    expr = expr.replace(WINDOW, window)
+    return re.sub(r"\$(model|tenant|pod)\b", ".*", expr)
 
 
 def per_second(metric: str, by: str = "", where: str = POD) -> str:

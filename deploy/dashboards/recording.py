@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from .contract import expand
 from .panels import Dashboard, Query
 from .prometheus import Prometheus, Series
+from .promql import expand
 
 
 @dataclass(frozen=True, slots=True)

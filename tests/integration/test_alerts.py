@@ -19,6 +19,7 @@ from treecast.dashboards.prometheus import Prometheus
 from treecast.errors import TreecastError
 from treecast.services.local import LocalMesh, MeshSettings
 
+from ..dashboard_contract import alert_states
 from .test_dashboards import targets
 
 pytestmark = pytest.mark.slow
@@ -37,7 +38,7 @@ def watched(
         Prometheus(binaries, targets(mesh), 0.5, alerts_text()) as prometheus,
     ):
         prometheus.wait_for("treecast_router_verifier_streams == 1")
-        assert set(prometheus.alert_states().values()) == {"inactive"}
+        assert set(alert_states(prometheus).values()) == {"inactive"}
         yield mesh, prometheus
 
 
@@ -67,7 +68,7 @@ async def call(
 def until_alerting(prometheus: Prometheus, *alerts: str) -> None:
     for alert in alerts:
         prometheus.wait_for(f'ALERTS{{alertname="{alert}"}}')
-    assert {prometheus.alert_states()[alert] for alert in alerts} <= {"pending", "firing"}
+    assert {alert_states(prometheus)[alert] for alert in alerts} <= {"pending", "firing"}
 
 
 def test_alerts_fire_when_the_verifier_and_redis_are_lost(binaries, tmp_path):

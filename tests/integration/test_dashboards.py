@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 
-from treecast.dashboards import contract
-from treecast.dashboards.contract import Expression, Finding
 from treecast.dashboards.debian import Binaries
 from treecast.dashboards.generated import DASHBOARDS, alerts_text
 from treecast.dashboards.prometheus import Prometheus
 from treecast.dashboards.traffic import run_traffic
 from treecast.services.local import LocalMesh, MeshSettings
+
+from .. import dashboard_contract as contract
+from ..dashboard_contract import Expression, Finding
 
 PROMPTS = [[5, 6, 7, 8, 5, 6, 7], list(range(1, 90)), [3] * 40]
 WINDOW = "30s"
@@ -87,7 +88,7 @@ def test_every_expression_returns_data_when_a_mesh_is_at_work(scraped: Scraped) 
 def test_alerts_are_quiet_when_a_mesh_is_well(scraped: Scraped) -> None:
     quiet = [contract.check_quiet(one, scraped.prometheus) for one in contract.alert_expressions()]
     assert [found for found in quiet if found.fault] == []
-    assert set(scraped.prometheus.alert_states().values()) == {"inactive"}
+    assert set(contract.alert_states(scraped.prometheus).values()) == {"inactive"}
 
 
 def test_the_contract_is_broken_when_a_metric_is_renamed(scraped: Scraped) -> None:

@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 import yaml
 
-from treecast.dashboards import contract
 from treecast.dashboards.alerts import ALERTS, rules
-from treecast.dashboards.catalogue import declared_series
 from treecast.dashboards.debian import Binaries, PrometheusMissing, find_prometheus
 from treecast.dashboards.generated import DASHBOARDS, ROOT, generated_files
 from treecast.dashboards.grafana import dashboard_json
+
+from .. import dashboard_contract as contract
 
 CASES = Path(__file__).parents[1] / "alert_cases.yaml"
 
@@ -34,7 +34,7 @@ def test_the_committed_files_are_what_the_code_generates() -> None:
 
 
 def test_every_metric_that_an_expression_names_is_declared() -> None:
-    declared = declared_series()
+    declared = contract.declared_series()
     for one in (*contract.expressions(DASHBOARDS, "1m"), *contract.alert_expressions()):
         assert contract.metric_names(one.expr), one
         assert not contract.unknown(one, declared), one

@@ -7,10 +7,11 @@ import re
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 
-from .alerts import ALERTS, Alert
-from .panels import Dashboard, Query, Variable
-from .prometheus import Prometheus, PrometheusError
-from .promql import WINDOW
+from treecast.dashboards.alerts import ALERTS, Alert
+from treecast.dashboards.catalogue import catalogue
+from treecast.dashboards.panels import Dashboard, Query, Variable
+from treecast.dashboards.prometheus import Prometheus, PrometheusError
+from treecast.dashboards.promql import expand
 
 _NOT_NAMES = re.compile(
     r"""
@@ -24,6 +25,7 @@ _NOT_NAMES = re.compile(
     re.VERBOSE | re.IGNORECASE,
 )
 _NAME = re.compile(r"[a-zA-Z_:][a-zA-Z0-9_:]*")
+_OF_A_HISTOGRAM = ("_bucket", "_count", "_sum")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,10 +58,15 @@ def metric_names(expr: str) -> set[str]:
     return set(_NAME.findall(expr))
 
 
-def expand(expr: str, window: str) -> str:
-    """An expression as Grafana sends it with "All" chosen everywhere."""
-    expr = expr.replace(WINDOW, window)
-    return re.sub(r"\$(model|tenant|pod)\b", ".*", expr)
+def declared_series() -> frozenset[str]:
+    """All names that an expression may use, `up` of Prometheus itself included."""
+    names = {
+        one.name + suffix
+        for each in catalogue().values()
+        for one in each
+        for suffix in (_OF_A_HISTOGRAM if one.kind == "histogram" else ("",))
+    }
+    return frozenset(names | {"up"})
 
 
 def expressions(dashboards: Iterable[Dashboard], window: str) -> Iterator[Expression]:
@@ -98,6 +105,12 @@ def check_quiet(expression: Expression, prometheus: Prometheus) -> Finding:
     except PrometheusError as error:
         return Finding(expression, 0, fault or error.message)
     return Finding(expression, count, fault or ("fires" if count else ""))
+
+
+def alert_states(prometheus: Prometheus) -> dict[str, str]:
+    """State of each alert of the rules file: inactive, pending or firing."""
+    groups = prometheus._ask("rules")["groups"]
+    return {rule["name"]: rule["state"] for group in groups for rule in group["rules"]}
 
 
 def unknown(expression: Expression, existing: Collection[str]) -> str:
