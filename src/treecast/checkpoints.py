@@ -86,17 +86,17 @@ def ensure_converted(
     return _converted(gguf, (cache_dir or default_cache_dir()) / name, progress or _silent)
 
 
-def ensure_folder(model: str) -> Path:
+def ensure_folder(model: str, progress: ProgressFn | None = None) -> Path:
     """The folder of a model as settings name it: `default`, a GGUF file, or a folder as it is.
 
     Raises:
         ModelError: the default model is neither installed nor to be fetched, or the file is none.
     """
     if model == "default":
-        return ensure_default_target()
+        return ensure_default_target(progress=progress)
     path = Path(model)
     is_gguf = path.suffix == ".gguf" and path.is_file()
-    return ensure_converted(path) if is_gguf else path
+    return ensure_converted(path, progress=progress) if is_gguf else path
 
 
 def _converted(gguf: Path, folder: Path, report: ProgressFn) -> Path:

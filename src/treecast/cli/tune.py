@@ -130,10 +130,11 @@ def tune(
     {"event": "result", ...}: each draft's held-out success with its first 1..5 guesses, and the
     union's.
     """
+    from treecast.checkpoints import ensure_folder
     from treecast.tuning.settings import TuneSettings
 
     settings = TuneSettings(
-        target=_target_folder(model),
+        target=ensure_folder(model, progress=stderr().print),
         corpus=corpus or out / "corpus.jsonl.gz",
         out=out,
         minutes=minutes,
@@ -172,12 +173,6 @@ class CorpusPlan:
     openings: tuple[str, ...]
     user_tokens: int
     answer_tokens: int
-
-
-def _target_folder(model: str) -> Path:
-    from treecast.checkpoints import ensure_default_target
-
-    return ensure_default_target(progress=stderr().print) if model == "default" else Path(model)
 
 
 def _parse_layers(text: str) -> tuple[int, ...]:
