@@ -46,7 +46,7 @@ def load_engine(settings: VerifierSettings, place: Place | None) -> tuple[Path |
     folder = model_folder(settings)
     engine = _load(settings, folder, place)
     log.info("model.loaded", revision=engine.info.revision, fingerprint=engine.info.fingerprint)
-    if settings.numerics == "exact" and not engine.moved_bytes:
+    if settings.numerics == "exact" and settings.offload == "none":
         _check_exactness(engine)
     return folder, engine
 
@@ -163,7 +163,7 @@ def _check_exactness(engine: Engine) -> None:
     """Warn where this machine breaks the promise: texts may then differ in near-ties.
 
     Adapters are computed by the same kernels, whichever it is, so one stands for all. Not where
-    weights are moved for each of its fifty passes: that changes no bit.
+    weights may be moved for each of its fifty passes: that changes no bit.
     """
     for adapter in ("", *(one.name for one in engine.info.adapters[:1])):
         differing = differing_rows(engine, adapter=adapter)
