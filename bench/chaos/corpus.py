@@ -1,4 +1,4 @@
-"""Valid requests and frames of every RPC: what the fuzzer starts from."""
+"""What the fuzzer starts from: valid messages of every RPC but Drain, Resume and Reload."""
 
 from __future__ import annotations
 

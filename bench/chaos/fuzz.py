@@ -1,4 +1,4 @@
-"""Garbage on every RPC and on the HTTP edge, from a seed, while the mesh serves its load."""
+"""Garbage on every RPC but Drain, Resume and Reload, and on the HTTP edge, while a load runs."""
 
 from __future__ import annotations
 
@@ -58,7 +58,8 @@ class Fuzzer:
 
     @property
     def fault(self) -> Fault:
-        return Fault(f"{self._amounts.num_frames:,} fuzzed frames on every RPC", self.run)
+        frames = f"{self._amounts.num_frames:,} fuzzed frames"
+        return Fault(f"{frames} on every RPC but Drain, Resume, Reload", self.run)
 
     async def run(self, mesh: ChaosMesh) -> None:
         """All ways in at once."""
