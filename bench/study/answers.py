@@ -9,7 +9,8 @@ from pathlib import Path
 
 from treecast.decoding.local import Request, generate_together
 from treecast.engine.base import Engine
-from treecast.engine.kv_pool import PAGE_TOKENS, num_pages
+from treecast.engine.kv_pool import num_pages
+from treecast.prefix import PAGE_TOKENS
 from treecast.sampling.noise import derived_key
 from treecast.sampling.params import SamplingParams
 from treecast.tuning.corpus import Record, append_records, read_begun

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from treecast.bench.prompts import BenchPrompt, read_prompts
-from treecast.checkpoints import ensure_default_target
+from treecast.checkpoints import ensure_folder
 from treecast.drafting.merge import MergedDrafter
 from treecast.engine.base import Engine
-from treecast.engine.kv_pool import PAGE_TOKENS
+from treecast.prefix import PAGE_TOKENS
 from treecast.services.speculator.loading import load_engines, make_drafter
 from treecast.services.speculator.metrics import SpeculatorMetrics
 from treecast.services.speculator.settings import DrafterSpec, SpeculatorSettings
@@ -82,10 +82,6 @@ def ask(model: Path, prompts: Path, limit: int | None) -> list[Question]:
         Question(prompt.id, prompt.category, encode(prompt))
         for prompt in read_prompts(prompts, limit)
     ]
-
-
-def target_folder(model: str) -> Path:
-    return ensure_default_target() if model == "default" else Path(model)
 
 
 class Bed:
@@ -184,7 +180,7 @@ def _load_target(settings: StudySettings) -> Engine:
     from treecast.engine.hf import HFEngine
 
     return HFEngine.load(
-        target_folder(settings.model),
+        ensure_folder(settings.model),
         dtype=settings.dtype,
         numerics=settings.numerics,
         threads=settings.threads,

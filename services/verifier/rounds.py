@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from treecast.sampling.laws import Walk
-from treecast.tree import TokenTree
-from treecast.wire.codec.bounds import MAX_PROPOSERS
+from treecast.tree import MAX_PROPOSERS, TokenTree
 from treecast.wire.rounds import Round, RoundDraft
 
 from .attachments import Attachment

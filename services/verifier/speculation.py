@@ -15,8 +15,7 @@ from dataclasses import replace
 import structlog
 
 from treecast.sampling.laws import Walk
-from treecast.tree import MAX_DEPTH, TokenTree
-from treecast.wire.codec.bounds import MAX_PROPOSERS
+from treecast.tree import MAX_DEPTH, MAX_PROPOSERS, TokenTree
 from treecast.wire.frames import (
     BadFrame,
     Commit,

@@ -18,8 +18,6 @@ from treecast.conversion import ProgressFn, convert
 from treecast.default_target import find_gguf
 from treecast.errors import ModelError
 from treecast.model_folder import appearing_whole, copy_tokenizer, file_hash, weight_files
-from treecast.model_folder import check_model_dir as check_model_dir
-from treecast.model_folder import model_revision as model_revision
 
 DEFAULT_TARGET = "smollm2-135m-instruct"
 DEFAULT_DRAFT = "smollm2-135m-draft"

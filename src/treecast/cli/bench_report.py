@@ -115,14 +115,15 @@ def _measure(
     out: Path,
 ) -> Folder:
     from treecast.bench.prompts import DEFAULT_PROMPTS
-    from treecast.bench.study.bed import Bed, ask, target_folder
+    from treecast.bench.study.bed import Bed, ask
     from treecast.bench.study.folder import Folder
     from treecast.bench.study.measure import measure
+    from treecast.checkpoints import ensure_folder
     from treecast.engine.openmp import spin_briefly
 
     spin_briefly()
     folder = Folder(out)
-    questions = ask(target_folder(settings.model), prompts or DEFAULT_PROMPTS, limit)
+    questions = ask(ensure_folder(settings.model), prompts or DEFAULT_PROMPTS, limit)
     bed = Bed(settings, questions, out)
     with _progress() as show:
         measure(bed, folder, sections, shlex.join(["treecast", *sys.argv[1:]]), show)

@@ -16,7 +16,7 @@ from typing import Protocol
 from treecast.engine.base import PoolUsage
 from treecast.engine.pages import PageTable
 from treecast.errors import InvalidTree
-from treecast.prefix import PAGE_TOKENS as PAGE_TOKENS
+from treecast.prefix import PAGE_TOKENS as PAGE_TOKENS  # bench.pages sets it here
 
 
 class Storage(Protocol):

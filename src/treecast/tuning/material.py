@@ -4,8 +4,8 @@ import hashlib
 from dataclasses import dataclass
 from typing import Any
 
-from treecast.checkpoints import check_model_dir, model_revision
 from treecast.engine.loading import DTYPES, resolve_dtype
+from treecast.model_folder import check_model_dir, model_revision
 from treecast.tuning.batches import Split, shared_prefix, split_records
 from treecast.tuning.corpus import Corpus, Record, check_vocabulary, read_corpus
 from treecast.tuning.labels import Teacher

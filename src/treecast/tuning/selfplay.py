@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from treecast.checkpoints import check_model_dir, model_revision
 from treecast.engine.linears import packed_layers, replace_linears
 from treecast.engine.loading import LoadOptions, context_tokens, load_model, resolve_dtype
 from treecast.errors import CorpusError, PromptTooLong
+from treecast.model_folder import check_model_dir, model_revision
 from treecast.settings import DType
 from treecast.tuning.batch_decode import Choose, DenseKV, decode_batch, greedy, nucleus
 from treecast.tuning.corpus import Record, append_records, read_begun, write_corpus

@@ -10,8 +10,8 @@ import grpc
 import structlog
 
 from treecast.errors import InvalidFrame, TreecastError, Unavailable
+from treecast.tree import MAX_PROPOSERS
 from treecast.wire.codec import Limits
-from treecast.wire.codec.bounds import MAX_PROPOSERS
 from treecast.wire.frames import BadFrame, Heartbeat, Hello, Role
 from treecast.wire.greeting import Greeting, check_alive
 from treecast.wire.hop import End

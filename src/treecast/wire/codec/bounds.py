@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from treecast.errors import InvalidFrame, TreecastError
-from treecast.tree import MAX_DEPTH, MAX_NODES
-from treecast.tree import MAX_PROPOSERS as MAX_PROPOSERS
+from treecast.tree import MAX_DEPTH, MAX_NODES, MAX_PROPOSERS
 
 MAX_TOKENS = 1 << 20
 """Longest token list in one frame, whatever the model's context."""

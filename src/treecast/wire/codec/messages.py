@@ -17,10 +17,9 @@ from treecast.sampling.params import (
     SpeculationParams,
     check_counts,
 )
-from treecast.tree import MAX_DEPTH, MAX_NODES
+from treecast.tree import MAX_DEPTH, MAX_NODES, MAX_PROPOSERS
 from treecast.v1 import pair_pb2, sampling_pb2, verifier_pb2
 from treecast.wire.codec.bounds import (
-    MAX_PROPOSERS,
     UINT32_MAX,
     check_at_most,
     check_text,

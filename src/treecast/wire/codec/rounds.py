@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from treecast.errors import InvalidFrame
-from treecast.tree import MAX_DEPTH, ROOT, TokenTree
+from treecast.tree import MAX_DEPTH, MAX_PROPOSERS, ROOT, TokenTree
 from treecast.v1 import verifier_pb2 as pb
 from treecast.wire.codec.bounds import (
-    MAX_PROPOSERS,
     MAX_TOKENS,
     UINT32_MAX,
     Limits,
