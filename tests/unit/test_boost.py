@@ -230,11 +230,24 @@ def test_tune_refuses_when_it_would_overwrite_its_start(settings: TuneSettings) 
     start = draft.out / "training" / "trained.safetensors"
     held = start.read_bytes()
     with pytest.raises(ModelError) as caught:
-        tune(replace(settings, start=start))
+        tune(replace(settings, start=(start,)))
     assert caught.value.message == (
         f"the start {start} would be overwritten; name another output folder"
     )
     assert start.read_bytes() == held
+
+
+def test_tune_refuses_before_the_first_step_when_a_later_draft_does_not_fit_its_start(
+    settings: TuneSettings, tmp_path: Path
+) -> None:
+    deep, shallow = tmp_path / "deep", tmp_path / "shallow"
+    for file, layers in ((deep, (0, 2)), (shallow, (2,))):
+        save_trained(cut_draft(tiny_target(), layers), layers, file, {})
+    asked = replace(settings, drafts=2, layers=((0, 2), (2,)), start=(deep,), max_steps=2)
+    with pytest.raises(ModelError) as lacking:
+        tune(asked, lambda _: pytest.fail("a step was taken"))
+    assert lacking.value.message == f"{deep} has layers [0, 2]; the draft has [2], which lacks [0]"
+    assert len(tune(replace(asked, start=(deep, shallow))).drafts) == 2  # one for each
 
 
 # --- other families ----------------------------------------------------------------------------

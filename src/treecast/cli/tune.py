@@ -88,7 +88,11 @@ def tune(
         int, typer.Option(min=0, help="Cut the head to the most frequent tokens; 0 keeps all.")
     ] = 0,
     start: Annotated[
-        Path | None, typer.Option(help="Trained weights to go on from (trained.safetensors).")
+        list[Path] | None,
+        typer.Option(
+            help="Trained weights to go on from (trained.safetensors); once for all drafts, or "
+            "once for each."
+        ),
     ] = None,
     loss: Annotated[
         Loss, typer.Option(help="Learn the model's probabilities, or its tokens alone.")
@@ -142,7 +146,7 @@ def tune(
         drafts=drafts,
         layers=tuple(map(_parse_layers, layers or ())),
         head_rows=head_rows,
-        start=start,
+        start=tuple(start or ()),
         compare_single=compare_single,
         teacher_share=TuneSettings.teacher_share if loss is Loss.DISTILL else 0.0,
         storage=storage.value,

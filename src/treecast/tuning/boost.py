@@ -7,12 +7,15 @@ each alone.
 Source: Miao et al., arXiv 2305.09781, section 3.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from torch import Tensor
 
+from treecast.checkpoints import read_trained
 from treecast.errors import ModelError
-from treecast.tuning.draft import default_layers
+from treecast.tuning.draft import check_layers, default_layers
 from treecast.tuning.draft_run import TRAINED_FILE, TRAINING, DraftPlan, DraftRun
 from treecast.tuning.heldout import (
     NUM_GUESSES,
@@ -25,6 +28,8 @@ from treecast.tuning.heldout import (
 from treecast.tuning.material import Material, gather
 from treecast.tuning.report import write_report
 from treecast.tuning.settings import DraftReport, ProgressFn, TuneReport, TuneSettings
+
+T = TypeVar("T")
 
 
 def tune(settings: TuneSettings, progress: ProgressFn | None = None) -> TuneReport:
@@ -43,18 +48,23 @@ def tune(settings: TuneSettings, progress: ProgressFn | None = None) -> TuneRepo
     show = progress or (lambda _progress: None)
     check(settings)
     material = gather(settings)
+    num_layers = material.target.config.num_hidden_layers
+    plans = [_plan(settings, num_layers, number) for number in range(1, settings.drafts + 1)]
+    single_plan = _single_plan(settings, num_layers, plans)
+    for plan in [*plans, single_plan] if settings.compare_single else plans:
+        _check_start(plan)
     runs: list[DraftRun] = []
     reports: list[DraftReport] = []
     dropped: dict[int, Tensor] = {}
-    for number in range(1, settings.drafts + 1):
-        run = DraftRun(settings, material, _plan(settings, material, number), dropped)
+    for plan in plans:
+        run = DraftRun(settings, material, plan, dropped)
         reports.append(run.run(show))
         runs.append(run)
-        if number < settings.drafts:
+        if plan is not plans[-1]:
             dropped = run.covered()
     single: tuple[DraftRun, DraftReport] | None = None
     if settings.compare_single:
-        run = DraftRun(settings, material, _single_plan(settings, runs), {})
+        run = DraftRun(settings, material, single_plan, {})
         single = run, run.run(show)
     report = _report(settings, material, runs, reports, single)
     write_report(report)
@@ -76,6 +86,10 @@ def check(settings: TuneSettings) -> None:
         raise ModelError(f"minutes is {settings.minutes}; it must be a number above 0")
     if len(settings.layers) > settings.drafts:
         raise ModelError(f"{len(settings.layers)} lists of layers for {settings.drafts} drafts")
+    if len(settings.start) > settings.drafts:
+        raise ModelError(
+            f"{len(settings.start)} weights to start from for {settings.drafts} drafts"
+        )
     num_guesses = NUM_GUESSES * settings.drafts
     if settings.compare_single and 0 < settings.head_rows < num_guesses:
         raise ModelError(
@@ -92,9 +106,9 @@ def _check_folder(folder: Path, settings: TuneSettings) -> None:
     training = folder / TRAINING
     if (folder / "config.json").exists() and not training.is_dir():
         raise ModelError(f"{folder} holds a model that was not tuned there; name another folder")
-    start = settings.start
-    if start is not None and start.resolve() == (training / TRAINED_FILE).resolve():
-        raise ModelError(f"the start {start} would be overwritten; name another output folder")
+    for start in settings.start:
+        if start.resolve() == (training / TRAINED_FILE).resolve():
+            raise ModelError(f"the start {start} would be overwritten; name another output folder")
 
 
 def _folders(settings: TuneSettings) -> list[Path]:
@@ -104,26 +118,38 @@ def _folders(settings: TuneSettings) -> list[Path]:
     return [settings.out / f"draft-{number}" for number in range(1, settings.drafts + 1)]
 
 
-def _plan(settings: TuneSettings, material: Material, number: int) -> DraftPlan:
-    num_layers = material.target.config.num_hidden_layers
-    if settings.layers:
-        layers = settings.layers[min(number, len(settings.layers)) - 1]
-    else:
-        layers = default_layers(min(2, num_layers), num_layers)
-    out = _folders(settings)[number - 1]
-    return DraftPlan(f"draft-{number}", out, layers, settings.minutes)
+def _plan(settings: TuneSettings, num_layers: int, number: int) -> DraftPlan:
+    layers = _of(settings.layers, number)
+    return DraftPlan(
+        f"draft-{number}",
+        _folders(settings)[number - 1],
+        default_layers(min(2, num_layers), num_layers) if layers is None else layers,
+        settings.minutes,
+        _of(settings.start, number),
+    )
 
 
-def _single_plan(settings: TuneSettings, runs: list[DraftRun]) -> DraftPlan:
+def _single_plan(settings: TuneSettings, num_layers: int, plans: list[DraftPlan]) -> DraftPlan:
     """As many layers, spread anew, and as many minutes as the drafts have together."""
-    num_layers = runs[0].material.target.config.num_hidden_layers
-    total = min(num_layers, sum(len(run.plan.layers) for run in runs))
+    total = min(num_layers, sum(len(plan.layers) for plan in plans))
     return DraftPlan(
         "single",
         settings.out / "single",
         default_layers(total, num_layers),
         settings.minutes * settings.drafts,
+        _of(settings.start, settings.drafts),
     )
+
+
+def _of(each: Sequence[T], number: int) -> T | None:
+    """What is given for a draft, of 1; the last serves those that are left."""
+    return each[min(number, len(each)) - 1] if each else None
+
+
+def _check_start(plan: DraftPlan) -> None:
+    """Raise ModelError where a draft lacks layers of its start, before others are trained."""
+    if plan.start is not None:
+        check_layers(plan.start, read_trained(plan.start).layers, plan.layers)
 
 
 def _report(

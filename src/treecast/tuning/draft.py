@@ -123,6 +123,15 @@ def check_assembles(draft: Any, layers: Sequence[int], target: Path, folder: Pat
         raise ModelError(f"a draft of {target} would lack {', '.join(missing)}")
 
 
+def check_layers(file: Path, trained: Sequence[int], layers: Sequence[int]) -> None:
+    """Raise ModelError where a draft lacks layers of the file that it is to start from."""
+    if missing := [layer for layer in trained if layer not in layers]:
+        raise ModelError(
+            f"{file} has layers {list(trained)}; the draft has {list(layers)}, "
+            f"which lacks {missing}"
+        )
+
+
 def load_start(draft: Any, layers: Sequence[int], file: Path) -> None:
     """Take trained weights from a file into a freshly cut draft, in place.
 
@@ -135,12 +144,7 @@ def load_start(draft: Any, layers: Sequence[int], file: Path) -> None:
     trained = read_trained(file)
     config = draft.config
     trained.check_fits(config.vocab_size, config.hidden_size, "the target")
-    missing = [layer for layer in trained.layers if layer not in layers]
-    if missing:
-        raise ModelError(
-            f"{file} has layers {list(trained.layers)}; the draft has {list(layers)}, "
-            f"which lacks {missing}"
-        )
+    check_layers(file, trained.layers, layers)
     stack = _stack_name(draft)
     state: dict[str, Tensor] = {}
     for name, tensor in trained.tensors.items():

@@ -39,12 +39,13 @@ _COVERED = "covered.pt"
 
 @dataclass(frozen=True)
 class DraftPlan:
-    """One member of the collective: its name and folder, its shape, and its minutes."""
+    """One member of the collective: name and folder, shape, minutes, and weights to start from."""
 
     name: str
     out: Path
     layers: tuple[int, ...]
     minutes: float
+    start: Path | None = None
 
 
 class DraftRun:
@@ -60,8 +61,8 @@ class DraftRun:
         """`dropped` tells by record which positions earlier drafts predict (bool)."""
         self.settings, self.material, self.plan, self.dropped = settings, material, plan, dropped
         self.draft = cut_draft(material.target, plan.layers)
-        if settings.start is not None:
-            load_start(self.draft, plan.layers, settings.start)
+        if plan.start is not None:
+            load_start(self.draft, plan.layers, plan.start)
         self.optimizer = MasterAdamW(self.draft)
         self.cut_head = self._cut_head()
         self.num_steps, self.epoch, self.place = 0, 0, 0
@@ -251,8 +252,8 @@ class DraftRun:
         """What a checkpoint depends on, hashed."""
         shape = (self.plan.layers, self.settings.head_rows, self.settings.storage)
         digest = hashlib.sha256(f"{self.material.identity}{shape}".encode())
-        if self.settings.start is not None:
-            digest.update(self.settings.start.read_bytes())
+        if self.plan.start is not None:
+            digest.update(self.plan.start.read_bytes())
         for index in sorted(self.dropped):
             digest.update(self.dropped[index].numpy().tobytes())
         return digest.hexdigest()

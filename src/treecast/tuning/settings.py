@@ -17,8 +17,9 @@ class TuneSettings:
         layers: of the target, for each draft; the last entry serves the drafts that are left, and
             none takes the first and the last layer.
         head_rows: tokens that a draft can propose, the most frequent of the corpus; 0 is all.
-        start: trained weights to start from; layers they lack are added so that they change
-            nothing at first.
+        start: trained weights to start from, for each draft; the last entry serves those that
+            are left and the single one. Layers they lack are added so that they change nothing
+            at first.
         compare_single: also train one draft with the layers and the minutes of all together.
     """
 
@@ -29,7 +30,7 @@ class TuneSettings:
     minutes: float = 25.0
     layers: tuple[tuple[int, ...], ...] = ()
     head_rows: int = 0
-    start: Path | None = None
+    start: tuple[Path, ...] = ()
     compare_single: bool = False
     max_steps: int | None = None
     learning_rate: float = 1e-3
