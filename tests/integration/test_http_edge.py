@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import httpx2
 import openai
 import pytest
+from pydantic import ValidationError
 from structlog.testing import capture_logs
 
 from treecast.adapter import Adapter
@@ -20,6 +22,7 @@ from treecast.errors import Cancelled, Overloaded, SettingsError, StaleLease, Tr
 from treecast.sampling.logprobs import TokenLogprobs
 from treecast.services.router.edge.errors import error_response
 from treecast.services.router.edge.listener import HttpListener
+from treecast.services.router.edge.schema import ChatAsked, CompletionAsked
 from treecast.services.router.service import Call
 from treecast.v1 import router_pb2 as pb
 from treecast.wire.channel import MAX_MESSAGE_BYTES
@@ -271,6 +274,7 @@ BAD_FIELDS: list[tuple[str, object, str | None]] = [
     ("stream", 1, "invalid_value"),
     ("seed", 2**64, "invalid_value"),
     ("logit_bias", {"-1": 1.0}, "invalid_value"),
+    ("logit_bias", {str(token): 1.0 for token in range(1025)}, "invalid_value"),
     ("top_logprobs", 2, None),
     ("messages", None, "missing_required_parameter"),
     ("messages", [], None),
@@ -294,6 +298,30 @@ async def test_bad_fields_are_refused_by_name(edge: Edge) -> None:
         word = "prompt" if field == "messages" and not code else field
         assert word in error["message"]
     assert not edge.verifier.started
+
+
+ALL_FAULTS: list[dict[str, Any]] = [
+    {"messages": [{}] * 5000},
+    {"messages": [{"role": "user", "content": [0] * 5000}]},
+    {"messages": [{**HI[0], **dict.fromkeys(map(str, range(5000)), 1)}]},
+    {"messages": HI, "stop": [0] * 5000},
+    {"messages": HI, "logit_bias": {f"x{number}": 1 for number in range(5000)}},
+    {"messages": HI, **dict.fromkeys(map(str, range(5000)), 1)},
+]
+
+
+@pytest.mark.parametrize("fields", ALL_FAULTS, ids=lambda fields: list(fields)[-1])
+def test_few_faults_are_collected_when_a_body_holds_thousands(fields: dict[str, Any]) -> None:
+    body = json.dumps({"model": "bytes", **fields})
+    with pytest.raises(ValidationError) as refusal:
+        ChatAsked.model_validate_json(body)
+    assert refusal.value.error_count() <= 2
+
+
+def test_tokens_are_read_up_to_the_first_fault() -> None:
+    with pytest.raises(ValidationError) as refusal:
+        CompletionAsked.model_validate_json(json.dumps({"model": "bytes", "prompt": [-1] * 5000}))
+    assert refusal.value.error_count() == 2  # neither a text nor tokens
 
 
 async def test_bodies_that_are_no_request_are_refused(edge: Edge) -> None:

@@ -9,7 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from treecast.errors import InvalidRequest
 from treecast.sampling.params import MAX_LOGPROBS
@@ -19,14 +26,28 @@ from treecast.v1 import sampling_pb2
 
 from .errors import RefusedField
 
+ItemT = TypeVar("ItemT")
 AskedT = TypeVar("AskedT", bound="Asked")
 
 MAX_CHAT_TOKENS = 256
 MAX_COMPLETION_TOKENS = 16
 """Where a request names none; the second is OpenAI's own."""
 
+_MAX_ENTRIES = 1024
 _SHOWN_CHARACTERS = 80
 
+
+def _check_entries(given: Any) -> Any:  # whatever the JSON holds
+    """Bounds an object before each of its entries can be at fault."""
+    if isinstance(given, dict) and len(given) > _MAX_ENTRIES:
+        raise ValueError(f"it has {len(given)} entries; the limit is {_MAX_ENTRIES}")
+    return given
+
+
+ListOf = Annotated[list[ItemT], Field(fail_fast=True)]
+Bias = Annotated[
+    dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], float], BeforeValidator(_check_entries)
+]
 Count = Annotated[int, Field(ge=1, lt=2**31)]
 TokenId = Annotated[int, Field(ge=0, lt=2**32)]
 
@@ -37,7 +58,7 @@ class _Strict(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _drop_nulls(cls, given: Any) -> Any:  # whatever the JSON holds
-        if not isinstance(given, dict):
+        if not isinstance(_check_entries(given), dict):
             return given
         return {name: value for name, value in given.items() if value is not None}
 
@@ -55,7 +76,7 @@ class Message(_Strict):
     """`developer` is what newer clients call the system."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: str | ListOf[TextPart]
 
     @property
     def text(self) -> str:
@@ -74,12 +95,12 @@ class Asked(_Strict):
 
     model: str
     frequency_penalty: float | None = None
-    logit_bias: dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], float] = {}
+    logit_bias: Bias = {}
     max_tokens: Count | None = None
     n: Annotated[int, Field(ge=1, le=MAX_SAMPLES)] = 1
     presence_penalty: float | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
-    stop: str | list[str] = []
+    stop: str | ListOf[str] = []
     stream: bool = False
     stream_options: StreamOptions | None = None
     temperature: float | None = None
@@ -154,7 +175,7 @@ class ChatAsked(Asked):
 
     default_max_tokens = MAX_CHAT_TOKENS
 
-    messages: list[Message]
+    messages: ListOf[Message]
     logprobs: bool = False
     max_completion_tokens: Count | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
@@ -184,7 +205,7 @@ class CompletionAsked(Asked):
 
     default_max_tokens = MAX_COMPLETION_TOKENS
 
-    prompt: str | list[TokenId]
+    prompt: str | ListOf[TokenId]
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 
     @property
