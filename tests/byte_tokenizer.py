@@ -37,6 +37,17 @@ def byte_tokenizer() -> Tokenizer:
     return tokenizer
 
 
+def word_tokenizer() -> Tokenizer:
+    """Bytes, and the words "to", "be" and "or", with a space before them too."""
+    merges = [("t", "o"), ("b", "e"), ("o", "r"), ("Ġ", "to"), ("Ġ", "be"), ("Ġ", "or")]
+    pieces = [*byte_alphabet(), *(one + other for one, other in merges)]
+    vocab = {piece: index for index, piece in enumerate(pieces)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
 def sentencepiece_like() -> Tokenizer:
     """Words with a mark for the space before them, and byte tokens for everything else."""
     words = ["<unk>", "▁", "▁to", "▁be", "or", "▁or"]

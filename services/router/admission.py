@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from treecast.adapter import Adapter
@@ -22,12 +23,15 @@ from treecast.wire.frames import Hello
 from .fleet import Fleet, Verifier, answer
 from .messages import Ask, ChatPrompt, Prompt, TextPrompt
 from .placement import adapter_meant, choose_adapter, choose_model
-from .text import ModelText, TextCache
+from .text import ModelText, Room, TextCache
 
 TOKENIZER_TIMEOUT_S = 10.0
 
 SHORT_CHARACTERS = 500
 """A prompt up to here is encoded in the time that it takes to have another thread do it."""
+
+NUM_ENCODERS = 4
+"""Long prompts that are encoded at once: a megabyte of text takes ninety of memory meanwhile."""
 
 _MESSAGE_CHARACTERS = 50
 """What a chat's template adds to each message, roughly."""
@@ -55,6 +59,7 @@ class Admission:
         self._fleet = fleet
         self._grace_s = grace_s
         self._texts = TextCache()
+        self._encoders = ThreadPoolExecutor(NUM_ENCODERS, "encoder")
 
     async def check(self, ask: Ask, deadline_s: float | None) -> Checked:
         """Find the model and tokenise the prompt.
@@ -73,10 +78,12 @@ class Admission:
         text = await self._texts.get(
             model.model, model.model_revision, lambda: self._fetch_tokenizer(model)
         )
+        room = Room(model.context_tokens, ask.truncate_prompt)
         if num_characters(ask.prompt) > SHORT_CHARACTERS:
-            prompt = await asyncio.to_thread(encode, ask.prompt, text)
+            loop = asyncio.get_running_loop()
+            prompt = await loop.run_in_executor(self._encoders, encode, ask.prompt, text, room)
         else:
-            prompt = encode(ask.prompt, text)
+            prompt = encode(ask.prompt, text, room)
         if ask.truncate_prompt:  # the verifier cuts what is too long still, with the output
             prompt = prompt[-model.context_tokens :]
         check_tokens(ask, prompt, model)
@@ -184,13 +191,13 @@ def num_characters(prompt: Prompt) -> int:
     return 0
 
 
-def encode(prompt: Prompt, text: ModelText) -> tuple[int, ...]:
+def encode(prompt: Prompt, text: ModelText, room: Room) -> tuple[int, ...]:
     """A prompt's tokens. Long texts take milliseconds, so not for an event loop."""
     match prompt:
         case TextPrompt():
-            return text.encode_text(prompt.text)
+            return text.encode_text(prompt.text, room)
         case ChatPrompt():
-            return text.encode_chat(prompt.messages)
+            return text.encode_chat(prompt.messages, room)
     return prompt.ids
 
 

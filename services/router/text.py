@@ -15,12 +15,15 @@ import jinja2
 import jinja2.ext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from treecast.errors import InvalidRequest
+from treecast.errors import InvalidRequest, PromptTooLong
 from treecast.text.detok import REPLACEMENT, DetokStream
-from treecast.text.tokenizer import TokenizerFiles, decoder_of
+from treecast.text.tokenizer import TokenizerFiles, decoder_of, longest_token
 
 _KNOWN_TOKENS = 16_384
 """Whose texts are kept; to work one out takes two calls of the tokenizer."""
+
+_SEAM_TOKENS = 64
+"""The first tokens of a text that was cut may be others than in the whole text."""
 
 ROLES = ("system", "user", "assistant")
 
@@ -43,41 +46,73 @@ class TokenText:
     utf8: bytes | None
 
 
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What a prompt has to fit into.
+
+    Attributes:
+        truncates: a longer one keeps its end.
+    """
+
+    tokens: int
+    truncates: bool = False
+
+    def fit(self, text: str, token_characters: int) -> str:
+        """Bound a text before it is encoded, by the most characters that a token has.
+
+        Returns:
+            Enough of its end for the same last tokens, if it is to be cut.
+        Raises:
+            PromptTooLong: tokens of that length would be too many.
+        """
+        if self.truncates:
+            return text[-(self.tokens + _SEAM_TOKENS) * token_characters :]
+        if len(text) > (most := self.tokens * token_characters):
+            raise PromptTooLong(
+                f"prompt has {len(text)} characters; the limit is {self.tokens} tokens, "
+                f"which have {most} at most"
+            )
+        return text
+
+
 class ModelText:
     """Tokenises prompts and detokenises output of one model revision. Thread-safe."""
 
     def __init__(self, model: str, files: TokenizerFiles) -> None:
-        """Parses the tokenizer: tens of milliseconds, so not for an event loop."""
+        """Parses the tokenizer: seconds, of which other threads get none (docs/scaling.md)."""
         self._model = model
         self._tokenizer = files.load()
+        self._longest = longest_token(self._tokenizer) if self._tokenizer else 0
         self._decode = decoder_of(self._tokenizer) if self._tokenizer else _no_text
         self._template = _compile(files.chat_template)
         self._special_tokens = files.special_tokens
         self.token = functools.lru_cache(_KNOWN_TOKENS)(self._token)
 
-    def encode_text(self, text: str) -> tuple[int, ...]:
+    def encode_text(self, text: str, room: Room) -> tuple[int, ...]:
         """Tokens of a plain prompt, with the special tokens that the tokenizer puts around it.
 
         Raises:
             InvalidRequest: the text is empty, or the model has no tokenizer.
+            PromptTooLong: it cannot fit, whatever its tokens are.
         """
         if not text:
             raise InvalidRequest("prompt is empty")
-        return self._encode(text, special_tokens=True)
+        return self._encode(text, room, special_tokens=True)
 
-    def encode_chat(self, messages: Sequence[ChatMessage]) -> tuple[int, ...]:
+    def encode_chat(self, messages: Sequence[ChatMessage], room: Room) -> tuple[int, ...]:
         """Tokens of a chat in the model's own template, ready for the assistant's turn.
 
         Raises:
             InvalidRequest: no messages, an unknown role, no template, or one that refuses these
                 messages.
+            PromptTooLong: it cannot fit, whatever its tokens are.
         """
         if not messages:
             raise InvalidRequest("prompt is empty")
         for message in messages:
             if message.role not in ROLES:
                 raise InvalidRequest(f"role is {message.role!r}; allowed: {', '.join(ROLES)}")
-        return self._encode(self._render(messages), special_tokens=False)
+        return self._encode(self._render(messages), room, special_tokens=False)
 
     def detokenizer(self, stop: Sequence[str]) -> DetokStream:
         """A stream of output text; always empty if the model has no tokenizer.
@@ -101,12 +136,15 @@ class ModelText:
         text = text or piece  # special tokens decode to nothing
         return TokenText(text, text.encode())
 
-    def _encode(self, text: str, special_tokens: bool) -> tuple[int, ...]:
+    def _encode(self, text: str, room: Room, special_tokens: bool) -> tuple[int, ...]:
         if self._tokenizer is None:
             raise InvalidRequest(
                 f"model {self._model!r} has no tokenizer; send the prompt as token ids"
             )
-        return tuple(self._tokenizer.encode(text, add_special_tokens=special_tokens).ids)
+        batch = [room.fit(text, self._longest)]
+        # Unlike `encode`, lets other threads run meanwhile.
+        [encoding] = self._tokenizer.encode_batch_fast(batch, add_special_tokens=special_tokens)
+        return tuple(encoding.ids)
 
     def _render(self, messages: Sequence[ChatMessage]) -> str:
         if self._template is None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -11,10 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from treecast.errors import InvalidRequest, Unavailable
+from treecast.errors import InvalidRequest, PromptTooLong, Unavailable
 from treecast.sampling.params import SamplingParams
 from treecast.sampling.stops import StopRules
-from treecast.services.router.text import ChatMessage, ModelText, TextCache
+from treecast.services.router.text import ChatMessage, ModelText, Room, TextCache
 from treecast.text.detok import MAX_OPEN, REPLACEMENT, Decode, DetokStream
 from treecast.text.tokenizer import TokenizerFiles
 
@@ -25,6 +27,7 @@ from ..byte_tokenizer import (
     TEMPLATE,
     byte_tokenizer,
     sentencepiece_like,
+    word_tokenizer,
 )
 
 BYTES = byte_tokenizer()
@@ -32,6 +35,8 @@ PIECES = sentencepiece_like()
 FILES = TokenizerFiles(BYTES.to_str().encode(), TEMPLATE, SPECIAL_TOKENS)
 TEXT = ModelText("m", FILES)
 NO_TOKENIZER = ModelText("toy", TokenizerFiles())
+ROOM = Room(512)
+WORDS = ["to", "be", "or", " ", "  ", ",", "é", "日", "🙂", "tobeor"]
 
 
 def decode(ids: Sequence[int]) -> str:
@@ -46,12 +51,12 @@ def stream(*stop: str) -> DetokStream:
 
 
 def test_text_gets_the_tokenizers_special_tokens() -> None:
-    assert TEXT.encode_text("hé") == (BOS, 0x68, 0xC3, 0xA9)
+    assert TEXT.encode_text("hé", ROOM) == (BOS, 0x68, 0xC3, 0xA9)
 
 
 def test_chat_is_written_by_the_template_and_gets_no_further_tokens() -> None:
     chat = [ChatMessage("system", "x"), ChatMessage("user", "y")]
-    assert TEXT.encode_chat(chat) == (BOS, *b"s:x;u:y;a:")
+    assert TEXT.encode_chat(chat, ROOM) == (BOS, *b"s:x;u:y;a:")
 
 
 def test_truncation_of_the_training_is_off_when_a_prompt_is_long() -> None:
@@ -59,25 +64,25 @@ def test_truncation_of_the_training_is_off_when_a_prompt_is_long() -> None:
     trained.enable_truncation(4)
     trained.enable_padding(length=8)
     text = ModelText("m", replace(FILES, definition=trained.to_str().encode()))
-    assert text.encode_text("abcdef") == (BOS, *b"abcdef")
-    assert text.encode_text("ab") == (BOS, *b"ab")
+    assert text.encode_text("abcdef", ROOM) == (BOS, *b"abcdef")
+    assert text.encode_text("ab", ROOM) == (BOS, *b"ab")
 
 
 @pytest.mark.parametrize(
     ("ask", "message"),
     [
-        (lambda: TEXT.encode_text(""), "prompt is empty"),
-        (lambda: TEXT.encode_chat([]), "prompt is empty"),
+        (lambda: TEXT.encode_text("", ROOM), "prompt is empty"),
+        (lambda: TEXT.encode_chat([], ROOM), "prompt is empty"),
         (
-            lambda: TEXT.encode_chat([ChatMessage("robot", "x")]),
+            lambda: TEXT.encode_chat([ChatMessage("robot", "x")], ROOM),
             "role is 'robot'; allowed: system, user, assistant",
         ),
         (
-            lambda: NO_TOKENIZER.encode_text("x"),
+            lambda: NO_TOKENIZER.encode_text("x", ROOM),
             "model 'toy' has no tokenizer; send the prompt as token ids",
         ),
         (
-            lambda: NO_TOKENIZER.encode_chat([ChatMessage("user", "x")]),
+            lambda: NO_TOKENIZER.encode_chat([ChatMessage("user", "x")], ROOM),
             "model 'toy' has no chat template; send text or token ids",
         ),
         (
@@ -92,9 +97,48 @@ def test_prompt_is_refused_by_name_when_it_cannot_be_encoded(ask, message) -> No
     assert refusal.value.message == message
 
 
+def test_text_is_refused_unread_when_no_tokens_of_it_can_fit() -> None:
+    assert len(TEXT.encode_text("x" * 2048, ROOM)) == 2049  # too many, but "</s>" is a token too
+    why = "prompt has 2049 characters; the limit is 512 tokens, which have 2048 at most"
+    with pytest.raises(PromptTooLong, match=f"^{why}$"):
+        TEXT.encode_text("x" * 2049, ROOM)
+    with pytest.raises(PromptTooLong, match=r"^prompt has 2057 characters; the limit is 512"):
+        TEXT.encode_chat([ChatMessage("user", "x" * 2049)], ROOM)
+
+
+@given(
+    st.lists(
+        st.sampled_from(["to", "be", "or", " ", "  ", ",", "é", "日", "🙂", "tobeor"]), max_size=40
+    )
+)
+def test_last_tokens_are_those_of_the_whole_text_when_it_is_cut(words: list[str]) -> None:
+    text = ModelText("m", TokenizerFiles(word_tokenizer().to_str().encode()))
+    written = "".join(words) * 50 + "to be"
+    whole = text.encode_text(written, Room(len(written.encode())))
+    cut = text.encode_text(written, Room(16, truncates=True))
+    assert len(cut) <= (16 + 64) * 3 * 4  # characters of three letters, of four bytes each
+    assert cut[-16:] == whole[-16:]
+
+
+def test_others_run_while_a_long_text_is_encoded() -> None:
+    began, ticks = threading.Event(), 0
+
+    def encode() -> None:
+        began.set()
+        TEXT.encode_text("x" * 1_000_000, Room(500_000))
+
+    encoder = threading.Thread(target=encode)
+    encoder.start()
+    began.wait()
+    while encoder.is_alive():
+        time.sleep(0)
+        ticks += 1
+    assert ticks > 1000
+
+
 def chat_with(template: str) -> str:
     text = ModelText("m", replace(FILES, chat_template=template))
-    ids = text.encode_chat([ChatMessage("user", "<é>")])
+    ids = text.encode_chat([ChatMessage("user", "<é>")], ROOM)
     return BYTES.decode(ids, skip_special_tokens=False)
 
 
@@ -385,7 +429,7 @@ async def test_files_are_fetched_again_when_the_first_fetch_failed() -> None:
     cache = TextCache()
     with pytest.raises(Unavailable, match="gone"):
         await cache.get("m", "r1", fail)
-    assert (await cache.get("m", "r1", fetch)).encode_text("a") == (BOS, 0x61)
+    assert (await cache.get("m", "r1", fetch)).encode_text("a", ROOM) == (BOS, 0x61)
 
 
 async def test_others_get_their_files_when_the_first_to_ask_goes_away() -> None:
@@ -404,7 +448,7 @@ async def test_others_get_their_files_when_the_first_to_ask_goes_away() -> None:
     with pytest.raises(asyncio.CancelledError):
         await first
     answer.set()
-    assert (await second).encode_text("a") == (BOS, 0x61)
+    assert (await second).encode_text("a", ROOM) == (BOS, 0x61)
 
 
 # --- the default model ------------------------------------------------------------------------
@@ -429,6 +473,6 @@ def test_prompts_are_tokenised_as_transformers_does_when_the_model_is_smollm2() 
         expected = theirs.apply_chat_template(
             messages, add_generation_prompt=True, return_dict=False
         )
-        assert list(ours.encode_chat(chat)) == expected
+        assert list(ours.encode_chat(chat, ROOM)) == expected
     for text in ("Once upon a time", "def f(x):\n    return x\n", "naïve façade 🙂"):
-        assert list(ours.encode_text(text)) == theirs(text)["input_ids"]
+        assert list(ours.encode_text(text, ROOM)) == theirs(text)["input_ids"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from treecast.errors import (
     PromptTooLong,
     TreecastError,
 )
+from treecast.services.router import admission
 from treecast.v1 import sampling_pb2
 
 from ..scripted_verifier import ScriptedVerifier, output_of
@@ -46,6 +49,11 @@ TOO_LONG = "x" * 512  # and the token that begins every text
             "token id 300 is unknown; the vocabulary has 258",
         ),
         ({"text": TOO_LONG}, PromptTooLong, "prompt has 513 tokens; the limit is 512"),
+        (
+            {"text": "x" * 2049},
+            PromptTooLong,
+            "prompt has 2049 characters; the limit is 512 tokens, which have 2048 at most",
+        ),
         (
             {"request_id": "x" * 129},
             InvalidRequest,
@@ -152,6 +160,37 @@ async def test_long_prompt_is_passed_on_when_it_may_be_truncated(
 ) -> None:
     await client.generate(text=TOO_LONG, truncate_prompt=True).read_all()
     assert len(verifier.started[0].prompt) == 512  # its end; the verifier makes room for output
+
+
+async def test_few_long_prompts_are_encoded_at_once(
+    client: RouterClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running, most = 0, 0
+    full, proceed, lock = threading.Event(), threading.Event(), threading.Lock()
+    plainly = admission.encode
+
+    def held(prompt: Any, *given: Any) -> tuple[int, ...]:
+        nonlocal running, most
+        if prompt.text == "short":
+            return plainly(prompt, *given)
+        with lock:
+            running += 1
+            most = max(most, running)
+        if most == admission.NUM_ENCODERS:
+            full.set()
+        proceed.wait(10)
+        with lock:
+            running -= 1
+        return plainly(prompt, *given)
+
+    monkeypatch.setattr(admission, "encode", held)
+    calls = [client.generate(text="x" * 501) for _ in range(2 * admission.NUM_ENCODERS)]
+    long = asyncio.gather(*(call.read_all() for call in calls))
+    await asyncio.to_thread(full.wait, 10)
+    await client.generate(text="short").read_all()  # by now the others would have begun
+    proceed.set()
+    await long
+    assert most == admission.NUM_ENCODERS
 
 
 async def test_second_request_is_refused_when_its_id_is_running(
