@@ -145,9 +145,13 @@ class LeasedSession:
         self._doubted = True
 
     async def end(self) -> None:
-        """Start the lease's time-to-live anew: the verifier keeps the KV cache from now on."""
+        """Start the lease's time-to-live anew: the verifier keeps the KV cache from now on.
+
+        A request may have outlived its lease, which is claimed again then.
+        """
         try:
-            await self._leases.renew(self._name)
+            if await self._leases.renew(self._name) is None and self._lease is not None:
+                await self._leases.claim(self._name, self._lease.holder, None)
         except RedisLost:
             return
 

@@ -309,6 +309,27 @@ async def test_lease_is_renewed_when_a_long_request_ends(
     assert (await stored(redis))[1] > 59_000
 
 
+async def test_session_keeps_its_verifier_when_a_request_outlives_its_lease(
+    leases: Leases, redis: GuardedRedis
+) -> None:
+    session = LeasedSession(leases, TENANT, "s")
+    one = key(await session.take("v1", await session.look()))
+    await redis.ask(lambda client: client.delete(KEY))
+    await session.end()
+    where = await LeasedSession(leases, TENANT, "s").look()
+    assert where.holder == "v1"
+    assert where.lease is not None
+    assert where.lease.epoch >= one.epoch
+    assert (await stored(redis))[1] > 59_000
+
+
+async def test_nothing_is_claimed_when_a_request_ends_that_had_no_verifier(leases: Leases) -> None:
+    session = LeasedSession(leases, TENANT, "s")
+    await session.look()
+    await session.end()
+    assert await session.look() == Whereabouts()
+
+
 async def test_samples_share_a_session_that_is_forgotten_with_the_request() -> None:
     forgotten = []
     session = SampleSession(TENANT, "r", lambda holder, key: forgotten.append((holder, key)))
