@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -55,7 +54,7 @@ class LocalMesh:
     def __init__(self, settings: MeshSettings, progress: ProgressFn | None = None) -> None:
         self.settings = settings
         self.processes: dict[str, ServiceProcess] = {}
-        self.redis_url = settings.redis_url or os.environ.get(REDIS_VARIABLE, "")
+        self.redis_url = settings.redis_url or ""
         self.log_dir = settings.log_dir or new_log_dir(default_cache_dir() / "logs")
         self.certificates: dict[str, TlsFiles] = {}
         self._report = progress or (lambda name, state: None)

@@ -26,7 +26,7 @@ class MeshSettings:
             by its folder as ssm=FOLDER; none decodes plainly.
         router_listen: address of the router; port 0 picks one.
         http_listen: where the router serves the OpenAI-compatible API; None for nowhere.
-        redis_url: a server to use; None starts one, unless TREECAST_REDIS_URL names one.
+        redis_url: a server to use; None starts one of its own.
         tls: mutual TLS on every hop, with throwaway certificates beside the logs.
         log_dir: where each process's log goes; None makes a new folder in the cache directory.
         ready_timeout_s: for each process to load and say that it is ready.

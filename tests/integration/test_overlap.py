@@ -13,9 +13,8 @@ from treecast.services.local import MeshSettings
 
 @pytest.mark.slow
 async def test_text_is_the_same_and_commits_are_foreseen_when_a_draft_runs_ahead(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
-    monkeypatch.delenv("TREECAST_REDIS_URL", raising=False)
     mesh = MeshSettings(
         engine="toy",
         planner="full",

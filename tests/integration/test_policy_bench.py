@@ -16,7 +16,6 @@ def test_policies_give_plain_decodings_text_when_they_share_speculators(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TREECAST_HOME", str(tmp_path))
-    monkeypatch.delenv("TREECAST_REDIS_URL", raising=False)
     settings = MeshSettings(
         engine="toy",
         torch_threads=1,

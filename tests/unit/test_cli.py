@@ -283,6 +283,19 @@ def test_up_names_address_and_flag_when_the_address_is_in_use(router):
     )
 
 
+def test_up_uses_the_redis_that_the_environment_names(monkeypatch):
+    given = []
+
+    def running_mesh(settings):
+        given.append(settings.redis_url)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("treecast.cli.up.running_mesh", running_mesh)
+    monkeypatch.setenv("TREECAST_REDIS_URL", "redis://there")
+    run("up", "--listen", "127.0.0.1:0")
+    assert given == ["redis://there"]
+
+
 def test_up_finds_an_address_free_when_it_is_an_ipv6_one():
     if not socket.has_dualstack_ipv6():
         pytest.skip("this machine has no IPv6")
