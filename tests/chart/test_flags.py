@@ -21,7 +21,7 @@ from treecast.services.verifier.metrics import VerifierMetrics
 from treecast.settings import ServiceSettings, unknown_variables
 
 from .conftest import Edit, rendered
-from .helm import ROOT, Manifest, Values, render
+from .helm import EXAMPLES, ROOT, Manifest, Values, render
 from .manifests import SETTINGS, environment, expand, name_of, pods, service_flags, services
 
 KNOWN = {"POD_IP": "10.0.0.7", "REDIS_PASSWORD": "abc", "TREECAST_REDIS_URL": "rediss://r:6380/0"}
@@ -100,11 +100,27 @@ def test_an_entry_wins_over_defaults_when_it_says_false_or_zero() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("limit", "threads"), [("8", 8), ("2500m", 2), ("250m", 1)])
+@pytest.mark.parametrize(
+    ("limit", "threads"),
+    [('"8"', 8), ("8", 8), ('"2500m"', 2), ('"2.5"', 2), ("2.5", 2), ('"250m"', 1), ("0.5", 1)],
+)
 def test_threads_are_the_whole_cores_of_the_limit_when_rendered(limit: str, threads: int) -> None:
-    sets = {"verifier.resources.limits.cpu": f'"{limit}"'}
+    sets = {"verifier.resources.limits.cpu": limit}
     (verifier,) = [s for role, s in read_all(render(Values(sets=sets))) if role == "verifier"]
     assert verifier.torch_threads == threads  # type: ignore[attr-defined]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [example.stem for example in EXAMPLES])
+def test_speculators_have_room_for_all_that_a_verifier_runs(name: str) -> None:
+    room = runs = 0
+    for manifest in rendered(name):
+        for role, settings in read_all([manifest]):
+            if role == "speculator":
+                room += settings.capacity * manifest["spec"].get("replicas", 1)  # type: ignore[attr-defined]
+            elif role == "verifier":
+                runs = settings.max_running  # type: ignore[attr-defined]
+    assert room >= runs > 0
 
 
 @pytest.mark.slow

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from .conftest import Edit, rendered
+from .conftest import TLS_SECRETS, Edit, rendered
 from .helm import EXAMPLES, Manifest, Values, render
-from .manifests import pods, services
+from .manifests import name_of, pods, services
 from .policy import PROBES, faults
 
 LAPTOP, LARGE, *_ = EXAMPLES
@@ -97,6 +97,43 @@ def test_edges_are_few_when_policies_are_on() -> None:
         *((who, "redis", 6379) for who in ("router", "verifier", "speculator")),
         *((scraper, who, 9090) for who in ("router", "verifier", "speculator")),
     }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("endpoint", "port"),
+    [
+        ("http://collector:4318", 4318),
+        ("http://collector", 4317),
+        ("http://[fd00::4]:4318", 4318),
+        ("http://[fd00::4]", 4317),
+    ],
+)
+def test_spans_may_leave_by_the_port_of_their_endpoint(endpoint: str, port: int) -> None:
+    manifests = render(Values(sets={"tracing.otlpEndpoint": f'"{endpoint}"'}))
+    anywhere = [
+        [each["port"] for each in rule["ports"] if each.get("protocol") != "UDP"]
+        for manifest in manifests
+        if name_of(manifest) == "NetworkPolicy/tc-treecast-router"
+        for rule in manifest["spec"]["egress"]
+        if "to" not in rule
+    ]
+    assert anywhere == [[53], [port]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("tls", "said"), [("false", {"grpc": "kubernetes.io/h2c", "http": "http"}), ("true", {})]
+)
+def test_service_names_protocols_when_they_are_not_encrypted(
+    tls: str, said: dict[str, str]
+) -> None:
+    sets = {"router.http.enabled": "true", "tls.enabled": tls, "tls.secretNames": TLS_SECRETS}
+    manifests = render(Values(sets=sets))
+    (service,) = (m for m in manifests if name_of(m) == "Service/tc-treecast-router")
+    ports = service["spec"]["ports"]
+    assert [port["name"] for port in ports] == ["grpc", "http"]
+    assert said == {p["name"]: p["appProtocol"] for p in ports if "appProtocol" in p}
 
 
 @pytest.mark.slow

@@ -12,10 +12,11 @@
 {{- end }}
 {{- end -}}
 
-{{/* Whole cores of a limit such as "4" or "1500m": threads of a forward pass. */}}
+{{/* Whole cores of a limit such as 4, "2.5" or "1500m": threads of a forward pass. */}}
 {{- define "treecast.threads" -}}
 {{- $cpu := toString . -}}
-{{- hasSuffix "m" $cpu | ternary (div (int (trimSuffix "m" $cpu)) 1000) (int $cpu) | max 1 -}}
+{{- $cores := hasSuffix "m" $cpu | ternary (divf (trimSuffix "m" $cpu) 1000) (float64 $cpu) -}}
+{{- floor $cores | int | max 1 -}}
 {{- end -}}
 
 {{/* The flags of a workload. Takes root and workload. */}}

@@ -32,7 +32,7 @@ spec:
 - ports: [{port: {{ .Values.redis.external.port }}}]
 {{- end }}
 {{- with .Values.tracing.otlpEndpoint }}
-- ports: [{port: {{ regexFind ":[0-9]+" . | trimPrefix ":" | default "4317" }}}]
+- ports: [{port: {{ regexFind ":[0-9]+$" . | trimPrefix ":" | default "4317" }}}]
 {{- end }}
 {{- with .Values.networkPolicy.extraEgress }}
 {{ toYaml . }}
