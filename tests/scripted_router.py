@@ -23,6 +23,7 @@ class ScriptedRouter(router_pb2_grpc.RouterServiceServicer):
 
     def __init__(self, *scripts: Script, port: int = 0) -> None:
         self.requests: list[pb.GenerateRequest] = []
+        self.closed: list[str] = []
         self.ended = threading.Event()
         """Set when a call has ended, by either side."""
         self._scripts = deque(scripts)
@@ -51,6 +52,7 @@ class ScriptedRouter(router_pb2_grpc.RouterServiceServicer):
     def CloseSession(
         self, request: pb.CloseSessionRequest, context: grpc.ServicerContext
     ) -> pb.CloseSessionResponse:
+        self.closed.append(request.session_id)
         return pb.CloseSessionResponse(closed=request.session_id == "known")
 
     def ListModels(

@@ -18,6 +18,7 @@ from typer.testing import CliRunner, Result
 from tests.scripted_router import ScriptedRouter, delta, fail, finished, hang, play, started
 from treecast import __version__
 from treecast.cli.app import app
+from treecast.cli.chat import _take_turn as take_turn
 from treecast.cli.output import stderr, stdout
 from treecast.cli.status import render
 from treecast.cli.up import check_free
@@ -356,6 +357,24 @@ def test_chat_forgets_the_turns_when_told_to(router):
     second = router.requests[1]
     assert len(router.requests) == 2
     assert [message.content for message in second.chat.messages] == ["S", "Again"]
+
+
+def test_chat_frees_its_session_unless_it_was_named(router):
+    run("chat", "--router", router.address, stdin="Hi\n")
+    run("chat", "--session", "mine", "--router", router.address, stdin="Hi\n")
+    first, second = router.requests
+    assert second.session_id == "mine"
+    assert router.closed == [first.session_id]
+
+
+def test_chat_prints_nothing_but_json_when_an_answer_is_stopped(capsys):
+    class Stopped:
+        def ask(self, text, show):
+            raise KeyboardInterrupt
+
+    take_turn(Stopped(), "Hi", as_json=True, at_terminal=True)
+    out, err = capsys.readouterr()
+    assert (out, "stopped" in err) == ("", True)
 
 
 def test_chat_prints_json_when_asked(router):

@@ -42,8 +42,9 @@ def chat(
 ) -> None:
     """Talk with the model; every turn sees the ones before it.
 
-    The session's KV cache stays on its verifier, so a turn computes only what is new. Lines from a
-    pipe are turns too. /new begins anew, /exit or Ctrl-D leaves, Ctrl-C stops an answer.
+    The session's KV cache stays on its verifier, so a turn computes only what is new; it is freed
+    at the end, unless --session names it. Lines from a pipe are turns too. /new begins anew, /exit
+    or Ctrl-D leaves, Ctrl-C stops an answer.
 
     For example:
 
@@ -62,7 +63,8 @@ def chat(
         try:
             _converse(talk, as_json)
         finally:
-            talk.close()
+            if session is None:
+                talk.close()
 
 
 class Talk:
@@ -146,7 +148,8 @@ def _take_turn(talk: Talk, line: str, as_json: bool, at_terminal: bool) -> None:
     except KeyboardInterrupt:
         if not at_terminal:
             raise
-        write_text("\n")
+        if not as_json:
+            write_text("\n")
         stderr().print("stopped; this turn is forgotten", style="dim")
         return
     except InvalidRequest as error:
