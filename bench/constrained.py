@@ -18,7 +18,8 @@ from typing import Any
 import jsonschema
 from rich.console import Console
 
-from treecast.client import AsyncClient, ChatMessage, Result, SamplingParams
+from treecast.bench.prompts import user_turn
+from treecast.client import AsyncClient, Result, SamplingParams
 from treecast.services.local.mesh import LocalMesh
 from treecast.services.local.settings import MeshSettings
 
@@ -84,7 +85,7 @@ async def measure(
         if not masked:
             sampling = replace(sampling, json_schema="", temperature=1.0)
         subject = _SUBJECTS[seed % len(_SUBJECTS)]
-        chat: list[ChatMessage] = [{"role": "user", "content": f"Describe {subject} as JSON."}]
+        chat = user_turn(f"Describe {subject} as JSON.")
         async with turns:
             return await client.generate(chat, sampling, max_nodes=max_nodes).result()
 

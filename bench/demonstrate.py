@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from treecast.client import ChatMessage, Client, Usage
+from treecast.client import Client, Usage
 from treecast.sampling.params import SpeculationParams
 
-from .prompts import BenchPrompt
+from .prompts import BenchPrompt, user_turn
 from .run import TimedResult, time_answer
 
 PLAIN = SpeculationParams(max_nodes=0)
@@ -38,7 +38,7 @@ def demonstrate(
     """Answer each prompt with speculation, shown live, then again without."""
     for prompt in prompts:
         on_prompt(prompt)
-        chat = _user_turn(prompt.text)
+        chat = prompt.chat
         speculative = time_answer(client, chat, max_tokens, SpeculationParams(), on_text)
         plain = time_answer(client, chat, max_tokens, PLAIN)
         yield Comparison(prompt, speculative, plain)
@@ -46,7 +46,7 @@ def demonstrate(
 
 def warm_up(client: Client) -> None:
     """Let both ways of decoding run once, so that no prompt pays for first-time work."""
-    chat = _user_turn("Count to ten.")
+    chat = user_turn("Count to ten.")
     for speculation in (SpeculationParams(), PLAIN):
         time_answer(client, chat, 16, speculation)
 
@@ -71,7 +71,3 @@ def acceptance_by_depth(usages: Sequence[Usage]) -> list[float]:
         accepted = sum(usage.accepted_by_depth[depth] for usage in reached)
         shares.append(accepted / offered if offered else 0.0)
     return shares
-
-
-def _user_turn(text: str) -> list[ChatMessage]:
-    return [{"role": "user", "content": text}]

@@ -30,7 +30,7 @@ import structlog
 from treecast.bench.compare import Spread
 from treecast.bench.machine import describe_machine
 from treecast.bench.offload_memory import MemoryWatch
-from treecast.bench.prompts import DEFAULT_PROMPTS, read_prompts
+from treecast.bench.prompts import DEFAULT_PROMPTS, encode_chat, read_prompts
 from treecast.checkpoints import ensure_default_drafts, ensure_default_target
 from treecast.decoding.local import generate
 from treecast.drafting.base import Drafter
@@ -192,9 +192,7 @@ def _prompts(folder: Path, count: int) -> dict[str, list[int]]:
 
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     return {
-        prompt.id: tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt.text}], add_generation_prompt=True, return_dict=True
-        )["input_ids"]
+        prompt.id: encode_chat(tokenizer, prompt.text)
         for prompt in read_prompts(DEFAULT_PROMPTS, count)
     }
 

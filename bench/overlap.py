@@ -22,7 +22,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from treecast.checkpoints import default_cache_dir
-from treecast.client import ChatMessage, Result, SamplingParams
+from treecast.client import Result, SamplingParams
 from treecast.services.local import MeshSettings
 from treecast.services.local.logs import new_log_dir
 
@@ -249,10 +249,7 @@ def _works(engine: str, prompts: Path, limit: int, tokens: int) -> list[Work]:
     if engine == "toy":
         return toy_works(limit, tokens)
     sampling = SamplingParams(temperature=0, max_tokens=tokens)
-    return [
-        Work(prompt.id, [ChatMessage(role="user", content=prompt.text)], sampling)
-        for prompt in read_prompts(prompts, limit)
-    ]
+    return [Work(prompt.id, prompt.chat, sampling) for prompt in read_prompts(prompts, limit)]
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from treecast.checkpoints import default_cache_dir
-from treecast.client import ChatMessage, Client, Prompt, Result, SamplingParams
+from treecast.client import Client, Prompt, Result, SamplingParams
 from treecast.services.local import LocalMesh, MeshSettings
 from treecast.services.local.logs import new_log_dir
 from treecast.services.local.process import (
@@ -257,8 +257,7 @@ def main() -> None:
     drafters = tuple(arguments.drafter or ("default", "ngram"))
     terms = Terms(drafters, sampling, arguments.concurrency, arguments.rounds)
     prompts: dict[str, Prompt] = {
-        prompt.id: [ChatMessage(role="user", content=prompt.text)]
-        for prompt in read_prompts(arguments.prompts, arguments.limit)
+        prompt.id: prompt.chat for prompt in read_prompts(arguments.prompts, arguments.limit)
     }
     standings = compare_policies(settings, terms, prompts)
     for standing in standings:

@@ -41,24 +41,12 @@ class Report:
         versions: Mapping[str, Any],
     ) -> Report:
         """Summarize runs made with these settings, now, on this machine."""
-        settings = {
-            "model": Path(mesh.model).name,
-            "draft": Path(mesh.draft).name,
-            "dtype": mesh.dtype,
-            "weights": mesh.weights,
-            "numerics": mesh.numerics,
-            "device": mesh.device,
-            "planner": mesh.planner,
-            "threads": mesh.torch_threads,
-            "speculators": list(mesh.speculators),
-            "law": speculation.law.name.lower(),
-            "proposal": speculation.proposal.name.lower(),
-            "growth": speculation.growth,
-            "max_tokens": max_tokens,
-            "rounds": rounds,
-        }
         return cls(
-            settings=settings,
+            settings={
+                **describe_settings(mesh, speculation),
+                "max_tokens": max_tokens,
+                "rounds": rounds,
+            },
             machine=describe_machine(),
             versions={"treecast": __version__, **versions},
             summaries=tuple(summarize(runs, contenders)),
@@ -72,6 +60,24 @@ class Report:
     def save(self, file: Path) -> None:
         """Replace a file."""
         file.write_text(json.dumps(self.fields(), indent=1) + "\n")
+
+
+def describe_settings(mesh: MeshSettings, speculation: SpeculationParams) -> dict[str, Any]:
+    """What is measured, by a mesh that has started."""
+    return {
+        "model": Path(mesh.model).name,
+        "draft": Path(mesh.draft).name,
+        "dtype": mesh.dtype,
+        "weights": mesh.weights,
+        "numerics": mesh.numerics,
+        "device": mesh.device,
+        "planner": mesh.planner,
+        "threads": mesh.torch_threads,
+        "speculators": list(mesh.speculators),
+        "law": speculation.law.name.lower(),
+        "proposal": speculation.proposal.name.lower(),
+        "growth": speculation.growth,
+    }
 
 
 def report_file(out: Path) -> Path:

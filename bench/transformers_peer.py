@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, __version__
 
+from treecast.bench.prompts import encode_chat
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
@@ -50,14 +52,7 @@ class Peer:
         return loaded.eval().to(self._device)
 
     def encode(self, text: str) -> dict[str, object]:
-        """Token ids of a chat with one user turn; of the bare text, without a chat template."""
-        if not self.tokenizer.chat_template:
-            return {"prompt_ids": self.tokenizer(text)["input_ids"]}
-        chat = [{"role": "user", "content": text}]
-        ids = self.tokenizer.apply_chat_template(
-            chat, add_generation_prompt=True, return_dict=True
-        )["input_ids"]
-        return {"prompt_ids": ids}
+        return {"prompt_ids": encode_chat(self.tokenizer, text)}
 
     def answer(self, request: dict[str, Any]) -> dict[str, object]:
         """Generate greedily; with the draft as assistant, by transformers' own defaults."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from treecast.bench.prompts import DEFAULT_PROMPTS, read_prompts
-from treecast.client import ChatMessage, SamplingParams
+from treecast.client import SamplingParams
 
 from .load import Work
 
@@ -14,7 +14,7 @@ def real_works(num_tokens: int) -> list[Work]:
     return [
         Work(
             prompt.id,
-            [ChatMessage(role="user", content=prompt.text)],
+            prompt.chat,
             SamplingParams(temperature=0.8 * (at % 2), seed=at, max_tokens=num_tokens),
         )
         for at, prompt in enumerate(prompts)

@@ -147,11 +147,11 @@ def _prompts(folder: Path) -> list[Sequence[int]]:
         ]
     from transformers import AutoTokenizer
 
-    from treecast.bench.prompts import DEFAULT_PROMPTS, read_prompts
+    from treecast.bench.prompts import DEFAULT_PROMPTS, encode_chat, read_prompts
 
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     return [
-        tokenizer(prompt.text)["input_ids"] for prompt in read_prompts(DEFAULT_PROMPTS, _PROMPTS)
+        encode_chat(tokenizer, prompt.text) for prompt in read_prompts(DEFAULT_PROMPTS, _PROMPTS)
     ]
 
 

@@ -9,11 +9,10 @@ from __future__ import annotations
 import argparse
 import asyncio
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 from treecast.bench.prompts import DEFAULT_PROMPTS, read_prompts
-from treecast.client import ChatMessage, Prompt
+from treecast.client import Prompt
 from treecast.services.local import LocalMesh, MeshSettings
 
 from .debian import find_prometheus
@@ -38,7 +37,7 @@ def run(minutes: float, threads: int) -> Recording:
         ready_timeout_s=_READY_S,
         verifier_flags={"max_running": 3, "pool_tokens": 4096},
     )
-    prompts: list[Prompt] = [_user_turn(prompt.text) for prompt in read_prompts(DEFAULT_PROMPTS)]
+    prompts: list[Prompt] = [prompt.chat for prompt in read_prompts(DEFAULT_PROMPTS)]
     with LocalMesh(settings) as mesh:
         services = {name: one for name, one in mesh.processes.items() if name != "valkey"}
         targets = {name: str(one.metrics_address) for name, one in services.items()}
@@ -46,10 +45,6 @@ def run(minutes: float, threads: int) -> Recording:
             start_s, seconds = time.time(), 60 * minutes
             asyncio.run(run_traffic(mesh.router_address, prompts, _STREAMS, seconds, _MAX_TOKENS))
             return record(prometheus, DASHBOARDS, start_s, time.time(), _WINDOW)
-
-
-def _user_turn(text: str) -> Sequence[ChatMessage]:
-    return [{"role": "user", "content": text}]
 
 
 def main() -> None:

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from typer.testing import CliRunner
 
 from tests.scripted_router import ScriptedRouter, finished, play, started
 from treecast.bench.arrival_plots import draw_arrivals
 from treecast.bench.arrivals import Answer, Load, Poisson, offer
 from treecast.bench.mesh_phases import MESH_PHASES, REMAINDER, profile_mesh
-from treecast.client import Client, SamplingParams
+from treecast.cli import bench_arrivals, bench_profile
+from treecast.cli.app import app
+from treecast.client import Client, SamplingParams, TlsFiles
+from treecast.engine.loading import resolve_dtype
 from treecast.errors import InvalidRequest
 from treecast.sampling.params import Law, Proposal, SpeculationParams
 from treecast.services.local.mesh import LocalMesh
@@ -59,6 +67,71 @@ def test_a_load_is_speculated_on_as_asked() -> None:
         asyncio.run(offer(router.address, [[5]], [0.0], 4, asked))
     (request,) = router.requests
     assert codec.decode_speculation(request, request.max_nodes) == asked
+
+
+@pytest.fixture
+def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ScriptedRouter]:
+    """A router that stands for the mesh of any command; its model has a chat template."""
+    (tmp_path / "tokenizer.json").write_text("{}")
+    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
+    with ScriptedRouter(play(started(), finished(0))) as router:
+
+        @contextmanager
+        def running_mesh(settings: MeshSettings) -> Iterator[SimpleNamespace]:
+            ran = replace(settings, model=str(tmp_path), draft="/models/draft")
+            yield SimpleNamespace(
+                router_address=router.address, client_files=TlsFiles(), settings=ran
+            )
+
+        for module in (bench_arrivals, bench_profile):
+            monkeypatch.setattr(module, "running_mesh", running_mesh)
+        yield router
+
+
+def roles_asked(router: ScriptedRouter) -> set[str]:
+    return {message.role for request in router.requests for message in request.chat.messages}
+
+
+def test_a_load_says_what_was_measured_and_asks_in_chats(
+    asked: ScriptedRouter, tmp_path: Path
+) -> None:
+    said = {
+        "contenders": "treecast-plain",
+        "seconds": 1.0,
+        "seed": 7,
+        "max_tokens": 4,
+        "planner": "full",
+        "law": "mss",
+        "proposal": "iid",
+        "growth": "<1,2>",
+    }
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in said.items()]
+    command = ["bench", "--arrivals=poisson:9", "--levels=1", "--json", *flags]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    said["contender"] = said.pop("contenders")
+    assert json.loads(done.stdout)["settings"] == said | {
+        "model": tmp_path.name,
+        "draft": "draft",
+        "dtype": resolve_dtype("auto", "cpu"),
+        "weights": "auto",
+        "numerics": "exact",
+        "device": "cpu",
+        "threads": 2,
+        "speculators": ["ssm", "ngram"],
+    }
+    assert len(asked.requests) > 1
+    assert roles_asked(asked) == {"user"}
+
+
+def test_a_profile_asks_in_chats(
+    asked: ScriptedRouter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("treecast.bench.mesh_phases.profile_mesh", lambda mesh, run: run())
+    options = {"prompts": None, "limit": 3, "max_tokens": 4}
+    bench_profile._profile_mesh(MeshSettings(), tmp_path, options)
+    assert len(asked.requests) == 4
+    assert roles_asked(asked) == {"user"}
 
 
 def test_a_meshs_phases_add_up_to_what_its_client_saw(mesh: LocalMesh) -> None:

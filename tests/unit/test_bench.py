@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from tests.scripted_router import ScriptedRouter, delta, finished, play, started
 from treecast.bench.compare import Spread, in_groups, interleave, summarize
 from treecast.bench.demonstrate import acceptance_by_depth
-from treecast.bench.prompts import DEFAULT_PROMPTS, read_prompts
+from treecast.bench.prompts import DEFAULT_PROMPTS, BenchPrompt, prompts_for, read_prompts
 from treecast.bench.report import Report, report_file
 from treecast.bench.run import Answer, Prompts, Run
 from treecast.cli.app import app
@@ -168,6 +168,21 @@ def test_a_limit_takes_prompts_from_all_over_the_file(tmp_path):
     file.write_text("\n".join([*lines, ""]))
     assert [prompt.id for prompt in read_prompts(file, 4)] == ["0", "2", "5", "7"]
     assert [prompt.text for prompt in read_prompts(file, 99)] == [f"t{n}" for n in range(10)]
+
+
+def test_a_prompt_file_is_refused_when_an_id_repeats(tmp_path):
+    line = json.dumps({"id": "a", "category": "c", "turns": ["t"]})
+    (tmp_path / "p.jsonl").write_text(f"{line}\n\n{line}\n")
+    with pytest.raises(CorpusError, match=r"line 3 has id 'a', as line 1 has$"):
+        read_prompts(tmp_path / "p.jsonl")
+
+
+@pytest.mark.parametrize("template", ["{{ messages }}", ""])
+def test_prompts_are_chats_when_the_model_has_a_template(tmp_path, template):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    asked = prompts_for(tmp_path, [BenchPrompt("a", "c", "Hi")])
+    assert asked == ([[{"role": "user", "content": "Hi"}]] if template else ["Hi"])
 
 
 @pytest.mark.parametrize("line", ["{}", "[1]", "not json", '{"id": 1, "category": 2, "turns": []}'])

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from treecast.bench.arrivals import Load, LoadSummary
     from treecast.sampling.params import SpeculationParams
-    from treecast.services.local import MeshSettings
+    from treecast.services.local import LocalMesh
 
 Process = Annotated[
     str | None,
@@ -64,8 +64,9 @@ def write_arrivals(context: typer.Context, arrivals: str) -> None:
             cannot be read, or no matplotlib for `--out`, or no place for it.
     """
     from treecast.bench.arrivals import Poisson
-    from treecast.bench.report import check_writable
+    from treecast.bench.report import check_writable, describe_settings
     from treecast.bench.study.plots import check_matplotlib
+    from treecast.engine.loading import resolve_dtype
     from treecast.sampling.params import SpeculationParams
 
     check_options(context, "--arrivals", (*OF_A_MESH, *_HEEDED))
@@ -81,12 +82,20 @@ def write_arrivals(context: typer.Context, arrivals: str) -> None:
     if plain:
         speculation = replace(speculation, max_nodes=0)
     settings = mesh_settings(asked)
+    settings = replace(settings, dtype=resolve_dtype(settings.dtype, settings.device))
     loads = []
     with termination_as_interrupt():
         for level in levels:
             stderr().print(f"at most {level} requests in a step")
-            loads.append(_offer(settings, level, planned, speculation, asked))
-    report = _report(asked, arrivals, loads)
+            flags = running_at_most(level)
+            with running_mesh(replace(settings, verifier_flags=flags)) as mesh:
+                loads.append(_offer(mesh, level, planned, speculation, asked))
+    measured = {
+        "contender": "treecast-plain" if plain else "treecast",
+        **describe_settings(mesh.settings, speculation),
+        **{name: asked[name] for name in ("seconds", "seed", "max_tokens")},
+    }
+    report = _report(measured, arrivals, loads)
     summaries = [load.summary() for load in loads]
     if asked["as_json"]:
         write_json(report)
@@ -109,36 +118,36 @@ def _is_plain(context: typer.Context) -> bool:
 
 
 def _offer(
-    settings: MeshSettings,
+    mesh: LocalMesh,
     level: int,
     planned: Sequence[float],
     speculation: SpeculationParams,
     asked: dict[str, Any],
 ) -> Load:
     from treecast.bench.arrivals import Load, offer
-    from treecast.bench.prompts import DEFAULT_PROMPTS, read_prompts
+    from treecast.bench.prompts import DEFAULT_PROMPTS, prompts_for, read_prompts
+    from treecast.checkpoints import ensure_folder
 
-    prompts = [p.text for p in read_prompts(asked["prompts"] or DEFAULT_PROMPTS, asked["limit"])]
-    with running_mesh(replace(settings, verifier_flags=running_at_most(level))) as mesh:
+    chosen = read_prompts(asked["prompts"] or DEFAULT_PROMPTS, asked["limit"])
+    prompts = prompts_for(ensure_folder(mesh.settings.model), chosen)
 
-        def run(at: Sequence[float]) -> list[Any]:
-            return asyncio.run(
-                offer(mesh.router_address, prompts, at, asked["max_tokens"], speculation)
-            )
+    def run(at: Sequence[float]) -> list[Any]:
+        return asyncio.run(
+            offer(mesh.router_address, prompts, at, asked["max_tokens"], speculation)
+        )
 
-        run([0.0])  # the first request of a mesh is no measure of the others
-        return Load(level, run(planned))
+    run([0.0])  # the first request of a mesh is no measure of the others
+    return Load(level, run(planned))
 
 
-def _report(asked: dict[str, Any], arrivals: str, loads: Sequence[Load]) -> dict[str, Any]:
+def _report(settings: dict[str, Any], arrivals: str, loads: Sequence[Load]) -> dict[str, Any]:
     """All that is known, for machines."""
     from treecast.bench.machine import describe_machine
 
-    names = ("seconds", "seed", "max_tokens", "weights", "numerics", "threads", "speculators")
     return {
         "arrivals": arrivals,
         "machine": describe_machine(),
-        "settings": {name: asked[name] for name in names},
+        "settings": settings,
         "levels": [
             asdict(load.summary()) | {"answers": [asdict(one) for one in load.answers]}
             for load in loads

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -63,7 +64,7 @@ def write_profile(context: typer.Context) -> None:
         stderr().print("timing the engine's steps")
         steps = profile_steps(folder, options)
         stderr().print("timing a whole mesh")
-        mesh = _profile_mesh(settings, asked)
+        mesh = _profile_mesh(settings, folder, asked)
     if asked["as_json"]:
         write_json({"machine": describe_machine(), "steps": steps, "mesh": mesh})
         return
@@ -73,14 +74,14 @@ def write_profile(context: typer.Context) -> None:
     stdout().print(mesh_table(mesh))
 
 
-def _profile_mesh(settings: MeshSettings, asked: dict[str, Any]) -> MeshProfile:
+def _profile_mesh(settings: MeshSettings, model: Path, asked: dict[str, Any]) -> MeshProfile:
     from treecast.bench.mesh_phases import profile_mesh
-    from treecast.bench.prompts import DEFAULT_PROMPTS, read_prompts
+    from treecast.bench.prompts import DEFAULT_PROMPTS, prompts_for, read_prompts
     from treecast.bench.run import time_answer
     from treecast.client import Client
     from treecast.sampling.params import SpeculationParams
 
-    prompts = read_prompts(asked["prompts"] or DEFAULT_PROMPTS, asked["limit"])
+    prompts = prompts_for(model, read_prompts(asked["prompts"] or DEFAULT_PROMPTS, asked["limit"]))
     with (
         running_mesh(settings) as mesh,
         Client(mesh.router_address, tls=mesh.client_files) as client,
@@ -88,9 +89,9 @@ def _profile_mesh(settings: MeshSettings, asked: dict[str, Any]) -> MeshProfile:
 
         def answer_all() -> None:
             for prompt in prompts:
-                time_answer(client, prompt.text, asked["max_tokens"], SpeculationParams())
+                time_answer(client, prompt, asked["max_tokens"], SpeculationParams())
 
-        time_answer(client, prompts[0].text, 8, SpeculationParams())
+        time_answer(client, prompts[0], 8, SpeculationParams())
         return profile_mesh(mesh, answer_all)
 
 
