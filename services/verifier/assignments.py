@@ -13,7 +13,7 @@ from treecast.sampling.params import Law
 from treecast.wire.frames import Attach, Detach, Heartbeat
 from treecast.wire.link import HEARTBEAT_S
 
-from .attachments import Attachment, Speculator, SpeculatorLink
+from .attachments import Attachment, Speculator, SpeculatorLink, quickest
 from .calibration import Calibration, PodCalibration
 from .choice import TreePolicy
 from .metrics.trees import TreeMetrics
@@ -197,7 +197,7 @@ class Assignments:
         """Whether to have a text read at once, going by other requests."""
         pace = speculator.pace
         price = pace.price(self.tokens_per_s)
-        return not speculator.shares_cores or pace.gain.pays(price, first=first)
+        return not speculator.shares_cores or pace.gain.of(first=first) >= price
 
     def _attach(self, request: Request, speculator: Speculator, turn: Turn) -> Attachment:
         attached = self._attachments[request.handle]
@@ -237,6 +237,22 @@ class Assignments:
             ),
             waits=not asked,
         )
+
+    def judge(self, tokens_per_s: float) -> None:
+        """Once per step: say whose drafts are worth their time.
+
+        Args:
+            tokens_per_s: of all requests together.
+        """
+        gains: dict[Speculator, list[float]] = {}
+        for handle, attachments in self._attachments.items():
+            if self._requests[handle].decoding:
+                first = quickest(attachments)
+                for each in attachments:
+                    gain = each.gain.of(first=each is first)
+                    gains.setdefault(each.speculator, []).append(gain)
+        for speculator, found in gains.items():
+            speculator.judge(found, tokens_per_s)
 
     # --- switches ---------------------------------------------------------------------------
 

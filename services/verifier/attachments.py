@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from treecast.tree import TokenTree
@@ -30,6 +30,9 @@ fault.
 _RETURN = 1.15
 """Who sits out comes back once its trees are worth so many times their price: at the border itself
 it would come and go, and have text to catch up with each time."""
+_LEAST_SHARE = 0.5
+"""A request whose trees bring less than so much of its share of the price costs drafts more time
+than they gain by it."""
 
 
 @dataclass(slots=True, eq=False)
@@ -41,6 +44,7 @@ class Speculator:
         put_off: requests that it had no room for, in the order in which they were turned away.
         breaker: open while it only breaks the sessions that it is given.
         offered_at: when those that were put off were last offered to it.
+        least_gain: what a request's trees must bring for it to be asked; infinity: of nobody.
     """
 
     link: SpeculatorLink
@@ -50,6 +54,7 @@ class Speculator:
     put_off: dict[int, None] = field(default_factory=dict)
     breaker: Breaker = field(default_factory=lambda: Breaker(BREAKER_THRESHOLD, BREAKER_PAUSE_S))
     offered_at: float = -math.inf
+    least_gain: float = 0.0
 
     @property
     def willing(self) -> bool:
@@ -64,6 +69,22 @@ class Speculator:
     def shares_cores(self) -> bool:
         """Whether drafting there and verifying here slow each other down."""
         return self.link.peer.shares_cores
+
+    def judge(self, gains: Sequence[float], tokens_per_s: float) -> None:
+        """Whether its drafts are worth their time. All requests wait for them, so that those it
+        drafts pay for all together.
+
+        Args:
+            gains: tokens a step that its trees bring each request that decodes.
+            tokens_per_s: of all requests together.
+        """
+        if not gains:
+            return
+        price = self.pace.price(tokens_per_s)
+        least = _LEAST_SHARE * price / len(gains)
+        tokens = sum(gain for gain in gains if gain >= least)
+        asked = _RETURN * price if math.isinf(self.least_gain) else price
+        self.least_gain = least if tokens >= asked else math.inf
 
     @property
     def free_capacity(self) -> int:
@@ -93,7 +114,6 @@ class Attachment:
         reading: whether there is text, of its beginning or of turns that it sat out, after which
             no tree has come yet.
         num_syncs: times that the text was sent since it grew or a tree came.
-        sits_out: whether it did not pay when its turn was chosen.
         num_sat_out: commits in a row that asked for nothing.
         probe_every: commits that it sits out at a time while it does not pay.
         base_len: committed length that the newest tree hung off when it came.
@@ -113,7 +133,6 @@ class Attachment:
     turn: Turn = Turn.CATCH_UP
     reading: bool = True
     num_syncs: int = 0
-    sits_out: bool = False
     num_sat_out: int = 0
     probe_every: int = _PROBE_EVERY
     base_len: int = -1
@@ -133,21 +152,18 @@ class Attachment:
         self.gain.saw(alone, added, DECAY_OF_ONE)
         self.speculator.pace.gain.saw(alone, added)
 
-    def pays(self, tokens_per_s: float, *, first: bool) -> bool:
-        """Whether to go on asking it, or to ask it again, for trees; see `Gain.pays`."""
-        if not self.speculator.shares_cores:
-            return True
-        price = self.speculator.pace.price(tokens_per_s)
-        return self.gain.pays(_RETURN * price if self.sits_out else price, first=first)
+    def pays(self, *, first: bool) -> bool:
+        """Whether to ask it for a tree; see `Speculator.judge`."""
+        speculator = self.speculator
+        return not speculator.shares_cores or self.gain.of(first=first) >= speculator.least_gain
 
     def take_turn(self, pays: bool) -> None:
         """Choose what to ask for, if its trees pay or not.
 
         Text comes first, however many commits it takes to be read. Who does not pay has two turns
-        now and then, one to catch up and one to be measured.
+        now and then, one to catch up and one to be measured; all requests together as often as one.
         """
         self.turn = self._next_turn(pays)
-        self.sits_out = not pays
         self.reading = self.reading or self.turn is Turn.SIT_OUT
 
     def _next_turn(self, pays: bool) -> Turn:
@@ -160,7 +176,13 @@ class Attachment:
             self.num_sat_out, self.probe_every = 0, min(2 * self.probe_every, _RAREST_PROBE)
             return Turn.DRAFT
         self.num_sat_out += 1
-        return Turn.SIT_OUT if self.num_sat_out < self.probe_every else Turn.CATCH_UP
+        probe_every = self.probe_every * max(1, len(self.speculator.sessions))
+        return Turn.SIT_OUT if self.num_sat_out < probe_every else Turn.CATCH_UP
+
+
+def quickest(attachments: Iterable[Attachment]) -> Attachment | None:
+    """Of a request's, the one whose trees are there first."""
+    return min(attachments, key=lambda each: each.speculator.pace.latency_s, default=None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,14 +39,9 @@ class Gain:
         self.alone += (1 - decay) * (alone - self.alone)
         self.added += (1 - decay) * (added - self.added)
 
-    def pays(self, price: float, *, first: bool) -> bool:
-        """Whether the trees add more tokens than would be committed while they are made.
-
-        Args:
-            price: those tokens.
-            first: there is nobody quicker whose trees hold some of the same tokens.
-        """
-        return (self.alone if first else self.added) >= price
+    def of(self, *, first: bool) -> float:
+        """What there is of it where nobody is quicker whose trees hold the same tokens, or else."""
+        return self.alone if first else self.added
 
 
 @dataclass(slots=True)

@@ -28,7 +28,7 @@ from treecast.wire.frames import (
 )
 
 from .assignments import Assignments
-from .attachments import MOST_SYNCS, Attachment, Origin, Owed, SpeculatorLink
+from .attachments import MOST_SYNCS, Attachment, Origin, Owed, SpeculatorLink, quickest
 from .choice import Offer
 from .choice.vote import voter_names
 from .metrics.trees import TreeMetrics
@@ -129,15 +129,14 @@ class Speculation:
                 waits=not asked,
             )
 
-    def _choose_turns(self, attachments: Iterable[Attachment]) -> None:
+    def _choose_turns(self, attachments: Sequence[Attachment]) -> None:
         """Who drafts on our cores sits out the steps that it would delay for too little.
 
         The quickest is judged by all that its trees hold, the others by what they add.
         """
-        ranked = sorted(attachments, key=lambda each: each.speculator.pace.latency_s)
-        for rank, attachment in enumerate(ranked):
-            pays = attachment.pays(self._assignments.tokens_per_s, first=rank == 0)
-            attachment.take_turn(pays)
+        first = quickest(attachments)
+        for attachment in attachments:
+            attachment.take_turn(attachment.pays(first=attachment is first))
 
     # --- PairHandler: frames from speculators ---------------------------------------------------
 

@@ -276,6 +276,7 @@ class StepLoop:
         running, room = self._roster.running, self._scheduler.room
         trees = [self._speculation.tree(request, room.for_tree(request)) for request in running]
         price = self._price * len(running)
+        self._assignments.judge(price)
         batch = plan(running, trees, self.curve, self._settings.max_rows, price)
         sampled = {work.request for work in batch if work.samples}
         at_hand = sum(len(t) for r, t in zip(running, trees, strict=True) if r in sampled)

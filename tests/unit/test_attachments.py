@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -20,12 +21,25 @@ def attachment(place: int = 0, *, shares_cores: bool = True) -> Attachment:
     return Attachment(speculator, place, Calibration(PodCalibration(), ["ssm"]))
 
 
-def test_a_tree_pays_when_it_adds_more_than_its_time_is_worth() -> None:
-    gain = Gain(alone=0.9, added=0.5)
-    assert gain.pays(0.8, first=True)
-    assert not gain.pays(1.0, first=True)
-    assert not gain.pays(0.8, first=False)  # others have most of it
-    assert gain.pays(0.0, first=False)
+@pytest.mark.parametrize(
+    ("gains", "asked"),
+    [
+        ([1.0], 1),
+        ([0.99], 0),
+        ([0.25] * 4, 4),  # all wait for the drafts, and pay for them together
+        ([0.24] * 4, 0),
+        ([1.0, 0, 0, 0], 1),  # one alone may be worth the wait of all
+        ([0.9, 0.12, 0.12, 0.12], 0),  # less than half a share each: better without them
+        ([0.88, 0.13, 0.12, -0.3], 2),
+    ],
+)
+def test_drafts_are_asked_for_while_they_bring_what_all_requests_would_get_meanwhile(
+    gains: list[float], asked: int
+) -> None:
+    speculator = attachment().speculator
+    speculator.pace.latency_s = 0.01
+    speculator.judge(gains, 100.0)
+    assert sum(gain >= speculator.least_gain for gain in gains) == asked
 
 
 def test_a_request_knows_better_than_the_average_what_its_trees_bring() -> None:
@@ -93,16 +107,22 @@ def test_who_sits_out_comes_back_when_it_pays_by_a_margin() -> None:
     border = 1.0 / 0.01  # tokens per second at which it is worth exactly its price
     decided = []
     for rate in (0.97, 0.99, 1.01, 0.99, 0.9, 0.85, 0.99, 1.01):
-        pays = each.pays(rate * border, first=True)
-        each.take_turn(pays)
-        decided.append(pays)
+        each.speculator.judge([each.gain.of(first=True)], rate * border)
+        decided.append(each.pays(first=True))
     assert decided == [True, True, False, False, False, True, True, False]
+
+
+def test_all_requests_together_are_probed_as_often_as_one() -> None:
+    each = attachment()
+    each.reading, each.speculator.sessions = False, {1, 2, 3, 4}
+    turns = [took(each, pays=False) for _ in range(1 + 4 * 16)]
+    assert turns == [Turn.DRAFT, *[Turn.SIT_OUT] * (4 * 16 - 1), Turn.CATCH_UP]
 
 
 def test_who_has_cores_of_its_own_never_sits_out() -> None:
     each = attachment(shares_cores=False)
-    each.gain = Gain(alone=-1.0, added=-1.0)
-    assert each.pays(1000.0, first=False)
+    each.gain, each.speculator.least_gain = Gain(alone=-1.0, added=-1.0), math.inf
+    assert each.pays(first=False)
 
 
 def test_trees_are_owed_by_who_reads_text_first_only_where_all_are_waited_for() -> None:
