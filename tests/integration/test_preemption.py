@@ -200,7 +200,7 @@ async def with_one_paused(rig: Rig, **fields: Any) -> tuple[int, Outcome, int, O
     other, quick = rig.router.start(SHORT * 30, SAMPLINGS[0], expected_tokens=2, priority=5)
     await quick.until(lambda o: len(o.tokens) > 0)
     assert value(rig, "paused_requests") == 1
-    beat = rig.verifier.steps.heartbeat(draining=False)
+    beat = rig.verifier.steps.heartbeat(num_preparing=0, draining=False)
     assert (beat.running, beat.waiting, beat.free_capacity) == (1, 1, 0)
     return handle, long, other, quick
 
